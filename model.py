@@ -1,0 +1,318 @@
+"""The Qwen2.5 decoder on packed sequences, and its Hugging Face checkpoints.
+
+One decoder serves training and sampling: a layer computes qkv and hands it to `attend`, which is causal attention over the
+packed batch here (training, prefill) and paged attention in sampler.py. Fused qkv and gate-up matrices are the source of
+truth; they are split and merged only on load and save.
+"""
+
+import inspect
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.layers import add_rms_norm, apply_rope, rms_norm, rope_tables, swiglu
+from kernels.logprob import token_logprobs
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used; the message is one sentence for the user."""
+
+
+@dataclass
+class Config:
+    """Shapes of a Qwen2 checkpoint. `raw` keeps the config.json it came from, so that saving loses nothing."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = True
+    raw: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_dict(cls, raw, source="config"):
+        """Read the dict of a config.json with `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
+        if raw.get("model_type") != "qwen2":
+            raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; this code runs Qwen2 checkpoints (Qwen2.5, Qwen2.5-Coder)")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or raw.get("use_sliding_window"):
+            raise CheckpointError(f"{source}: rope type {kind!r} or a sliding window is not supported; use a checkpoint with plain RoPE and full attention")
+        try:
+            return cls(
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=raw["num_attention_heads"],
+                num_key_value_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
+                max_position_embeddings=raw.get("max_position_embeddings", 32768),
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                raw=dict(raw),
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"{source}: {missing} is missing, so this is not a complete Qwen2 config.json") from None
+
+    def to_dict(self):
+        """The config.json that transformers 4 and 5 and vLLM read: both spellings of the RoPE base."""
+        shapes = {k: v for k, v in self.__dict__.items() if k != "raw"}
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        fixed = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rope_parameters": rope}
+        return {**self.raw, **shapes, **fixed}
+
+
+class Layer(nn.Module):
+    """One decoder layer. x, residual [T, D] -> x, residual; the sum of the two is the hidden state."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.eps = c.rms_norm_eps
+        self.input_norm = nn.Parameter(torch.ones(c.hidden_size))
+        self.qkv = nn.Linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
+        self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.post_norm = nn.Parameter(torch.ones(c.hidden_size))
+        self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x, residual, attend, index, cos, sin):
+        if residual is None:
+            x, residual = rms_norm(x, self.input_norm, self.eps), x
+        else:
+            x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
+        x = self.o(attend(index, F.linear(x, self.qkv.weight), self.qkv.bias, cos, sin))
+        x, residual = add_rms_norm(x, residual, self.post_norm, self.eps)
+        return self.down(swiglu(self.gate_up(x))), residual
+
+
+class Model(nn.Module):
+    """Qwen2.5 without padding: every tensor is [tokens, ...], sequences are told apart by cu_seqlens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    @property
+    def head_weight(self):
+        return self.embed.weight if self.head is None else self.head
+
+    def forward(self, tokens, positions, cu_seqlens, head=None):
+        """tokens, positions [T] int64, cu_seqlens [S+1] int32 -> hidden [T, D] after the final norm.
+
+        With `head`, returns head(hidden, head_weight) instead: log-probs or a fused loss, computed inside the forward so that
+        FSDP has the head's weight gathered (kernels/logprob.py). Logits [T, V] never exist here.
+        """
+        hidden = self.decode(tokens, positions, causal_attention(self.config, cu_seqlens))
+        return hidden if head is None else head(hidden, self.head_weight)
+
+    def decode(self, tokens, positions, attend):
+        """The decoder with attention left open: attend(layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim]."""
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        x, residual = self.embed(tokens), None
+        for index, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, attend, index, cos, sin, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, attend, index, cos, sin)
+        return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+
+    def logprobs(self, hidden, targets, temperature=1.0):
+        """hidden [N, D], targets [N] -> log-prob [N] and entropy [N] of softmax(head / temperature), fp32."""
+        return token_logprobs(hidden, self.head_weight, targets, temperature)
+
+
+def split_qkv(qkv, config):
+    """[T, (H + 2K) * hd] -> q [T, H, hd], k [T, K, hd], v [T, K, hd], as views."""
+    heads, kv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return qkv.view(-1, heads + 2 * kv, hd).split([heads, kv, kv], dim=1)
+
+
+def causal_attention(config, cu_seqlens):
+    """The training `attend`: causal within each packed sequence; flash varlen on CUDA, scaled-dot-product on CPU."""
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max())
+    mix = _flash_varlen(cu_seqlens, longest) if cu_seqlens.is_cuda else _padded_sdpa(lengths, longest)
+
+    def attend(index, qkv, bias, cos, sin):
+        q, k, v = split_qkv(qkv if bias is None else qkv + bias, config)
+        return mix(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).flatten(1)
+
+    return attend
+
+
+def _flash_varlen(cu_seqlens, longest):
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped queries as they are; later versions want to be told.
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **gqa)
+
+
+def _padded_sdpa(lengths, longest):
+    # One call per layer instead of one per sequence: 256 sequences of a tiny model would otherwise be 256 small calls. Rows are
+    # padded on the right, so a causal mask alone keeps real tokens from seeing padding. Batches are sorted by length (train.py).
+    sequences = len(lengths)
+    starts = torch.arange(sequences) * longest
+    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    place = torch.repeat_interleave(starts, lengths) + within
+
+    def pad(x):
+        rows = x.new_zeros(sequences * longest, *x.shape[1:]).index_copy(0, place, x)
+        return rows.view(sequences, longest, *x.shape[1:]).transpose(1, 2)
+
+    def mix(q, k, v):
+        out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).reshape(sequences * longest, *q.shape[1:])[place]
+
+    return mix
+
+
+def random_model(config, seed=0, dtype=torch.float32, std=0.02):
+    """A model with normal(0, std) matrices, zero biases and unit norms, the same for the same seed on every machine."""
+    model = Model(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
+                parameter.normal_(0.0, std, generator=generator)
+    return model.to(dtype)
+
+
+# Hugging Face name of each part of a layer, in the order in which fused matrices are stacked.
+LAYER_NAMES = {
+    "input_norm": ["input_layernorm.weight"],
+    "qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "qkv.bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    "o.weight": ["self_attn.o_proj.weight"],
+    "post_norm": ["post_attention_layernorm.weight"],
+    "gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "down.weight": ["mlp.down_proj.weight"],
+}
+
+
+def hugging_face_names(config):
+    """Our parameter name -> list of Hugging Face tensor names whose rows, stacked, are that parameter."""
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
+    if not config.tie_word_embeddings:
+        names["head"] = ["lm_head.weight"]
+    for i in range(config.num_hidden_layers):
+        for ours, theirs in LAYER_NAMES.items():
+            names[f"layers.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
+    return names
+
+
+def part_rows(config, ours):
+    """Rows of each Hugging Face tensor inside our fused parameter, None when it is not fused."""
+    hd = config.head_dim
+    if ".qkv." in ours:
+        return [config.num_attention_heads * hd, config.num_key_value_heads * hd, config.num_key_value_heads * hd]
+    return [config.intermediate_size] * 2 if ".gate_up." in ours else None
+
+
+def find_checkpoint(name):
+    """A folder as it is; anything else is a hub id and is downloaded once (huggingface_hub's cache)."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name} is not a folder with a checkpoint (and not a hub id such as Qwen/Qwen2.5-Coder-0.5B-Instruct)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except Exception as problem:  # network, unknown id, gated: the user needs the cause, not its traceback
+        raise CheckpointError(f"cannot get {name} from the hub ({type(problem).__name__}); check the name and the network, or give a local folder") from None
+
+
+def read_config(folder):
+    """config.json of a checkpoint folder -> Config."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
+    try:
+        return Config.from_dict(json.loads(path.read_text()), source=str(path))
+    except json.JSONDecodeError as problem:
+        raise CheckpointError(f"{path} is not valid JSON (line {problem.lineno})") from None
+
+
+def _open_tensors(folder):
+    """Hugging Face tensor name -> function that reads it; one file or many."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    readers = {}
+    for name in files:
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: the checkpoint is not complete, copy or download it again")
+        try:
+            opened = safe_open(path, framework="pt")
+            readers.update({key: opened.get_tensor for key in opened.keys()})
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(f"{path} is damaged ({problem}): copy or download it again") from None
+    return readers
+
+
+def load(name, dtype=torch.float32, device="cpu"):
+    """Load a Qwen2 checkpoint from a folder or a hub id -> Model in `dtype` on `device`; sharded or not, tied or not."""
+    folder = find_checkpoint(str(name))
+    config = read_config(folder)
+    readers = _open_tensors(folder)
+    state = {}
+    for ours, theirs in hugging_face_names(config).items():
+        missing = [t for t in theirs if t not in readers]
+        if missing:
+            raise CheckpointError(f"{folder} has no tensor {missing[0]}: it is not the checkpoint its config.json describes")
+        parts = [readers[t](t) for t in theirs]
+        state[ours] = torch.cat(parts).to(device=device, dtype=dtype) if len(parts) > 1 else parts[0].to(device=device, dtype=dtype)
+    with torch.device("meta"):
+        model = Model(config)
+    for ours, parameter in model.named_parameters():
+        if state[ours].shape != parameter.shape:
+            raise CheckpointError(f"{folder}: {ours} has shape {list(state[ours].shape)}, config.json asks for {list(parameter.shape)}")
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def save(state, config, folder, dtype=torch.bfloat16, tokenizer_from=None):
+    """Write parameters (our names -> full tensors) as a folder that transformers and vLLM load.
+
+    tokenizer_from: a checkpoint folder whose tokenizer, chat template and generation config are copied along.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for ours, theirs in hugging_face_names(config).items():
+        whole = state[ours].detach().to(device="cpu", dtype=dtype)
+        parts = whole.split(part_rows(config, ours)) if len(theirs) > 1 else [whole]
+        tensors.update({name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(theirs, parts)})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    name = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": name, "torch_dtype": name}, indent=2) + "\n")
+    for path in Path(tokenizer_from).glob("*") if tokenizer_from else []:
+        if path.name.startswith(("tokenizer", "generation_config", "chat_template", "vocab", "merges", "special_tokens", "added_tokens")):
+            if path.resolve().parent != folder.resolve():
+                shutil.copy(path, folder / path.name)
