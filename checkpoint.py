@@ -1,0 +1,126 @@
+"""Checkpoints that survive: written under a temporary name, synced, renamed; verified before they are used.
+
+checkpoints/step_N/ is itself a Hugging Face folder (fp32 master weights), plus optimizer.safetensors, state.json and
+MANIFEST.json (size and CRC-32 of every file).
+"""
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import distributed
+import model as model_file
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _crc(path):
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def optimizer_tensors(model, optimizer):
+    """Full AdamW moments, 'exp_avg/NAME' -> tensor. A collective."""
+    states = ((name, optimizer.state.get(p)) for name, p in model.named_parameters())
+    return {f"{key}/{name}": distributed.full(state[key]).cpu() for name, state in states if state for key in MOMENTS}
+
+
+def save(folder, step, model, optimizer, state, tokenizer_from, keep):
+    """Write checkpoints/step_N with everything a resume needs; keep the newest `keep`. A collective: every rank calls it.
+
+    A full disk raises OSError after the temporary folder is gone; earlier checkpoints are untouched, and an old one is
+    only removed once its successor is whole.
+    """
+    weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
+    moments = optimizer_tensors(model, optimizer)
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            _write(Path(folder), step, weights, moments, state, model.config, tokenizer_from)
+            for old in sorted_checkpoints(folder)[keep:]:
+                shutil.rmtree(old)
+        except OSError as error:
+            problem = error
+    if problem := distributed.broadcast(problem):  # every rank stops together, none waits in a collective for a dead one
+        raise problem
+
+
+def _write(folder, step, weights, moments, state, config, tokenizer_from):
+    temporary, final = folder / f".step_{step}.tmp", folder / f"step_{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model_file.save(weights, config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from)
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        manifest = {p.name: [p.stat().st_size, _crc(p)] for p in sorted(temporary.iterdir())}
+        (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        _sync(folder)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors reports a full disk as its own error type; the caller should see one kind.
+        raise error if isinstance(error, OSError) else OSError(f"cannot write checkpoint {final}: {error}") from error
+
+
+def sorted_checkpoints(folder):
+    """Finished checkpoint folders, newest first."""
+    found = [p for p in Path(folder).glob("step_*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def damage(checkpoint):
+    """'' when every file is as the manifest says, else one sentence."""
+    try:
+        manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return f"{checkpoint} has no readable MANIFEST.json"
+    for name, (size, crc) in manifest.items():
+        path = checkpoint / name
+        if not path.exists() or path.stat().st_size != size:
+            return f"{path} is missing or has the wrong size"
+        if _crc(path) != crc:
+            return f"{path} is damaged (CRC differs)"
+    return ""
+
+
+def newest(folder):
+    """The newest whole checkpoint, or None; damaged ones are named on stderr and passed over, never deleted."""
+    for checkpoint in sorted_checkpoints(folder):
+        problem = damage(checkpoint)
+        if not problem:
+            return checkpoint
+        print(f"{problem}: using the checkpoint before it", file=sys.stderr)
+    return None
+
+
+def restore(checkpoint, model, optimizer):
+    """Load weights and moments into a (sharded) model and its optimizer -> the saved state dict."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    weights = dict(model_file.load(checkpoint).named_parameters())
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(distributed.shard_like(weights[name].detach(), parameter))
+        if f"exp_avg/{name}" in moments:
+            values = {key: distributed.shard_like(moments[f"{key}/{name}"], parameter) for key in MOMENTS}
+            device = parameter.device
+            optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"]), device=device), **values}
+    return state

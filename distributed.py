@@ -1,0 +1,98 @@
+"""torch.distributed through torchrun: one code path from one process to many. FSDP2 does the sharding."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+def setup():
+    """Join the torchrun job, if any -> the device of this rank. One CPU process needs no process group."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    elif cuda:  # FSDP2 gives one GPU its fp32 masters and bf16 compute too
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def share(items, index=None, count=None):
+    """This rank's contiguous share of a list; shares differ by at most one."""
+    index, count = rank() if index is None else index, world_size() if count is None else count
+    return items[len(items) * index // count : len(items) * (index + 1) // count]
+
+
+def gather(items):
+    """Concatenate every rank's list, in rank order, on all ranks (small Python objects: rewards, rows, metrics)."""
+    if world_size() == 1:
+        return list(items)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def largest(number):
+    """The maximum of an integer over all ranks."""
+    return max(gather([number]))
+
+
+def broadcast(value):
+    """Rank 0's Python object on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def shard(model, device):
+    """Wrap for training: fp32 sharded masters; on GPU bf16 compute and fp32 gradient reduction. One CPU process stays plain."""
+    model.to(device)
+    if not dist.is_initialized():
+        return model
+    mesh = init_device_mesh(device.type, (world_size(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(model, mesh=mesh, mp_policy=precision)
+
+
+def full(tensor):
+    """The whole of a (sharded) tensor, detached. A collective: call it on every rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(whole, parameter):
+    """The part of a full tensor that belongs to this rank, laid out as `parameter`."""
+    if not hasattr(parameter, "device_mesh"):
+        return whole.to(parameter)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)

@@ -1,0 +1,61 @@
+"""AdamW on fp32 master weights, the learning-rate schedule, and gradient accumulation over micro-batches and ranks."""
+
+import math
+
+import torch
+
+import distributed
+from batches import EMPTY, micro_batches, pack
+
+
+def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.99)):
+    """AdamW (fused). Matrices decay, norms and biases do not. betas: the first paper's (methods.md 1.2)."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def learning_rate(step, steps, peak, warmup, schedule):
+    """Rate of step 1..steps: linear warm-up over `warmup` steps, then constant, cosine to 0 or linear to 0.
+
+    steps 100, peak 1, warmup 10: step 1 -> 0.1, step 10 -> 1, cosine step 55 -> 0.5.
+    """
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress) if schedule == "linear" else peak
+
+
+def accumulate(model, sequences, loss_of, token_budget, device):
+    """Sum the gradient of loss_of(batch) over all micro-batches of all ranks -> list of what loss_of returned besides the loss.
+
+    loss_of(batch) -> (loss, anything). The loss must already carry the global denominator (batch.weights). Ranks may hold
+    different amounts of work, none included: the number of passes is agreed, and an idle rank runs an empty one.
+    """
+    groups = micro_batches(sequences, token_budget)
+    passes = distributed.largest(len(groups))
+    results = []
+    for i in range(passes):
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(i == passes - 1)
+        loss, extra = loss_of(pack(groups[i] if i < len(groups) else EMPTY, device))
+        # FSDP2 averages gradients over ranks; our loss already carries the global denominator, so undo the average.
+        (loss * distributed.world_size()).backward()
+        if i < len(groups):
+            results.append((float(loss.detach()), extra))
+    return results
+
+
+def take_step(model, optimizer, rate, max_norm):
+    """Clip the global gradient norm, step, clear the gradients -> the norm before clipping; nan or inf skips the step."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else float("inf"))
+    norm = float(distributed.full(norm))
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
