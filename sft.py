@@ -1,0 +1,139 @@
+"""Supervised warm start on programs rendered from known steps: full fine-tuning, packed, the prompt masked.
+
+    python sft.py --task gsm8k_steps --lang prolog --model DIR --out DIR          from a checkpoint
+    python sft.py --task sums --lang lisp --model tiny --out DIR                  from scratch, with a BPE of its own
+
+Reinforcement learning needs a model that is right sometimes; this makes one from a model that never is.
+"""
+
+import argparse
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import distributed
+import model as model_file
+from batches import Sequence
+from kernels.logprob import token_logprobs
+from optimizer import accumulate, learning_rate, make_optimizer, take_step
+from sandbox.languages import load_language
+from settings import add_flags, setting
+from tasks import ChatTokenizer, load_problems, messages, solution, train_bpe
+
+
+@dataclass
+class WarmStart:
+    """Settings of a supervised warm start."""
+
+    task: str = setting("gsm8k_steps", "problems with steps: sums or gsm8k_steps")
+    lang: str = setting("prolog", "language to render programs in")
+    model: str = setting("tiny", "checkpoint folder or hub id; 'tiny' builds a 1M-parameter model with its own BPE")
+    out: str = setting("runs/warm_start", "folder for the trained checkpoint; must not exist")
+    data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
+    problems: int = setting(0, "use only the first so many problems; 0 = all")
+    examples: int = setting(0, "worked examples in the prompt: 0, 1 or 5")
+    short_prompt: bool = setting(False, "leave the long instructions out")
+    steps: int = setting(300, "optimizer steps")
+    batch: int = setting(64, "problems per step, over all ranks")
+    lr: float = setting(1e-5, "peak learning rate (cosine to 0 after the warm-up)")
+    warmup: int = setting(20, "steps of linear warm-up")
+    max_norm: float = setting(1.0, "clip the global gradient norm here")
+    token_budget: int = setting(16384, "most tokens in one micro-batch of one rank")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    seed: int = setting(0, "decides data order and random weights")
+
+
+def tiny_config(vocab_size):
+    """About one million parameters: 5 layers of 128, 4 query and 2 key-value heads of 32, tied embeddings."""
+    shapes = dict(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
+    return model_file.Config.from_dict({"model_type": "qwen2", "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 1024, **shapes})
+
+
+def make_tiny(problems, language, prompt, folder, seed):
+    """A random tiny model and a byte-level BPE trained on the task's own text, written to `folder`."""
+    texts = [text for p in problems[:4000] for text in (p.question, solution(p, language), *(m["content"] for m in prompt(p)))]
+    train_bpe(texts, 768, folder)
+    config = tiny_config(ChatTokenizer(folder).vocab_size)
+    model = model_file.random_model(config, seed)
+    model_file.save(dict(model.named_parameters()), config, folder, dtype=torch.float32)
+
+
+def encode(problems, language, tokenizer, prompt):
+    """Problems with steps -> list[Sequence] with the rendered solution and the stop token as completion."""
+    stop = tokenizer.stop_ids[0]
+    return [Sequence(tokenizer.encode_chat(prompt(p)), [*tokenizer.encode(solution(p, language)), stop]) for p in problems]
+
+
+def train_supervised(model, optimizer, sequences, s, device, report=print):
+    """Minimise the mean -log p per completion token for s.steps steps of s.batch sequences -> the last loss."""
+    order, started, loss = [], time.perf_counter(), float("nan")
+    for step in range(1, s.steps + 1):
+        while len(order) < s.batch:
+            fresh = list(range(len(sequences)))
+            random.Random(f"{s.seed}/{step}").shuffle(fresh)
+            order += fresh
+        picked, order = [sequences[i] for i in order[: s.batch]], order[s.batch :]
+        tokens = sum(len(q.tokens) for q in picked)
+        for q in picked:
+            q.weight = 1 / tokens
+        losses = accumulate(model, distributed.share(picked), lambda batch: supervised_loss(model, batch), s.token_budget, device)
+        take_step(model, optimizer, learning_rate(step, s.steps, s.lr, s.warmup, "cosine"), s.max_norm)
+        loss = sum(distributed.gather([l for l, _ in losses]))
+        if step % 10 == 0 or step == s.steps:
+            report(f"warm start {step}/{s.steps}  loss {loss:.3f}  {time.perf_counter() - started:.0f}s")
+    return loss
+
+
+def supervised_loss(model, batch):
+    head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets)
+    logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
+    return -(batch.weights * logprobs).sum(), None
+
+
+def run(s, problems, language, device, report=print):
+    """Warm-start s.model on the problems and write the checkpoint to s.out (a collective)."""
+    out = Path(s.out)
+    prompt = lambda p: messages(p, language, examples=s.examples, system=not s.short_prompt)
+    source = out.with_name(out.name + ".init") if s.model == "tiny" else model_file.find_checkpoint(s.model)
+    if s.model == "tiny" and distributed.rank() == 0:
+        make_tiny(problems, language, prompt, source, s.seed)
+    distributed.barrier()
+    tokenizer = ChatTokenizer(source)
+    model = model_file.load(source)
+    config = model.config
+    model.gradient_checkpointing = s.gradient_checkpointing
+    model = distributed.shard(model, device)
+    sequences = encode(problems, language, tokenizer, prompt)
+    train_supervised(model, make_optimizer(model), sequences, s, device, report)
+    weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
+    if distributed.rank() == 0:
+        partial = out.with_name(out.name + ".tmp")
+        model_file.save(weights, config, partial, dtype=torch.float32, tokenizer_from=source)
+        partial.rename(out)
+    distributed.barrier()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_flags(parser, WarmStart)
+    s = WarmStart(**vars(parser.parse_args()))
+    if Path(s.out).exists():
+        raise SystemExit(f"{s.out} exists: give another --out, or remove it")
+    language = load_language(s.lang)
+    device = distributed.setup()
+    problems = load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
+    report = print if distributed.rank() == 0 else lambda *_: None
+    run(s, problems, language, device, report)
+    report(f"wrote {s.out}")
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"sft.py: {problem}")

@@ -1,0 +1,84 @@
+"""Losses and advantages against numbers worked out by hand, and their gradients (DESIGN.md invariants 7 and 12)."""
+
+import pytest
+import torch
+
+import grpo
+from batches import Sequence, pack
+
+NAN = float("nan")
+
+
+def test_advantages_equal_hand_computed_numbers():
+    rewards, groups = torch.tensor([1.0, 0, 0, 1, 3, 1, 1, 1]), torch.tensor([0] * 4 + [1] * 4)
+    # group 0: mean 0.5, sample std 0.57735; group 1: mean 1.5, sample std 1
+    expected = {
+        "grpo": [0.866, -0.866, -0.866, 0.866, 1.5, -0.5, -0.5, -0.5],
+        "mean": [0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5],
+        "rloo": [2 / 3, -2 / 3, -2 / 3, 2 / 3, 2, -2 / 3, -2 / 3, -2 / 3],
+    }
+    for kind, values in expected.items():
+        torch.testing.assert_close(grpo.advantages(rewards, groups, kind), torch.tensor(values), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "batch"])
+def test_groups_without_variance_are_exactly_zero(kind):
+    """0.1 three times has a float mean that differs from 0.1: the check must be equality of rewards, not a small deviation."""
+    rewards, groups = torch.tensor([0.1] * 3 + [1.0, 0.0, NAN]), torch.tensor([0, 0, 0, 1, 1, 1])
+    values = grpo.advantages(rewards, groups, kind)
+    assert values[:3].tolist() == [0.0, 0.0, 0.0]
+    assert values[3] > 0 > values[4] and values[5] == 0.0  # a reward the sandbox could not give is masked, the others count
+
+
+def test_a_masked_reward_does_not_move_its_group():
+    with_gap = grpo.advantages(torch.tensor([1.0, 0.0, 0.0, NAN]), torch.zeros(4, dtype=torch.long))
+    without = grpo.advantages(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(with_gap[:3], without)
+
+
+def test_token_losses_equal_hand_computed_numbers():
+    old = torch.zeros(4, dtype=torch.float64)
+    logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 1.1], dtype=torch.float64))
+    sign = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+    clipped = grpo.clipped_loss(logprobs, old, sign, 0.2, 0.28)
+    torch.testing.assert_close(clipped, torch.tensor([-1.28, 1.5, 0.8, -1.1], dtype=torch.float64))
+    cispo = grpo.cispo_loss(logprobs, old, sign, 1.28)
+    torch.testing.assert_close(cispo, -torch.tensor([1.28, 1.28, 0.5, 1.1], dtype=torch.float64) * sign * logprobs)
+    # gspo: tokens 0 and 1 form one sequence with mean log ratio log 1.5, clipped at 1.28 for a positive advantage
+    gspo = grpo.gspo_loss(logprobs[:2], old[:2], torch.ones(2, dtype=torch.float64), torch.tensor([0, 0]), 0.2, 0.28)
+    torch.testing.assert_close(gspo, torch.tensor([-1.28, -1.28], dtype=torch.float64))
+
+
+def test_clipped_tokens_get_no_gradient_and_the_others_do():
+    logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 1.1])).requires_grad_()
+    grpo.clipped_loss(logprobs, torch.zeros(4), torch.tensor([1.0, -1.0, -1.0, 1.0]), 0.2, 0.28).sum().backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 1.5, 0.0, -1.1]))
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo", "cispo"])
+def test_gradcheck(loss):
+    torch.manual_seed(0)
+    batch = pack([Sequence([1], [2, 3], [-1.0, -2.0], 0.7), Sequence([1], [2, 3, 4], [-1.5, -0.5, -1.0], -1.2)])
+    batch.old_logprobs, batch.advantages = batch.old_logprobs.double(), batch.advantages.double()
+    logprobs = (batch.old_logprobs + 0.05 * torch.randn(5, dtype=torch.float64)).requires_grad_()
+    if loss == "cispo":  # its weight is detached, so finite differences see another function; the gradient is known in closed form
+        grpo.policy_loss(loss, logprobs, batch, 0.2, 5.0).sum().backward()
+        expected = -torch.exp(logprobs.detach() - batch.old_logprobs) * batch.advantages
+        torch.testing.assert_close(logprobs.grad, expected)
+    else:
+        assert torch.autograd.gradcheck(lambda x: grpo.policy_loss(loss, x, batch, 0.2, 0.28), (logprobs,))
+
+
+def test_token_weights_are_the_stated_denominators():
+    assert grpo.token_weights("grpo", [2, 6], 10) == [1 / 4, 1 / 12]
+    assert grpo.token_weights("dapo", [2, 6], 10) == [1 / 8, 1 / 8]
+    assert grpo.token_weights("dr_grpo", [2, 6], 10) == [1 / 20, 1 / 20]
+    with pytest.raises(ValueError, match="choose grpo"):
+        grpo.token_weights("ppo", [2], 10)
+
+
+def test_stop_token_is_in_the_loss_and_the_prompt_is_not():
+    batch = pack([Sequence([7, 8], [5, 2]), Sequence([9], [6, 2])])
+    assert batch.targets.tolist() == [5, 2, 6, 2] and batch.predict.tolist() == [1, 2, 4, 5]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7] and batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.tokens[batch.predict + 1].tolist() == batch.targets.tolist()

@@ -1,0 +1,104 @@
+"""The gradient does not depend on how the work is cut (DESIGN.md invariant 4)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+import model as model_file
+from batches import Sequence, micro_batches, pack
+from kernels.logprob import token_logprobs
+from optimizer import accumulate, learning_rate, make_optimizer, take_step
+
+CONFIG = model_file.Config.from_dict(
+    dict(model_type="qwen2", vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True)
+)
+
+
+def sequences(count=9):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 50, (n,), generator=generator).tolist()
+    made = [Sequence(draw(1 + i % 4), draw(1 + (5 * i) % 7), None, (-1.0) ** i * (i + 1) / 5) for i in range(count)]
+    for q, weight in zip(made, grpo.token_weights("grpo", [len(q.tokens) for q in made], 8)):
+        q.weight, q.logprobs = weight, [-3.0] * len(q.tokens)
+    return made
+
+
+def gradient(work, token_budget, checkpointing=False, model=None):
+    model = model or model_file.random_model(CONFIG, 1, std=0.3)
+    model.gradient_checkpointing = checkpointing
+
+    def loss_of(batch):
+        head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets)
+        logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
+        return (batch.weights * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28)).sum(), None
+
+    accumulate(model, work, loss_of, token_budget, "cpu")
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("token_budget,checkpointing", [(1, False), (25, False), (25, True)])
+def test_gradient_is_the_same_packed_alone_or_checkpointed(token_budget, checkpointing):
+    whole, cut = gradient(sequences(), 10_000), gradient(sequences(), token_budget, checkpointing)
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], atol=2e-6, rtol=1e-4)
+    assert max(g.abs().max() for g in whole.values()) > 0.01
+
+
+def test_gradient_is_the_same_on_two_ranks_one_of_them_nearly_idle(tmp_path):
+    """2 ranks with FSDP2 over gloo; rank 0 has one sequence, rank 1 eight in many micro-batches: nobody waits for ever."""
+    whole = gradient(sequences(), 10_000)
+    torch.save(whole, tmp_path / "whole.pt")
+    program = f"""
+import sys, torch
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+import distributed, model as model_file
+from test_update import CONFIG, gradient, sequences
+device = distributed.setup()
+work = sequences()[:1] if distributed.rank() == 0 else sequences()[1:]
+got = gradient(work, 12, model=distributed.shard(model_file.random_model(CONFIG, 1, std=0.3), device))
+for name, expected in torch.load({str(tmp_path / "whole.pt")!r}).items():
+    torch.testing.assert_close(distributed.full(got[name]), expected, atol=2e-6, rtol=1e-4)
+distributed.finish()
+print("equal")
+"""
+    (tmp_path / "ranks.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "ranks.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.stdout.count("equal") == 2, done.stderr[-2000:]
+
+
+def test_micro_batches_keep_every_sequence_and_the_budget():
+    work = sequences(20)
+    groups = micro_batches(work, 25)
+    assert sorted(id(q) for g in groups for q in g) == sorted(map(id, work))
+    assert all(sum(map(len, g)) <= 25 or len(g) == 1 for g in groups)
+    assert [len(g) for g in micro_batches(work, 1)] == [1] * 20
+
+
+def test_step_is_skipped_when_the_gradient_is_not_finite():
+    model = model_file.random_model(CONFIG)
+    before = model.norm.detach().clone()
+    optimizer = make_optimizer(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    assert not take_step(model, optimizer, 0.1, 1.0) < float("inf")
+    assert torch.equal(model.norm, before)
+
+
+def test_learning_rate_schedule():
+    rates = [learning_rate(step, 100, 1.0, 10, "cosine") for step in (1, 10, 55, 100)]
+    assert rates == pytest.approx([0.1, 1.0, 0.5, 0.0])
+    assert learning_rate(100, 100, 1.0, 10, "constant") == 1.0 and learning_rate(55, 100, 1.0, 10, "linear") == 0.5
+
+
+def test_packed_forward_equals_each_sequence_alone():
+    model, work = model_file.random_model(CONFIG, 2, std=0.3), sequences(4)
+    whole = pack(work)
+    together = model(whole.tokens, whole.positions, whole.cu_seqlens)
+    alone = [model(b.tokens, b.positions, b.cu_seqlens) for b in (pack([q]) for q in work)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,327 @@
+"""Reinforcement learning of a small Qwen2.5 model on a programming language, judged by the real interpreter.
+
+    python train.py --lang prolog                                        one process; without a GPU: the built-in small run
+    torchrun --nproc_per_node=8 train.py --lang prolog                   eight GPUs: GSM8K, Qwen2.5-Coder-1.5B-Instruct
+    python train.py --recipe recipes/tiny.toml --lang lisp --steps 20    a recipe, with flags on top
+    python train.py --resume runs/NAME                                   go on from the last checkpoint
+
+One step: prompts -> samples (sampler.py) -> programs run while others still sample (rewards.py, sandbox/) -> advantages and
+loss (grpo.py) -> one or more updates -> the new weights go to the sampler. runs/NAME/ holds what the run leaves (logs.py).
+"""
+
+import random
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import distributed
+import grpo
+import model as model_file
+import sft
+from batches import Sequence
+from eval import evaluate
+from kernels.logprob import token_logprobs
+from logs import RunLog
+from metrics import loss_metrics, rollout_metrics
+from optimizer import accumulate, learning_rate, make_optimizer, take_step
+from rewards import Judge
+from sampler import Request, Sampler
+from sandbox import Pool
+from sandbox.languages import load_language
+from settings import Settings, parse_settings
+from tasks import ChatTokenizer, load_problems, messages
+
+
+@dataclass
+class Run:
+    """The live parts of one run, handed to the functions below."""
+
+    settings: Settings
+    device: torch.device
+    folder: Path
+    language: object
+    tokenizer: ChatTokenizer
+    tokenizer_folder: Path
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    judge: Judge
+    problems: list
+    held_out: list
+    updates: int = 0
+
+
+def step_problems(run, step):
+    """The prompts of step 1, 2, ...: each pass over the data in a new order that depends on seed and pass alone."""
+    s, count = run.settings, len(run.problems)
+    picked = []
+    for n in range((step - 1) * s.prompts, step * s.prompts):
+        order = list(range(count))
+        random.Random(f"{s.seed}/{n // count}").shuffle(order)
+        picked.append(run.problems[order[n % count]])
+    return picked
+
+
+def rollout(run, step):
+    """Sample this rank's share of the step's prompts and judge the programs while others are still being sampled
+    -> (problems, completions per problem, verdicts per problem, seconds waited for the judge after sampling)."""
+    s = run.settings
+    numbered = distributed.share(list(enumerate(step_problems(run, step), start=(step - 1) * s.prompts)))
+    requests = [
+        Request(run.tokenizer.encode_chat(prompt_messages(run, p)), s.samples, s.max_new_tokens, s.temperature, stop_ids=run.tokenizer.stop_ids, seed=s.seed, id=n)
+        for n, p in numbered
+    ]
+    pending = [None] * len(requests)
+
+    def start_judging(i, completions):
+        pending[i] = [run.judge.submit(numbered[i][1], run.tokenizer.decode(c.tokens), c.sample) for c in completions]
+
+    completions = run.sampler.generate(requests, on_done=start_judging)
+    sampled = time.perf_counter()
+    flat = run.judge.collect([h for group in pending for h in group], s.reward_deadline)
+    verdicts = [flat[i * s.samples : (i + 1) * s.samples] for i in range(len(requests))]
+    return [p for _, p in numbered], requests, completions, verdicts, time.perf_counter() - sampled
+
+
+def prompt_messages(run, problem):
+    return messages(problem, run.language, examples=run.settings.examples, system=not run.settings.short_prompt)
+
+
+def set_advantages(run, sequences, rewards):
+    """Advantages from the rewards of all ranks -> this rank's sequences that count in the loss (judged, not masked)."""
+    s = run.settings
+    by_rank = distributed.gather([rewards])
+    everyone = [r for part in by_rank for r in part]
+    groups = torch.arange(len(everyone)) // s.samples
+    values = grpo.advantages(torch.tensor(everyone, dtype=torch.float32), groups, s.advantage).tolist()
+    start = sum(len(part) for part in by_rank[: distributed.rank()])
+    for i, sequence in enumerate(sequences):
+        sequence.advantage = values[start + i]
+    cut = lambda q: s.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
+    return [q for q, r in zip(sequences, rewards) if r == r and not cut(q)]
+
+
+def update(run, step, sequences):
+    """All optimizer steps of one rollout -> metrics. Sequences without advantage have no gradient and are not computed, but
+    their tokens stay in the denominator. When no rank has any signal, the weights stay as they are."""
+    s, rate, collected, norm = run.settings, 0.0, [], 0.0
+    for pass_number in range(s.epochs * s.minibatches):
+        part = distributed.share(sequences, pass_number % s.minibatches, s.minibatches)
+        lengths = distributed.gather([[len(q.tokens) for q in part]])
+        weights = grpo.token_weights(s.loss, [n for rank in lengths for n in rank], s.max_new_tokens) if any(lengths) else []
+        start = sum(len(rank) for rank in lengths[: distributed.rank()])
+        for i, sequence in enumerate(part):
+            sequence.weight = weights[start + i]
+        active = [q for q in part if q.advantage != 0.0]
+        if distributed.largest(len(active)) == 0:
+            continue
+        collected += accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device)
+        rate = learning_rate(step, s.steps, s.lr, s.warmup, s.schedule)
+        norm = take_step(run.model, run.optimizer, rate, s.max_norm)
+        run.updates += 1
+    return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected)}
+
+
+def loss_of(run, batch):
+    """Loss of one micro-batch, and the sums behind its metrics."""
+    s = run.settings
+    head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets, s.temperature)
+    logprobs, _ = run.model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
+    loss = (batch.weights * grpo.policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high)).sum()
+    sums, gap = grpo.mismatch(logprobs, batch.old_logprobs)
+    low, high = grpo.clip_fractions(logprobs, batch.old_logprobs, batch.advantages, s.clip_low, s.clip_high)
+    sums = {**sums, "clip_low": low, "clip_high": high, "tokens": torch.tensor(batch.targets.numel())}
+    return loss, ({k: float(v) for k, v in sums.items()}, float(gap))
+
+
+def train_step(run, step):
+    """One whole step -> (metrics, seconds by phase, rows for samples.jsonl)."""
+    s, started = run.settings, time.perf_counter()
+    problems, requests, completions, verdicts, waited = rollout(run, step)
+    after_rollout = time.perf_counter()
+    sequences = [Sequence(q.prompt, c.tokens, c.logprobs) for q, cs in zip(requests, completions) for c in cs]
+    counted = set_advantages(run, sequences, [v.reward for vs in verdicts for v in vs])
+    metrics = rollout_metrics(completions, verdicts, run.tokenizer.stop_ids)
+    metrics.update(update(run, step, counted))
+    refresh_sampler(run)
+    now = time.perf_counter()
+    sampling = after_rollout - started - waited
+    times = {
+        "time/generate": sampling,
+        "time/reward": waited,  # only what sampling did not hide
+        "time/update": now - after_rollout,
+        "time/step": now - started,
+        "perf/gen_tokens_per_s": metrics["num_tokens"] / sampling,
+    }
+    if run.device.type == "cuda":
+        times["perf/peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    rows = [
+        {"problem": p.id, "sample": c.sample, "reward": v.reward if v.reward == v.reward else None, "status": v.status, "advantage": q.advantage, "text": run.tokenizer.decode(c.tokens)}
+        for (p, c, v), q in zip(((p, c, v) for p, cs, vs in zip(problems, completions, verdicts) for c, v in zip(cs, vs)), sequences)
+    ]
+    return metrics, times, rows[: s.logged_samples]
+
+
+def refresh_sampler(run):
+    """Give the sampler the new weights; on one CPU process it reads the trainer's own tensors and only the version changes."""
+    run.sampler.load({name: distributed.full(p) for name, p in run.model.named_parameters()})
+
+
+def held_out_pass(run):
+    """Evaluate on held-out problems, spread over the ranks -> (metrics, every row)."""
+    s = run.settings
+    return evaluate(
+        run.sampler, run.tokenizer, run.judge, run.held_out,
+        prompt=lambda p: prompt_messages(run, p), n=s.eval_samples, temperature=s.eval_temperature, max_new_tokens=s.max_new_tokens, seed=s.seed + 1,
+    )  # fmt: skip
+
+
+def progress(step, s, metrics, times):
+    """The line a person reads."""
+    return (
+        f"step {step}/{s.steps}  reward {metrics['reward']:.3f}  pass {metrics['pass_rate']:.3f}  length {metrics['completions/mean_length']:.0f}  "
+        f"no-signal {metrics['frac_reward_zero_std']:.2f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  |  "
+        f"sample {times['time/generate']:.1f}s  reward +{times['time/reward']:.1f}s  update {times['time/update']:.1f}s"
+    )
+
+
+def before_and_after(folder, first, last, started):
+    """The newcomer's summary: what changed on the same held-out problems, and three programs that changed for the better."""
+    (m0, rows0), (m1, rows1) = first, last
+    print(f"\nheld-out problems        before      after\n{'-' * 45}")
+    for key in (k for k in m0 if isinstance(m0[k], float) and k in m1):
+        print(f"{key:<22} {m0[key]:>8.3f}   {m1[key]:>8.3f}")
+    gained = [(a, b) for a, b in zip(rows0, rows1) if b["correct"] and not a["correct"]]
+    for a, b in gained[:3]:
+        print(f"\n--- {a['id']}: {a['question']}\nbefore ({a['status']}, value {a['value']}):\n{a['program']}\nafter (value {b['value']}):\n{b['program']}")
+    print(f"\n{time.perf_counter() - started:.0f} s in all. Written to {folder}: metrics.jsonl, samples.jsonl, eval/, checkpoints/, source/")
+
+
+def new_folder(s):
+    """runs/NAME for a new run; a name that exists is refused, so that nothing is overwritten."""
+    name = s.name or f"{s.task}-{s.lang}-{datetime.now():%m%d-%H%M%S}"
+    folder = Path("runs") / distributed.broadcast(name)
+    if distributed.broadcast(folder.exists()):
+        raise SystemExit(f"{folder} exists: go on with it by --resume {folder}, or choose another --name")
+    return folder
+
+
+def warm_start(s, folder, problems, language, device, report):
+    """The checkpoint folder to start from: the user's, or the tiny model made for this run (once: a resume finds it)."""
+    if s.model != "tiny":
+        return model_file.find_checkpoint(s.model)
+    out = folder / "warm_start"
+    if not distributed.broadcast(out.exists()):
+        supervised = sft.WarmStart(
+            task=s.task, lang=s.lang, out=str(out), examples=s.examples, short_prompt=s.short_prompt,
+            steps=s.warm_start_steps, lr=2e-3, token_budget=s.token_budget, seed=s.seed,
+        )  # fmt: skip
+        sft.run(supervised, problems, language, device, report)
+    return out
+
+
+def usable(problems, tokenizer, prompt, limit, report):
+    """Drop problems whose prompt is longer than the limit; say how many."""
+    kept = [p for p in problems if len(tokenizer.encode_chat(prompt(p))) <= limit]
+    if len(kept) < len(problems):
+        report(f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}")
+    if not kept:
+        raise SystemExit(f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples")
+    return kept
+
+
+def build(s, folder, language, pool, device, report):
+    """Load problems, model, optimizer, sampler and judge."""
+    problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
+    held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
+    source = warm_start(s, folder, problems, language, device, report)
+    tokenizer = ChatTokenizer(source)
+    model = model_file.load(source)
+    model.gradient_checkpointing = s.gradient_checkpointing
+    plain = device.type == "cpu" and distributed.world_size() == 1
+    sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
+    model = distributed.shard(model, device)
+    run = Run(
+        s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay),
+        Sampler(sampler_model, slots=s.slots), Judge(pool, language, s.reward, seed=s.seed), problems, held_out,
+    )  # fmt: skip
+    prompt = lambda p: prompt_messages(run, p)
+    run.problems = usable(problems, tokenizer, prompt, s.max_prompt_tokens, report)
+    run.held_out = usable(held_out, tokenizer, prompt, s.max_prompt_tokens, lambda *_: None)
+    return run
+
+
+def save_checkpoint(run, step, log):
+    state = {"updates": run.updates, "wandb_id": log.wandb_id, "seed": run.settings.seed}
+    checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep)
+
+
+def evaluate_and_log(run, step, log):
+    metrics, rows = held_out_pass(run)
+    log.evaluation(step, rows)
+    return {f"eval/{k}": v for k, v in metrics.items()}, (metrics, rows)
+
+
+def loop(run, log, first_step, report):
+    """Steps first_step..steps with logging, evaluation and checkpoints -> (evaluation before, evaluation after)."""
+    s = run.settings
+    first = last = None
+    if first_step == 1:
+        _, first = evaluate_and_log(run, 0, log)
+        report("before  " + "  ".join(f"{k} {v:.3f}" for k, v in first[0].items()))
+    for step in range(first_step, s.steps + 1):
+        metrics, times, rows = train_step(run, step)
+        if step == s.steps or (s.eval_every and step % s.eval_every == 0):
+            started = time.perf_counter()
+            evaluated, last = evaluate_and_log(run, step, log)
+            metrics.update(evaluated)
+            times["time/eval"] = time.perf_counter() - started
+        log.step(step, metrics, times)
+        log.samples(step, rows)
+        report(progress(step, s, metrics, times))
+        if step == s.steps or step % s.save_every == 0:
+            save_checkpoint(run, step, log)
+    return first, last
+
+
+def start(s, resume, why, pool, language, device):
+    """Set up a new or resumed run and go through its steps."""
+    started = time.perf_counter()
+    report = print if distributed.rank() == 0 else lambda *_: None
+    folder = resume or new_folder(s)
+    report(f"settings from {why}; task {s.task}, language {language.title}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
+    run = build(s, folder, language, pool, device, report)
+    found = checkpoint.newest(folder / "checkpoints") if resume else None
+    state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "wandb_id": None}
+    run.updates = state["updates"]
+    refresh_sampler(run)
+    log = RunLog(folder, asdict(s), distributed.rank() == 0, state["step"] if resume else None, s.wandb, state["wandb_id"])
+    try:
+        first, last = loop(run, log, state["step"] + 1, report)
+    finally:
+        log.close()
+    if first and last and distributed.rank() == 0:
+        before_and_after(folder, first, last, started)
+
+
+def main(arguments=None):
+    s, resume, why = parse_settings(arguments, __doc__)
+    language = load_language(s.lang)
+    with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does: the trainer itself never forks
+        start(s, resume, why, pool, language, distributed.setup())
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the last checkpoint is whole; go on with python train.py --resume runs/NAME")
+    except (ValueError, OSError) as problem:
+        sys.exit(f"train.py: {problem}")
