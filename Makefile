@@ -1,0 +1,40 @@
+# make train | make test | make bench: each does all of its own set-up (Python environment, interpreters).
+VENV   ?= .venv
+PYTHON ?= python3
+PY      = $(VENV)/bin/python
+SUDO    = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+
+# What the test suite runs on, smallest first; tests of a missing interpreter are skipped by name.
+TEST_PACKAGES = swi-prolog-nox sbcl lua5.4
+
+.PHONY: train test bench environment prolog interpreters
+train: environment prolog
+	$(PY) train.py --recipe recipes/tiny.toml --lang prolog
+
+test: environment interpreters
+	$(PY) -m pytest -q tests
+
+bench: environment prolog
+	$(PY) bench.py
+
+environment: $(VENV)/ready
+
+# torch first and pinned: an open range would pull the newest build with gigabytes of CUDA packages, asked for by another package.
+$(VENV)/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 train")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+prolog:
+	@command -v swipl >/dev/null || $(MAKE) apt PACKAGES=swi-prolog-nox
+
+interpreters:
+	@dpkg -s $(TEST_PACKAGES) >/dev/null 2>&1 || $(MAKE) apt PACKAGES="$(TEST_PACKAGES)"
+
+.PHONY: apt
+apt:
+	@command -v apt-get >/dev/null || { echo "No apt-get here: install $(PACKAGES) with your package manager (macOS: brew install swi-prolog), then run make again."; exit 1; }
+	$(SUDO) apt-get update -qq
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES)
