@@ -54,13 +54,13 @@ def load_problems(task, split, data=None, count=None, seed=0):
     """list[Problem] of a task: "sums" (built in), "gsm8k" or "gsm8k_steps" (train only); split "train" or "test".
 
     data: folder that holds gsm8k/ and gsm8k_steps/ (else RARECODE_DATA, ../shared/data, or a download kept in .data/).
-    count: how many (sums: 4096 by default; gsm8k: all by default, else a sample drawn by `seed`, in file order).
+    count: how many (sums: 8192 by default; gsm8k: all by default, else a sample drawn by `seed`, in file order).
     Raises ValueError with one sentence for an unknown task or split, missing, empty or malformed data.
     """
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: use train or test")
     if task == "sums":
-        return [_sums_problem(split, seed, index) for index in range(4096 if count is None else count)]
+        return [_sums_problem(split, seed, index) for index in range(8192 if count is None else count)]
     if task not in ("gsm8k", "gsm8k_steps"):
         raise ValueError(f"unknown task {task!r}: use sums, gsm8k or gsm8k_steps")
     if task == "gsm8k_steps" and split != "train":
