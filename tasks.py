@@ -105,7 +105,7 @@ def read_jsonl(path, read):
 def _read_row(path, index, line, read):
     try:
         return read(index, json.loads(line))
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, ZeroDivisionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, ZeroDivisionError) as error:
         raise ValueError(f"{path}, line {index + 1} is malformed ({type(error).__name__}: {error}): fix or remove it") from None
 
 
