@@ -92,14 +92,14 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def forward(self, x, residual, attend, index, cos, sin):
+    def forward(self, x, residual, attend, index, cos, sin, linear=F.linear):
         if residual is None:
             x, residual = rms_norm(x, self.input_norm, self.eps), x
         else:
             x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
-        x = self.o(attend(index, F.linear(x, self.qkv.weight), self.qkv.bias, cos, sin))
+        x = linear(attend(index, linear(x, self.qkv.weight), self.qkv.bias, cos, sin), self.o.weight)
         x, residual = add_rms_norm(x, residual, self.post_norm, self.eps)
-        return self.down(swiglu(self.gate_up(x))), residual
+        return linear(swiglu(linear(x, self.gate_up.weight)), self.down.weight), residual
 
 
 class Model(nn.Module):
@@ -127,15 +127,18 @@ class Model(nn.Module):
         hidden = self.decode(tokens, positions, causal_attention(self.config, cu_seqlens))
         return hidden if head is None else head(hidden, self.head_weight)
 
-    def decode(self, tokens, positions, attend):
-        """The decoder with attention left open: attend(layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim]."""
+    def decode(self, tokens, positions, attend, linear=F.linear):
+        """The decoder with attention left open: attend(layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].
+
+        `linear(x, weight)` is the matrix product; the sampler gives one whose rows do not depend on the batch (decode.py).
+        """
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         x, residual = self.embed(tokens), None
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, residual = checkpoint(layer, x, residual, attend, index, cos, sin, use_reentrant=False)
             else:
-                x, residual = layer(x, residual, attend, index, cos, sin)
+                x, residual = layer(x, residual, attend, index, cos, sin, linear)
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
 
     def logprobs(self, hidden, targets, temperature=1.0):
