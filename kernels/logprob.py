@@ -2,41 +2,40 @@
 
 With x_j = (h . W_j) / temperature and lse = log sum_j exp x_j:  logprob = x_target - lse,  entropy = lse - sum_j p_j x_j, and
 dL/dz_j = ( g (delta_j,target - p_j) - e p_j (x_j - lse + entropy) ) / temperature  for upstream gradients g (log-prob) and e (entropy), z = h . W.
+
+Tokens go by in chunks. On CUDA the forward leaves no logits at all and the backward makes one chunk of dL/dz in 16 bits, whose two products are
+cuBLAS's (kernels in head.py); elsewhere the same steps run in torch. M V D below: multiply-adds x 2 of one product with the head.
 """
+
+from __future__ import annotations
 
 import torch
 
+from kernels import head, use_triton, wide
+
 CPU_CHUNK = 1 << 22  # logits per chunk on CPU: 16 MB in fp32, near the last-level cache; 85 rows at a vocabulary of 49,152
+CUDA_CHUNK = 4096 * 151_936  # on CUDA: 1.24 GB of bf16 gradient; smaller chunks would read and write the weight's gradient too often
 
-
-def _wide(x):
-    return x if x.dtype == torch.float64 else x.float()
+# torch references
 
 
 def token_logprobs_reference(hidden, weight, targets, temperature=1.0):
-    logp = (_wide(hidden) @ _wide(weight).T / temperature).log_softmax(-1)
+    logp = (wide(hidden) @ wide(weight).T / temperature).log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
 
-def _chunks(tokens, vocabulary):
-    rows = max(1, CPU_CHUNK // vocabulary)
-    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
-
-
-def _logits(hidden, weight, temperature):
-    logits = _wide(hidden) @ weight.T
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def _row_stats(logits, targets):
-    """(log-prob of the target, entropy, log-sum-exp), each [rows]."""
+def logit_stats_reference(logits, targets, temperature):
+    """(log-prob of the target, entropy, log-sum-exp), each [rows], of logits [rows, V]; divides the logits by temperature in place."""
+    if temperature != 1.0:
+        logits.div_(temperature)
     lse = logits.logsumexp(-1)
-    mean = torch.linalg.vecdot((logits - lse[:, None]).exp_(), logits)
-    return logits.gather(1, targets[:, None]).squeeze(1) - lse, lse - mean, lse
+    logp = logits - lse[:, None]
+    # -sum p log p, not lse - sum p x: there a rounding of lse is multiplied by x (1e-4 at x = 45), here by the entropy.
+    return logp.gather(1, targets[:, None]).squeeze(1), -torch.linalg.vecdot(logp.exp(), logp), lse
 
 
-def _logit_gradient(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature):
-    """dL/dz [rows, V], the formula at the top of this file; overwrites logits."""
+def logit_gradient_reference(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature):
+    """dL/dz [rows, V], the formula at the top of this file, from logits already divided by temperature, which it overwrites."""
     probabilities = (logits - lse[:, None]).exp_()
     coefficient = logits.sub_((lse - entropy)[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None])
     gradient = probabilities.mul_(coefficient).neg_()
@@ -44,14 +43,58 @@ def _logit_gradient(logits, targets, lse, entropy, grad_logp, grad_entropy, temp
     return gradient if temperature == 1.0 else gradient.div_(temperature)
 
 
+# Chunks of tokens, on Triton or on torch
+
+
+def _fits(hidden):
+    """Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth; anything else on CUDA runs in chunked torch."""
+    return use_triton(hidden) and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.shape[1] % 64 == 0
+
+
+def _chunks(tokens, vocabulary, cuda):
+    """As few slices of tokens as the chunk size allows, of equal length."""
+    count = -(-tokens * vocabulary // (CUDA_CHUNK if cuda else CPU_CHUNK)) or 1
+    rows = -(-tokens // count) or 1
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
+def _product(hidden, weight):
+    """Logits [rows, V] in fp32 from 16-bit factors: rounded to bf16 they would move a log-prob by 4e-3 at a logit of 30."""
+    return hidden @ weight.T if hidden.dtype == wide(hidden).dtype else torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+
+def _accumulate(total, gradient, hidden):
+    """total [V, D] += gradient.T @ hidden with an fp32 accumulator."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.T, hidden)
+    else:
+        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+
+
+def _zeros_for(weight):
+    return torch.zeros(weight.shape, dtype=wide(weight[:0]).dtype, device=weight.device)
+
+
+def _joined(parts, hidden):
+    """Columns of per-chunk results, each concatenated; three empty ones for no tokens at all."""
+    if not parts:
+        return tuple(hidden.new_zeros(0, dtype=wide(hidden).dtype) for _ in range(3))
+    return tuple(torch.cat(column) for column in zip(*parts))
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Forward keeps only lse and entropy; backward recomputes each chunk's logits (8 M V D in all against 6 with the logits kept)."""
+    """Forward keeps only lse and entropy; backward recomputes each chunk's logits: 8 M V D in all."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        wide = _wide(weight)
-        stats = [_row_stats(_logits(hidden[rows], wide, temperature), targets[rows]) for rows in _chunks(len(hidden), len(weight))]
-        logprobs, entropy, lse = (torch.cat(column) for column in zip(*stats))
+        fits, parts = _fits(hidden), []
+        h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
+        for rows in _chunks(len(hidden), len(weight), hidden.is_cuda):
+            if fits:
+                parts.append(head.stats(h[rows], w, targets[rows], temperature))
+            else:
+                parts.append(logit_stats_reference(_product(h[rows], w), targets[rows], temperature))
+        logprobs, entropy, lse = _joined(parts, hidden)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature = temperature
         return logprobs, entropy
@@ -59,36 +102,43 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        wide = _wide(weight)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)
-        for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], wide, ctx.temperature)
-            gradient = _logit_gradient(logits, targets[rows], lse[rows], entropy[rows], grad_logp[rows], grad_entropy[rows], ctx.temperature)
-            grad_hidden[rows] = gradient @ wide
+        fits = _fits(hidden)
+        h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
+        grad_hidden, grad_weight = torch.empty_like(hidden), _zeros_for(weight)
+        for rows in _chunks(len(hidden), len(weight), hidden.is_cuda):
+            numbers = (targets[rows], lse[rows], entropy[rows], grad_logp[rows], grad_entropy[rows], ctx.temperature)
+            if fits:
+                gradient = head.gradient(h[rows], w, *numbers)
+            else:
+                gradient = logit_gradient_reference(_product(h[rows], w).div_(ctx.temperature), *numbers)
+            grad_hidden[rows] = gradient @ w
             if ctx.needs_input_grad[1]:
-                grad_weight.addmm_(gradient.T, _wide(hidden[rows]))
+                _accumulate(grad_weight, gradient, h[rows])
         return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss and its gradient in one pass over the chunks: the logits of a chunk are made once (6 M V D)."""
+    """Loss and its gradient in one pass over the chunks: the logits of a chunk are made once and serve twice, 6 M V D in all."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_fn, temperature):
-        wide = _wide(weight)
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)
-        stats, total = [], wide.new_zeros(())
-        for rows in _chunks(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], wide, temperature)
-            logp, entropy, lse = _row_stats(logits, targets[rows])
+        fits, parts = _fits(hidden), []
+        h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
+        stats = head.logit_stats if fits else logit_stats_reference
+        grad_hidden, grad_weight = torch.empty_like(hidden), _zeros_for(weight)
+        total = grad_weight.new_zeros(())
+        for rows in _chunks(len(hidden), len(weight), hidden.is_cuda):
+            logits = _product(h[rows], w)
+            logp, entropy, lse = stats(logits, targets[rows], temperature)
             loss, grad_logp, grad_entropy = _loss_gradient(loss_fn, logp, entropy, rows)
-            gradient = _logit_gradient(logits, targets[rows], lse, entropy, grad_logp, grad_entropy, temperature)
-            grad_hidden[rows] = gradient @ wide
-            grad_weight.addmm_(gradient.T, _wide(hidden[rows]))
-            stats.append((logp, entropy))
+            numbers = (targets[rows], lse, entropy, grad_logp, grad_entropy, temperature)
+            gradient = head.logit_gradient(logits, *numbers, h.dtype) if fits else logit_gradient_reference(logits, *numbers)
+            grad_hidden[rows] = gradient @ w
+            _accumulate(grad_weight, gradient, h[rows])
+            parts.append((logp, entropy, lse))
             total += loss
+        logprobs, entropy, _lse = _joined(parts, hidden)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        logprobs, entropy = (torch.cat(column) for column in zip(*stats))
         ctx.mark_non_differentiable(logprobs, entropy)
         return total, logprobs, entropy
 
@@ -105,6 +155,9 @@ def _loss_gradient(loss_fn, logp, entropy, rows):
         loss = loss_fn(logp, entropy, rows).sum()
     gradients = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
     return loss.detach(), *(torch.zeros_like(logp) if gradient is None else gradient for gradient in gradients)
+
+
+# Public functions
 
 
 def token_logprobs(hidden, weight, targets, temperature=1.0):
