@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import TensorDescriptor, jit, tl, triton
+from kernels import TensorDescriptor, jit, tl, triton, use_triton
 
 LOG2E = 1.4426950408889634
 TILE = 128  # vocabulary entries per tile; 151,936 = 1187 x 128
@@ -180,6 +180,11 @@ def _logit_gradient_kernel(logits, out, targets, lse, entropy, grad_logp, grad_e
 
 
 # Launchers
+
+
+def fits(hidden):
+    """Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth; anything else on CUDA runs in chunked torch."""
+    return use_triton(hidden) and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.shape[1] % 64 == 0
 
 
 def architecture(x):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import head, use_triton, wide
+from kernels import head, wide
 
 CPU_CHUNK = 1 << 22  # logits per chunk on CPU: 16 MB in fp32, near the last-level cache; 85 rows at a vocabulary of 49,152
 CUDA_CHUNK = 4096 * 151_936  # on CUDA: 1.24 GB of bf16 gradient; smaller chunks would read and write the weight's gradient too often
@@ -44,11 +44,6 @@ def logit_gradient_reference(logits, targets, lse, entropy, grad_logp, grad_entr
 
 
 # Chunks of tokens, on Triton or on torch
-
-
-def _fits(hidden):
-    """Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth; anything else on CUDA runs in chunked torch."""
-    return use_triton(hidden) and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.shape[1] % 64 == 0
 
 
 def _chunks(tokens, vocabulary, cuda):
@@ -87,7 +82,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        fits, parts = _fits(hidden), []
+        fits, parts = head.fits(hidden), []
         h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
         for rows in _chunks(len(hidden), len(weight), hidden.is_cuda):
             if fits:
@@ -102,7 +97,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        fits = _fits(hidden)
+        fits = head.fits(hidden)
         h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
         grad_hidden, grad_weight = torch.empty_like(hidden), _zeros_for(weight)
         for rows in _chunks(len(hidden), len(weight), hidden.is_cuda):
@@ -122,7 +117,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, loss_fn, temperature):
-        fits, parts = _fits(hidden), []
+        fits, parts = head.fits(hidden), []
         h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
         stats = head.logit_stats if fits else logit_stats_reference
         grad_hidden, grad_weight = torch.empty_like(hidden), _zeros_for(weight)
