@@ -14,12 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels.attention import shared_prefix_attention
-from kernels.layers import qkv_rope_write
-from kernels.sampling import sample_logits, sample_tokens
-from model import causal_attention
+from decode import ROW, UNIT, Decoder, new_state
 
-PREFILL_TOKENS = 8192  # prompt tokens per prefill pass; bounds its activations (135M, fp32: 0.2 GB)
+PREFILL_TOKENS = 8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
 
 
 class StalePageError(RuntimeError):
@@ -61,23 +58,30 @@ class PagePool:
         self.page_size = page_size
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.free = list(range(pages))[::-1]
-        self.version = [-1] * pages
+        self.clear(pages)
+
+    def __len__(self):
+        return len(self.version)
+
+    def clear(self, pages=None):
+        self.version = [None] * (pages or len(self))
+        self.free = list(range(len(self)))[::-1]
 
     def take(self, count, version):
-        """Reserve `count` pages for K and V of weight version `version`."""
+        """Reserve `count` pages for keys and values of weight version `version`."""
         taken = [self.free.pop() for _ in range(count)]
         for page in taken:
             self.version[page] = version
         return taken
 
     def give(self, pages):
+        """Hand pages back: what they hold may not be read any more."""
         for page in pages:
-            self.version[page] = -1
+            self.version[page] = None
         self.free.extend(reversed(pages))
 
     def check(self, pages, version):
-        """Refuse to read any of `pages` that was written under another weight version."""
+        """Refuse to read a page that was not written under weight version `version`."""
         for page in pages:
             if self.version[page] != version:
                 raise StalePageError(
@@ -93,15 +97,17 @@ class PagePool:
 
 @dataclass
 class Group:
-    """A request on its way: its pages and what is left of its n samples."""
+    """Samples of one request that share the pages of its prompt."""
 
-    index: int
+    number: int
+    index: int  # of the request in the list
     request: Request
+    samples: list[int]  # not yet started
     page_size: int
     prefix: list[int] = field(default_factory=list)  # shared full pages of prompt[:-1]
     tail: list[int] = field(default_factory=list)  # at most one page: the prompt's last, not full; each sample gets a copy
-    started: int = 0
-    done: list = field(default_factory=list)
+    fresh: bool = True  # not prefilled yet
+    running: int = 0
 
     @property
     def cached(self):
@@ -109,44 +115,30 @@ class Group:
         return len(self.request.prompt) - 1
 
     @property
-    def own_pages(self):
-        """Pages of one sample besides the shared ones. The very last token is drawn but never fed, so it needs no place."""
-        return -(-(self.cached + self.request.max_new_tokens) // self.page_size) - self.cached // self.page_size
-
-    @property
     def prompt_pages(self):
         return -(-self.cached // self.page_size)
 
-
-# One row per running sample: name -> (dtype, value in an empty row). Tables and outputs are added by Sampler._empty_rows.
-ROW = {
-    "tokens": torch.int64,  # fed next
-    "positions": torch.int64,  # of `tokens`
-    "start": torch.int64,  # prompt length = position of the first response token
-    "last": torch.int64,  # position of the last token that may be drawn
-    "group": torch.int64,
-    "prefix": torch.int32,  # tokens in pages shared with the rest of the group
-    "temperature": torch.float32,
-    "top_p": torch.float32,
-    "top_k": torch.int64,
-    "seed": torch.int64,
-    "request": torch.int64,
-    "sample": torch.int64,
-    "alive": torch.bool,
-}
+    @property
+    def own_pages(self):
+        """Pages of one sample besides the shared ones. The very last token is drawn but never fed, so it needs no place."""
+        return -(-(self.cached + self.request.max_new_tokens) // self.page_size) - self.cached // self.page_size
 
 
 class Sampler:
     """Samples from `model`, reading its weights in place. Call load() after every weight update."""
 
-    def __init__(self, model, slots=256, page_size=None, pages=None):
-        """slots: samples decoded together. page_size: tokens per page. pages: pool size; None = what the requests need, within the memory that is free."""
+    def __init__(self, model, slots=256, page_size=None, pages=None, share_prefix=True):
+        """slots: samples decoded together. page_size: tokens per page, a multiple of 16. pages: size of the pool; None = what the requests need,
+        within half of the memory that is free. share_prefix=False prefills every sample alone, to measure what sharing gains.
+        """
         weight = model.embed.weight
-        self.model, self.config, self.slots = model, model.config, slots
+        self.model, self.config, self.slots, self.share_prefix = model, model.config, slots, share_prefix
         self.device, self.dtype = weight.device, weight.dtype
-        self.page_size = page_size or (16 if self.device.type == "cpu" else 8192 // self.config.head_dim)
-        self.pages, self.pool, self.version = pages, None, 0
-        self.look_every = 1 if self.device.type == "cpu" else 8  # steps between two looks of the host at the stop flags
+        self.page_size = page_size or (UNIT if self.device.type == "cpu" else 8192 // self.config.head_dim)
+        if self.page_size % UNIT:
+            raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")
+        self.pages, self.pool, self.decoder, self.version, self.checked = pages, None, None, 0, 0
+        self.look_every = 1 if self.device.type == "cpu" else 8  # steps between two looks of the host at the rows that ended
         self.stats = {}
 
     def load(self, state=None):
@@ -170,216 +162,206 @@ class Sampler:
 
     def _generate(self, requests, on_done):
         started = time.perf_counter()
-        groups = [Group(i, request, self.page_size) for i, request in enumerate(requests)]
-        self._reserve(groups)
         self.stats = {"tokens": 0, "prefill_tokens": 0, "steps": 0, "row_steps": 0, "prefill_seconds": 0.0}
+        groups = self._plan(requests)
+        self.done = [[] for _ in requests]
         truncated = any(r.top_p < 1 or r.top_k > 0 for r in requests)
-        # Longest expected first: what is started last should be short, or a few long rows run alone at the end.
-        queue = sorted(groups, key=lambda g: (-(g.request.expected_tokens or g.request.max_new_tokens), -len(g.request.prompt)))[::-1]
-        rows, state = [], self._empty_rows(groups)
+        # Longest expected first: what starts last should be short, or a few long rows run alone at the end.
+        queue = sorted(groups, key=lambda g: (g.request.expected_tokens or g.request.max_new_tokens, g.cached, -g.number))
+        rows, state, ended = [], {name: tensor[:0] for name, tensor in self.state.items()}, False
         while queue or rows:
             admitted = self._admit(queue, self.slots - len(rows))
             if admitted:
                 rows, state = self._join(rows, state, admitted)
+            if admitted or ended:
+                view = self._place(state)
+            self._check_versions(rows, admitted)
             for _ in range(self.look_every):
-                self._step(state, rows, truncated)
-            alive = state["alive"].tolist()
-            if not all(alive):
-                self._finish(state, rows, alive, on_done)
+                self.decoder.step(view, truncated)
+            self.stats["steps"] += self.look_every
+            self.stats["row_steps"] += self.look_every * len(rows)
+            alive = view["alive"][: len(rows)].tolist()
+            state, ended = {name: tensor[: len(rows)] for name, tensor in view.items()}, not all(alive)
+            if ended:
+                self._finish(rows, state, alive, on_done)
                 rows, state = [row for row, a in zip(rows, alive) if a], _select(state, state["alive"].nonzero().squeeze(1))
         self.stats["seconds"] = time.perf_counter() - started
-        return [sorted(group.done, key=lambda c: c.sample) for group in groups]
+        return [sorted(done, key=lambda c: c.sample) for done in self.done]
 
-    def _reserve(self, groups):
-        """Make the page pool, and refuse what can never fit before anything runs."""
-        for group in groups:
-            _check(group.request, self.config)
+    def _plan(self, requests):
+        """Requests -> groups, a page pool and row buffers that hold them; refuses what can never fit before anything runs."""
+        for i, request in enumerate(requests):
+            _check(i, request, self.config)
+        shares = [(i, r, s) for i, r in enumerate(requests) for s in ([range(r.n)] if self.share_prefix else [[j] for j in range(r.n)])]
+        groups = [Group(number, i, r, list(samples), self.page_size) for number, (i, r, samples) in enumerate(shares)]
         need = max((g.prompt_pages + g.own_pages for g in groups), default=1)
-        if self.pool is None or (self.pages is None and len(self.pool.version) < self._wanted_pages(groups)):
-            pages = self.pages or max(need, min(self._wanted_pages(groups), self._affordable_pages()))
-            self.pool = None  # free the old pool before the new one is made
-            self.pool = PagePool(self.config, pages, self.page_size, self.dtype, self.device)
-        for group in groups:
-            if group.prompt_pages + group.own_pages > len(self.pool.version):
-                raise ValueError(
-                    f"request {group.index}: a prompt of {len(group.request.prompt)} tokens with {group.request.max_new_tokens} new ones needs "
-                    f"{group.prompt_pages + group.own_pages} pages of {self.page_size} tokens and the sampler has {len(self.pool.version)}: "
-                    "shorten the request or give the sampler more pages"
-                )
+        self._reserve(groups, need)
+        if need > len(self.pool):
+            worst = max(groups, key=lambda g: g.prompt_pages + g.own_pages)
+            raise ValueError(
+                f"request {worst.index}: a prompt of {len(worst.request.prompt)} tokens with {worst.request.max_new_tokens} new ones needs {need} pages of "
+                f"{self.page_size} tokens and there is room for {len(self.pool)}: shorten it, or give the sampler more pages or memory"
+            )
+        longest = max((r.max_new_tokens for r in requests), default=1)
+        widths = {
+            "stop_ids": (torch.int64, max((len(r.stop_ids) for r in requests), default=0)),
+            "tables": (torch.int32, max((g.cached // self.page_size + g.own_pages for g in groups), default=1)),
+            "out_tokens": (torch.int64, longest),
+            "out_logprobs": (torch.float32, longest),
+        }
+        self.state = new_state(self.decoder.pad(self.slots), widths, self.device)
+        return groups
 
-    def _wanted_pages(self, groups):
-        """Pages with which `slots` rows never wait for memory, whatever the order of the requests."""
+    def _reserve(self, groups, need):
+        """Keep the page pool when it is large enough, else make one. Pages never survive a call: a rollout that was interrupted leaves none behind."""
         own = max((g.own_pages for g in groups), default=1)
         prompts = sorted((g.prompt_pages for g in groups), reverse=True)[: self.slots]
-        return min(self.slots, sum(g.request.n for g in groups)) * own + sum(prompts)
+        wanted = min(self.slots, sum(len(g.samples) for g in groups)) * own + sum(prompts)  # with these no row ever waits for memory
+        pages = self.pages or max(1, min(wanted, self._affordable_pages()))
+        if self.pool is None or len(self.pool) < pages:
+            self.pool = self.decoder = None  # free the old pool before the new one is made
+            self.pool = PagePool(self.config, pages, self.page_size, self.dtype, self.device)
+            self.decoder = Decoder(self.model, self.pool)
+        self.pool.clear()
 
     def _affordable_pages(self):
-        """Half of the memory that is free, in pages."""
+        """Half of the memory that is free, in pages; the pool in use counts as free."""
         free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         c = self.config
         page_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.page_size * self.dtype.itemsize
-        return max(1, free // 2 // page_bytes)
-
-    def _empty_rows(self, groups):
-        widths = {
-            "stop_ids": (torch.int64, max((len(g.request.stop_ids) for g in groups), default=0)),
-            "tables": (torch.int32, max((g.cached // self.page_size + g.own_pages for g in groups), default=1)),
-            "out_tokens": (torch.int64, max((g.request.max_new_tokens for g in groups), default=1)),
-            "out_logprobs": (torch.float32, max((g.request.max_new_tokens for g in groups), default=1)),
-        }
-        state = {name: torch.empty(0, dtype=dtype, device=self.device) for name, dtype in ROW.items()}
-        state.update({name: torch.empty(0, width, dtype=dtype, device=self.device) for name, (dtype, width) in widths.items()})
-        return state
+        return (free // page_bytes + (len(self.pool) if self.pool else 0)) // 2
 
     def _admit(self, queue, rows_free):
-        """Take samples from the end of the queue while rows and pages last; prefill prompts that start. Returns [(group, sample, own pages)]."""
+        """Start samples from the end of the queue while rows and pages last, prefilling prompts that are new: [(group, sample, own pages)]."""
         admitted, fresh = [], []
         while queue and rows_free > 0:
             group = queue[-1]
-            pages_free = len(self.pool.free) - (group.prompt_pages if group.started == 0 else 0)
-            count = min(rows_free, group.request.n - group.started, pages_free // group.own_pages)
+            pages_free = len(self.pool.free) - group.prompt_pages * group.fresh
+            count = min(rows_free, len(group.samples), pages_free // group.own_pages)
             if count <= 0:
                 break
-            if group.started == 0:
+            if group.fresh:
                 pages = self.pool.take(group.prompt_pages, self.version)
                 full = group.cached // self.page_size
-                group.prefix, group.tail = pages[:full], pages[full:]
+                group.prefix, group.tail, group.fresh = pages[:full], pages[full:], False
                 fresh.append(group)
-            admitted += [(group, group.started + i, self.pool.take(group.own_pages, self.version)) for i in range(count)]
-            group.started += count
+            started, group.samples = group.samples[:count], group.samples[count:]
+            admitted += [(group, sample, self.pool.take(group.own_pages, self.version)) for sample in started]
+            group.running += count
             rows_free -= count
-            if group.started == group.request.n:
+            if not group.samples:
                 queue.pop()
         self._prefill([g for g in fresh if g.cached])
         self._copy_tails(admitted)
         return admitted
 
     def _prefill(self, groups):
-        """Run prompts (but their last token) through the model in packed passes and write their pages."""
+        """Run prompts, but their last token, through the model in packed passes of like lengths."""
         started = time.perf_counter()
         groups = sorted(groups, key=lambda g: g.cached)
         while groups:
-            batch, total = [], 0
-            while groups and (not batch or total + groups[-1].cached <= PREFILL_TOKENS):
+            batch = [groups.pop()]
+            room = PREFILL_TOKENS - batch[0].cached
+            while groups and groups[-1].cached <= room:
+                room -= groups[-1].cached
                 batch.append(groups.pop())
-                total += batch[-1].cached
-            self._prefill_pass(batch)
-            self.stats["prefill_tokens"] += total
+            self.decoder.prefill([g.request.prompt[:-1] for g in batch], [g.prefix + g.tail for g in batch])
+            self.stats["prefill_tokens"] += sum(g.cached for g in batch)
         self.stats["prefill_seconds"] += time.perf_counter() - started
-
-    def _prefill_pass(self, groups):
-        lengths = torch.tensor([0] + [g.cached for g in groups])
-        tokens = torch.tensor([t for g in groups for t in g.request.prompt[:-1]], device=self.device)
-        positions = torch.cat([torch.arange(g.cached) for g in groups])
-        pages = torch.tensor([page for g in groups for page in g.prefix + g.tail])
-        first = torch.tensor([0] + [g.prompt_pages for g in groups]).cumsum(0)[:-1].repeat_interleave(lengths[1:])
-        slots = (pages[first + positions // self.page_size] * self.page_size + positions % self.page_size).to(self.device)
-        causal = causal_attention(self.config, lengths.cumsum(0).to(self.device, torch.int32))
-
-        def attend(i, qkv, bias, cos, sin):
-            qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.config.num_attention_heads)
-            return causal(i, qkv, bias, cos, sin)
-
-        self.model.decode(tokens, positions.to(self.device), attend)
 
     def _copy_tails(self, admitted):
         """Give every new sample its own copy of its prompt's last, not full page, to go on writing in."""
         copies = [(group.tail[0], own[0]) for group, _, own in admitted if group.tail]
         if copies:
-            sources, targets = torch.tensor(copies, device=self.device).T
-            self.pool.copy(sources, targets)
-        for group in {id(g): g for g, _, _ in admitted}.values():
-            if group.started == group.request.n:
+            self.pool.copy(*torch.tensor(copies, device=self.device).T)
+        for group in {g.number: g for g, _, _ in admitted}.values():
+            if not group.samples:
                 self.pool.give(group.tail)
                 group.tail = []
 
     def _join(self, rows, state, admitted):
-        """Append new rows and sort by group, so that the samples of a group are neighbours."""
-        fresh = self._empty_fields(len(admitted), state)
-        for i, (group, sample, own) in enumerate(admitted):
-            request, table = group.request, group.prefix + own
-            values = {
-                "tokens": request.prompt[-1], "positions": group.cached, "start": group.cached + 1, "last": group.cached + request.max_new_tokens,
-                "group": group.index, "prefix": len(group.prefix) * self.page_size, "temperature": request.temperature, "top_p": request.top_p,
-                "top_k": request.top_k, "seed": request.seed, "request": request.id, "sample": sample, "alive": True,
-            }  # fmt: skip
-            for name, value in values.items():
-                fresh[name][i] = value
-            fresh["stop_ids"][i] = list(request.stop_ids) + [-1] * (len(fresh["stop_ids"][i]) - len(request.stop_ids))
-            fresh["tables"][i] = table + [table[0]] * (len(fresh["tables"][i]) - len(table))
-        new = {name: torch.tensor(column, dtype=state[name].dtype).view(-1, *state[name].shape[1:]) for name, column in fresh.items()}
-        joined = {name: torch.cat([state[name], new[name].to(self.device)]) for name in state}
+        """Add new rows and sort by group, so that the samples of a group are neighbours."""
+        new = [_row_values(group, sample) for group, sample, _ in admitted]
+        fields = {name: torch.tensor([values[name] for values in new], dtype=dtype) for name, dtype in ROW.items()}
+        fields["stop_ids"] = _filled([list(g.request.stop_ids) for g, _, _ in admitted], state["stop_ids"], -1)
+        fields["tables"] = _filled([g.prefix + own for g, _, own in admitted], state["tables"], 0)
+        for name in ("out_tokens", "out_logprobs"):
+            fields[name] = torch.zeros(len(new), state[name].shape[1], dtype=state[name].dtype)
+        joined = {name: torch.cat([state[name], fields[name].to(self.device)]) for name in state}
         rows = rows + admitted
-        order = sorted(range(len(rows)), key=lambda i: rows[i][0].index)
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0].number)
         return [rows[i] for i in order], _select(joined, torch.tensor(order, device=self.device))
 
-    def _empty_fields(self, count, state):
-        return {name: [[0] * t.shape[1] if t.dim() == 2 else 0 for _ in range(count)] for name, t in state.items()}
+    def _place(self, state):
+        """Copy living rows to the fixed buffers, with dead copies of the last one up to a size that the decoder runs."""
+        count, size = len(state["alive"]), self.decoder.pad(len(state["alive"]))
+        view = {name: tensor[:size] for name, tensor in self.state.items()}
+        index = torch.arange(size, device=self.device).clamp_(max=count - 1)
+        for name, tensor in _select(state, index).items():
+            view[name].copy_(tensor)
+        view["alive"][count:] = False
+        if count:
+            self.decoder.regroup(view)
+        return view
 
-    def _step(self, state, rows, truncated):
-        """Decode one token of every living row: all tensors, no look by the host."""
-        self.pool.check({page for group, _, own in rows for page in (*group.prefix, *own)}, self.version)
-        s, ps, config, pool = state, self.page_size, self.config, self.pool
-        alive, positions = s["alive"], s["positions"]
-        page = s["tables"].gather(1, (positions // ps)[:, None]).squeeze(1)
-        slots = torch.where(alive, page * ps + positions % ps, -1)
-        lengths = torch.where(alive, positions + 1, 0).int()
+    def _check_versions(self, rows, admitted):
+        """Every page about to be read is of the present weights: new rows always, all rows when the version has changed."""
+        changed = rows if self.version != self.checked else admitted
+        for group, _, own in changed:
+            self.pool.check(group.prefix + own, self.version)
+        self.checked = self.version
 
-        def attend(i, qkv, bias, cos, sin):
-            q = qkv_rope_write(qkv, bias, cos, sin, pool.k[i], pool.v[i], slots, config.num_attention_heads)
-            scale = config.head_dim**-0.5
-            return shared_prefix_attention(q, pool.k[i], pool.v[i], s["tables"], lengths, s["prefix"], s["group"], scale).flatten(1)
-
-        hidden = self.model.decode(s["tokens"], positions, attend)
-        tokens, logprobs = self._draw(hidden, s, positions + 1, truncated)
-        column = (positions + 1 - s["start"])[:, None]
-        for out, value in (("out_tokens", tokens), ("out_logprobs", logprobs)):
-            s[out].scatter_(1, column, torch.where(alive[:, None], value[:, None], s[out].gather(1, column)))
-        s["alive"] = alive & ~(tokens[:, None] == s["stop_ids"]).any(1) & (positions + 1 < s["last"])
-        s["tokens"] = torch.where(s["alive"], tokens, s["tokens"])
-        s["positions"] = torch.where(s["alive"], positions + 1, positions)
-        self.stats["steps"] += 1
-        self.stats["row_steps"] += len(rows)
-
-    def _draw(self, hidden, s, positions, truncated):
-        key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
-        if truncated:
-            logits = hidden.float() @ self.model.head_weight.float().T
-            return sample_logits(logits, *key, s["top_p"], s["top_k"])[:2]
-        return sample_tokens(hidden, self.model.head_weight, *key)[:2]
-
-    def _finish(self, state, rows, alive, on_done):
-        """Turn rows that ended into completions, free their pages, and hand over groups that are complete."""
+    def _finish(self, rows, state, alive, on_done):
+        """Turn rows that ended into completions, free their pages, and hand over requests that are complete."""
         ended = [i for i, a in enumerate(alive) if not a]
-        s = _select({k: state[k] for k in ("positions", "start", "out_tokens", "out_logprobs")}, torch.tensor(ended, device=self.device))
+        columns = ("positions", "start", "out_tokens", "out_logprobs")
+        s = _select({name: state[name] for name in columns}, torch.tensor(ended, device=self.device))
         counts = (s["positions"] + 2 - s["start"]).tolist()
         for i, count, tokens, logprobs in zip(ended, counts, s["out_tokens"].tolist(), s["out_logprobs"].tolist()):
             group, sample, own = rows[i]
             reason = "stop" if tokens[count - 1] in group.request.stop_ids else "length"
-            group.done.append(Completion(group.index, sample, tokens[:count], logprobs[:count], reason))
-            self.pool.give(own)
+            done = self.done[group.index]
+            done.append(Completion(group.index, sample, tokens[:count], logprobs[:count], reason))
             self.stats["tokens"] += count
-            if len(group.done) == group.request.n:
-                self.pool.give(group.prefix)
-                if on_done:
-                    on_done(group.index, sorted(group.done, key=lambda c: c.sample))
+            self._release(group, own)
+            if on_done and len(done) == group.request.n:
+                on_done(group.index, sorted(done, key=lambda c: c.sample))
+
+    def _release(self, group, own):
+        self.pool.give(own)
+        group.running -= 1
+        if not group.running and not group.samples:
+            self.pool.give(group.prefix)
+
+
+def _row_values(group, sample):
+    """The one-number columns of a new row (decode.ROW)."""
+    r = group.request
+    return {
+        "tokens": r.prompt[-1], "positions": group.cached, "start": group.cached + 1, "last": group.cached + r.max_new_tokens, "group": group.number,
+        "prefix": len(group.prefix) * group.page_size, "temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k, "seed": r.seed,
+        "request": r.id, "sample": sample, "alive": True,
+    }  # fmt: skip
+
+
+def _filled(lists, like, filler):
+    """Lists of ints as rows as wide as `like`, filled up."""
+    width = like.shape[1]
+    return torch.tensor([x + [filler] * (width - len(x)) for x in lists], dtype=like.dtype).view(len(lists), width)
 
 
 def _select(state, index):
     return {name: tensor.index_select(0, index) for name, tensor in state.items()}
 
 
-def _check(request, config):
+def _check(index, request, config):
     """ValueError with a sentence for a request that no sampler of this model could run."""
-    total = len(request.prompt) + request.max_new_tokens
-    if not request.prompt:
-        raise ValueError(f"request {request.id} has an empty prompt: give it at least one token")
-    if request.max_new_tokens < 1 or request.n < 1:
-        raise ValueError(f"request {request.id}: n and max_new_tokens must be at least 1")
-    if total > config.max_position_embeddings:
-        raise ValueError(
-            f"request {request.id}: a prompt of {len(request.prompt)} tokens with {request.max_new_tokens} new ones is longer than the model's "
-            f"{config.max_position_embeddings} positions"
-        )
-    if max(request.prompt) >= config.vocab_size or min(request.prompt) < 0:
-        raise ValueError(f"request {request.id} has a token id outside the model's vocabulary of {config.vocab_size}: was it encoded by another tokenizer?")
+    new, prompt = request.max_new_tokens, request.prompt
+    if not prompt:
+        raise ValueError(f"request {index} has an empty prompt: give it at least one token")
+    if new < 1 or request.n < 1:
+        raise ValueError(f"request {index}: n and max_new_tokens must be at least 1")
+    if len(prompt) + new > config.max_position_embeddings:
+        raise ValueError(f"request {index}: a prompt of {len(prompt)} tokens with {new} new ones is longer than the model's {config.max_position_embeddings} positions")
+    if max(prompt) >= config.vocab_size or min(prompt) < 0:
+        raise ValueError(f"request {index} has a token id outside the model's vocabulary of {config.vocab_size}: was it encoded by another tokenizer?")

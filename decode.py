@@ -1,0 +1,272 @@
+"""The device side of sampling: prefill passes and decode steps on tensors, without a look by the host.
+
+On CUDA a step is the kernels of kernels/, captured as one CUDA graph per batch size. On CPU it is torch, with every shape chosen so that a row's result
+depends on that row alone, to the last bit, whatever else is in the batch (measured with MKL, 1 and 2 threads):
+
+- batches are filled up to a multiple of 16 rows: matrix products of fewer rows sum in another order, and exp, sin or log of the last few elements of
+  a tensor, the ones that fill no vector register, come from another function; K is cut into pieces of 512, longer sums are blocked by shape;
+- attention reads keys in units of 16 tokens and chunks of 384 (longer inner sums are blocked by their length), merged by log-sum-exp;
+- it always splits a sequence into its prompt and its own tokens, whether or not the prompt is shared.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import shared_prefix_attention
+from kernels.layers import apply_rope, qkv_rope_write
+from kernels.sampling import sample_logits, sample_tokens
+from model import causal_attention
+
+ROWS = 16
+UNIT = 16  # tokens: lanes of a vector register, so that a sum's lanes do not depend on where a page starts
+CHUNK = 384
+BLOCK = 64  # queries per prefill attention call on CPU
+
+# One row per running sample: name -> dtype. Tables, stop ids and outputs are two-dimensional and sized by `new_state`.
+ROW = {
+    "tokens": torch.int64,  # fed next
+    "positions": torch.int64,  # of `tokens`
+    "start": torch.int64,  # prompt length = position of the first response token
+    "last": torch.int64,  # position of the last token that may be drawn
+    "group": torch.int64,  # samples of one prompt are neighbours
+    "prefix": torch.int32,  # tokens in pages shared with the rest of the group
+    "temperature": torch.float32,
+    "top_p": torch.float32,
+    "top_k": torch.int64,
+    "seed": torch.int64,
+    "request": torch.int64,
+    "sample": torch.int64,
+    "alive": torch.bool,
+}
+
+
+def new_state(rows, widths, device):
+    """Tensors for `rows` samples; widths: name -> (dtype, columns) of the two-dimensional ones."""
+    state = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in ROW.items()}
+    return state | {name: torch.zeros(rows, width, dtype=dtype, device=device) for name, (dtype, width) in widths.items()}
+
+
+def exact_linear(x, weight):
+    """x [T, K], weight [N, K] -> [T, N] whose rows are summed in the same order for every T >= 16."""
+    if weight.shape[1] <= 512:
+        return x @ weight.T
+    out = x[:, :512] @ weight[:, :512].T
+    for k in range(512, weight.shape[1], 512):
+        out.addmm_(x[:, k : k + 512], weight[:, k : k + 512].T)
+    return out
+
+
+class Decoder:
+    """Model and page pool as two functions: `prefill` writes prompts to pages, `step` draws the next token of every row."""
+
+    def __init__(self, model, pool):
+        self.model, self.config, self.pool = model, model.config, pool
+        self.exact = model.embed.weight.device.type == "cpu"
+        self.linear = exact_linear if self.exact else F.linear
+        self.attention = CpuAttention(self.config, pool) if self.exact else None
+
+    def pad(self, count):
+        """Rows to run for `count` living ones."""
+        return -(-count // ROWS) * ROWS if self.exact else count
+
+    def prefill(self, prompts, pages):
+        """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
+        device = self.model.embed.weight.device
+        lengths = torch.tensor([len(p) for p in prompts])
+        filler = self.pad(int(lengths.sum())) - int(lengths.sum())  # a last sequence that is not written anywhere
+        tokens = torch.tensor([t for p in prompts for t in p] + [0] * filler, device=device)
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist() + [filler]])
+        page_size, table = self.pool.page_size, _ragged(pages)
+        sequence = torch.arange(len(prompts)).repeat_interleave(lengths)
+        slots = torch.full_like(positions, -1)
+        where = positions[: len(sequence)]
+        slots[: len(sequence)] = table[sequence, where // page_size] * page_size + where % page_size
+        positions, slots = positions.to(device), slots.to(device)
+        if self.exact:
+            attend = self.attention.prefill(lengths, table, slots)
+        else:
+            causal = causal_attention(self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
+
+            def attend(i, qkv, bias, cos, sin):
+                qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.config.num_attention_heads)
+                return causal(i, qkv, bias, cos, sin)
+
+        self.model.decode(tokens, positions, attend, self.linear)
+
+    def regroup(self, state):
+        """Tell the step that rows came or went."""
+        if self.exact:
+            self.attention.regroup(state)
+
+    def step(self, state, truncated):
+        """Decode one token of every living row, in place: `alive` turns False on a stop token or at the last position."""
+        s, page_size, config = state, self.pool.page_size, self.config
+        alive, positions = s["alive"], s["positions"]
+        page = s["tables"].gather(1, (positions // page_size)[:, None]).squeeze(1)
+        slots = torch.where(alive, page * page_size + positions % page_size, -1)
+        mix = self._attention(s)
+
+        def attend(i, qkv, bias, cos, sin):
+            q = qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, config.num_attention_heads)
+            return mix(i, q).flatten(1)
+
+        hidden = self.model.decode(s["tokens"], positions, attend, self.linear)
+        tokens, logprobs = self._draw(hidden, s, positions + 1, truncated)
+        column = (positions + 1 - s["start"])[:, None]
+        for out, value in (("out_tokens", tokens), ("out_logprobs", logprobs)):
+            s[out].scatter_(1, column, torch.where(alive[:, None], value[:, None], s[out].gather(1, column)))
+        goes_on = alive & ~(tokens[:, None] == s["stop_ids"]).any(1) & (positions + 1 < s["last"])
+        s["tokens"].copy_(torch.where(goes_on, tokens, s["tokens"]))
+        s["positions"].add_(goes_on)
+        s["alive"].copy_(goes_on)
+
+    def _attention(self, s):
+        if self.exact:
+            self.attention.advance(s)
+            return self.attention
+        lengths = torch.where(s["alive"], s["positions"] + 1, 0).int()
+        scale = self.config.head_dim**-0.5
+        k, v = self.pool.k, self.pool.v
+        return lambda i, q: shared_prefix_attention(q, k[i], v[i], s["tables"], lengths, s["prefix"], s["group"], scale)
+
+    def _draw(self, hidden, s, positions, truncated):
+        key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
+        if truncated:
+            return sample_logits(self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"])[:2]
+        return sample_tokens(hidden, self.model.head_weight, *key)[:2]
+
+
+def _ragged(lists):
+    """Lists of ints -> [len(lists), longest] int64; a short list repeats its last entry."""
+    width = max(len(x) for x in lists)
+    return torch.tensor([x + x[-1:] * (width - len(x)) for x in lists])
+
+
+class CpuAttention:
+    """Decode and prefill attention over pages on CPU, bit for bit the same for a sequence whatever it is batched with."""
+
+    def __init__(self, config, pool):
+        self.pool, self.kv_heads, self.head_dim = pool, config.num_key_value_heads, config.head_dim
+        self.ratio = config.num_attention_heads // self.kv_heads
+        self.buffers = {}
+
+    def regroup(self, s):
+        """Index the prompts: one list of units per group, and where each row's queries sit in its group's."""
+        _, group, counts = s["group"].unique_consecutive(return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        width = int(counts.max())
+        while 0 < width * self.ratio % 32 < 8:  # the op takes queries in blocks of 32; a rest of fewer than 8 rows takes other code
+            width += 1
+        self.members = (first[:, None] + torch.arange(width)).clamp_(max=len(group) - 1)
+        self.place = group * width + torch.arange(len(group)) - first[group]
+        length = s["start"][first] - 1
+        zero = torch.zeros_like(length)
+        self.prompt = self._chunks(s["tables"][first], zero, zero, length - 1)
+        self.prompt_valid = [valid[group] for _, _, valid in self.prompt]
+        self.own_units = 0
+
+    def advance(self, s):
+        """Index each row's own tokens, from the last prompt token on, up to its position."""
+        first, last = s["start"] - 1, s["positions"]
+        self.own = self._chunks(s["tables"], first // UNIT * UNIT, first, last)
+
+    def _chunks(self, tables, base, first, last):
+        """Chunks of tokens first..last, counted from base: [(index of units, additive mask, rows with any token)]."""
+        chunks, n = [], len(tables)
+        for start in range(0, max(1, int((last - base).max()) + 1), CHUNK):
+            count = min(CHUNK, -(-(int((last - base).max()) + 1 - start) // UNIT) * UNIT) or UNIT
+            token = base[:, None] + start + torch.arange(count)
+            valid = last >= base + start
+            hidden = (token < first[:, None]) | (token > last[:, None])
+            hidden[:, 0] &= valid  # a row with nothing here looks at something, and the result is dropped
+            mask = torch.zeros(n, 1, 1, count).masked_fill_(hidden[:, None, None, :], float("-inf"))
+            chunks.append((self._units(tables, (token[:, ::UNIT] // UNIT).minimum((last // UNIT).clamp(min=0)[:, None])), mask, valid))
+        return chunks
+
+    def _units(self, tables, units):
+        """Row of each (sequence, head, unit) in a page tensor seen as [pages * kv heads * page_size / UNIT, UNIT * head_dim]."""
+        per_page = self.pool.page_size // UNIT
+        page = tables.gather(1, units // per_page).long()
+        rows = (page[:, None, :] * self.kv_heads + torch.arange(self.kv_heads)[:, None]) * per_page + (units % per_page)[:, None, :]
+        return rows.flatten()
+
+    def _gather(self, name, pages, index, sequences):
+        # Into a buffer that is kept: a fresh tensor of megabytes costs more in page faults than the copy itself.
+        flat = pages.view(-1, UNIT * self.head_dim)
+        if name not in self.buffers or len(self.buffers[name]) < len(index):
+            self.buffers[name] = torch.empty(2 * len(index), UNIT * self.head_dim, dtype=pages.dtype)
+        out = self.buffers[name][: len(index)]
+        torch.index_select(flat, 0, index, out=out)
+        return out.view(sequences, self.kv_heads, -1, self.head_dim)
+
+    def __call__(self, i, q):
+        """q [B, H, hd] of layer i -> [B, H, hd]."""
+        q = q.view(len(q), self.kv_heads, self.ratio, self.head_dim)
+        parts = [(*self._read(i, q, index, mask), valid) for index, mask, valid in self.own]
+        shared = q[self.members].transpose(1, 2).flatten(2, 3)
+        for (index, mask, _), valid in zip(self.prompt, self.prompt_valid):
+            out, lse = self._read(i, shared, index, mask)
+            out, lse = (x.unflatten(2, (-1, self.ratio)).transpose(1, 2).flatten(0, 1)[self.place] for x in (out, lse))
+            parts.append((out, lse, valid))
+        return merge(parts).flatten(1, 2)
+
+    def _read(self, i, q, index, mask):
+        k = self._gather("k", self.pool.k[i], index, len(mask))
+        v = self._gather("v", self.pool.v[i], index, len(mask))
+        return flash(q, k, v, mask)
+
+    def prefill(self, lengths, table, slots):
+        """attend() for prompts, longest first: queries in blocks of 64 against the keys up to the block's end."""
+        sequences, longest = len(lengths), -(-int(lengths.max()) // BLOCK) * BLOCK
+        offset = F.pad(lengths.cumsum(0), (1, 0))[:-1]
+        token = torch.arange(longest)
+        units = (token[None, ::UNIT] // UNIT).minimum((lengths[:, None] - 1) // UNIT)
+        index = self._units(table, units)
+        source = (offset[:, None] + token.minimum(lengths[:, None] - 1)).flatten()  # padding repeats the last token; its result is dropped
+        back = torch.cat([row * longest + torch.arange(n) for row, n in enumerate(lengths.tolist())])
+        blocks = [(start, int((lengths > start).sum())) for start in range(0, longest, BLOCK)]
+
+        def attend(i, qkv, bias, cos, sin):
+            q = qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.kv_heads * self.ratio)
+            k, v = (self._gather(name, pages[i], index, sequences) for name, pages in (("k", self.pool.k), ("v", self.pool.v)))
+            padded = q[source].view(sequences, longest, *q.shape[1:]).transpose(1, 2)
+            out = torch.zeros(sequences, longest, *q.shape[1:], dtype=q.dtype)
+            for start, count in blocks:
+                block = causal_block(padded[:count, :, start : start + BLOCK], k[:count], v[:count], start)
+                out[:count, start : start + BLOCK] = block.transpose(1, 2)
+            mixed = torch.zeros_like(q)
+            mixed[: len(back)] = out.flatten(0, 1)[back]
+            return mixed.flatten(1)
+
+        return attend
+
+
+def flash(q, k, v, mask=None):
+    """torch's CPU flash attention with its log-sum-exp: q [B, H, M, hd], k and v [B, K, L, hd] -> [B, H, M, hd], [B, H, M]."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+
+
+def causal_block(q, k, v, start):
+    """Queries start..start+BLOCK of each sequence, q [B, H, BLOCK, hd], against k, v [B, K, longest, hd]."""
+    parts = []
+    for first in range(0, start + BLOCK, CHUNK):
+        end = min(first + CHUNK, start + BLOCK)
+        later = torch.arange(first, end) > torch.arange(start, start + BLOCK)[:, None]
+        mask = torch.zeros(1, 1, BLOCK, end - first).masked_fill_(later, float("-inf")) if end > start else None
+        parts.append((*flash(q, k[:, :, first:end], v[:, :, first:end], mask), None))
+    return merge(parts[-1:] + parts[:-1])
+
+
+def merge(parts):
+    """Attention over several sets of keys from the attention over each: [(out [B, ..., hd], log-sum-exp [B, ...], rows to count [B] or None)].
+
+    out = sum_i out_i exp(lse_i - lse), lse = log sum_i exp(lse_i) (Hydragen, arXiv 2402.05099): two parts of equal lse give their mean.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+    lse = [torch.where(valid.view(-1, *[1] * (lse.dim() - 1)), lse, float("-inf")) if valid is not None else lse for _, lse, valid in parts]
+    weights = torch.stack(lse, dim=-1).softmax(-1).to(parts[0][0].dtype)  # softmax works row by row; sigmoid's last few elements would not be exact
+    out = parts[0][0] * weights[..., :1]
+    for i, (other, _, _) in enumerate(parts[1:], start=1):
+        out.addcmul_(other, weights[..., i : i + 1])
+    return out
