@@ -1,45 +1,80 @@
-"""pass@k of a model on held-out problems: sampled by sampler.py, judged in the sandbox while others are still being sampled.
+"""pass@k of a model, sampled by sampler.py and judged in the sandbox while others are still being sampled.
 
-evaluate() is what train.py calls in the loop.
+    python eval.py --model DIR --bench gsm8k --lang prolog                          greedy pass@1
+    python eval.py --model DIR --bench gsm8k --lang prolog,lisp --samples 4 --temperature 0.1 --top_p 0.95 --top_k 50
+    python eval.py --model DIR --bench humaneval --lang racket --samples 20 --temperature 0.2 --top_p 0.95
+    python eval.py --model DIR --bench translate --source python,cpp --lang racket,lua,julia --mode chat
+    python eval.py --compare runs/eval/A runs/eval/B                                 paired, problem by problem
+
+Every program and verdict goes to OUT/samples.jsonl; the same command goes on where a killed evaluation was. evaluate() is what
+train.py calls in the loop; under torchrun both spread over the ranks and give the numbers of one process.
 """
 
+import argparse
+import json
 import math
+import os
+import random
 import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 import distributed
-from rewards import shares
-from sampler import Request
+from benchmarks import BENCHMARKS, TestJudge, load_rows, row_prompt
+from model import find_checkpoint, load
+from rewards import Judge, shares
+from sampler import Request, Sampler
+from sandbox import Pool
+from sandbox.languages import load_language
+from settings import add_flags, setting
+from tasks import ChatTokenizer, load_problems, messages
+
+# ---- in the loop ----
 
 
-def evaluate(sampler, tokenizer, judge, problems, *, prompt, n=1, temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=256, seed=0, first=0):
+def evaluate(
+    sampler, tokenizer, judge, problems, *, prompt, n=1, temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=256, seed=0, numbers=None, on_rows=None
+):
     """Sample n completions per problem, judge them, spread over the ranks -> (metrics, one row per sample, in problem order).
 
-    prompt(problem) -> chat messages, or token ids. temperature 0 is greedy. first: number of problems[0] in the whole
-    evaluation; draws depend on (seed, number, sample) alone, so batches, ranks and a resume do not change them. Samples that
-    the sandbox could not judge are left out of every figure and counted in sandbox/sandbox_error_frac.
+    prompt(problem) -> chat messages, or text to go on from. temperature 0 is greedy. numbers: each problem's number in the
+    whole evaluation (default 0, 1, ...); draws depend on (seed, number, sample) alone, so batches, ranks and a resume do not
+    change them. on_rows(rows) is called with a problem's rows as soon as they are judged, on the rank that judged them. Samples
+    that the sandbox could not judge are left out of every figure and counted in sandbox/sandbox_error_frac.
     """
-    numbered = distributed.share(list(enumerate(problems, first)))
+    numbered = distributed.share(list(zip(range(len(problems)) if numbers is None else numbers, problems)))
     requests = [
-        Request(
-            _ids(tokenizer, prompt(problem)), n, max_new_tokens, temperature, top_p, top_k, stop_ids=tokenizer.stop_ids, seed=seed, id=number
-        )
-        for number, problem in numbered
+        Request(_ids(tokenizer, prompt(p)), n, max_new_tokens, temperature, top_p, top_k, stop_ids=tokenizer.stop_ids, seed=seed, id=number)
+        for number, p in numbered
     ]
-    pending = [None] * len(requests)
+    waiting, rows = {}, [None] * len(requests)
+
+    def finish(i):
+        completions, submissions = waiting.pop(i)
+        verdicts = judge.collect(submissions)
+        rows[i] = [row(numbered[i][1], c, s.text, v) for c, s, v in zip(completions, submissions, verdicts)]
+        if on_rows:
+            on_rows(rows[i])
 
     def start_judging(i, completions):
-        pending[i] = [(c, judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample)) for c in completions]
+        waiting[i] = completions, [judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample) for c in completions]
+        for j in [j for j, (_, submissions) in waiting.items() if all(s.future is None or s.future.done() for s in submissions)]:
+            finish(j)
 
     sampler.generate(requests, on_done=start_judging)
-    pairs = [pair for group in pending for pair in group]
-    verdicts = judge.collect([submission for _, submission in pairs])
-    rows = [row(problem, c, s.text, v) for (c, s), v, problem in zip(pairs, verdicts, (p for _, p in numbered for _ in range(n)))]
-    rows, verdicts = distributed.gather(rows), distributed.gather(verdicts)
-    return {**summary(rows), **shares(verdicts)}, rows
+    for i in list(waiting):
+        finish(i)
+    rows = distributed.gather([r for group in rows for r in group])
+    return summary(rows), rows
 
 
 def _ids(tokenizer, prompt):
-    return tokenizer.encode_chat(prompt) if prompt and isinstance(prompt[0], dict) else prompt
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
 def row(problem, completion, text, verdict):
@@ -56,15 +91,19 @@ def row(problem, completion, text, verdict):
         "text": text,
         "tokens": len(completion.tokens),
         "finish_reason": completion.finish_reason,
+        "format_ok": verdict.parsed.format_ok,
+        "constant": verdict.constant,
+        "leaked": verdict.leaked,
     }
 
 
+# ---- figures ----
+
+
 def summary(rows):
-    """pass@1 with its 95 % interval, pass@k for k = 2, 4, ... up to the samples of a problem, any-of-n and all-of-n."""
-    outcomes = {}
-    for r in rows:
-        if r["status"] != "sandbox_error":
-            outcomes.setdefault(r["id"], []).append(r["correct"])
+    """pass@1 with its 95 % interval, pass@k for k = 2, 4, ... up to the samples of a problem, any-of-n and all-of-n, lengths, and
+    the shares of rewards.shares."""
+    outcomes = per_problem(rows)
     if not outcomes:
         raise ValueError("nothing could be judged: every sample ended in a sandbox error (python -m sandbox doctor says why)")
     rates = [sum(o) / len(o) for o in outcomes.values()]
@@ -78,7 +117,17 @@ def summary(rows):
         found["all_of_n"] = statistics.fmean(all(o) for o in outcomes.values())
     found["mean_tokens"] = statistics.fmean(r["tokens"] for r in rows)
     found["cut_frac"] = statistics.fmean(r["finish_reason"] == "length" for r in rows)
-    return found
+    verdicts = [SimpleNamespace(**r, problem=r["id"], parsed=SimpleNamespace(format_ok=r["format_ok"])) for r in rows]
+    return {**found, **shares(verdicts)}
+
+
+def per_problem(rows):
+    """{problem id: [correct of each judged sample]}."""
+    outcomes = {}
+    for r in rows:
+        if r["status"] != "sandbox_error":
+            outcomes.setdefault(r["id"], []).append(r["correct"])
+    return outcomes
 
 
 def pass_at_k(n, c, k):
@@ -101,3 +150,218 @@ def interval(rates, z=1.96):
     middle, half = mean + z * z / (2 * count), z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+
+
+def compare(rows_a, rows_b, draws=10_000):
+    """Two evaluations of the same problems -> their difference in pass@1 (b - a) with a paired bootstrap over problems.
+
+    p: share of bootstrap differences on the other side of 0, doubled. gained, lost: problems whose pass rate rose, fell.
+    """
+    a, b = per_problem(rows_a), per_problem(rows_b)
+    common = [id for id in a if id in b]
+    if not common:
+        raise ValueError("the two evaluations have no problem in common: compare runs of the same --bench and --lang")
+    rates = [(sum(a[id]) / len(a[id]), sum(b[id]) / len(b[id])) for id in common]
+    differences = [after - before for before, after in rates]
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(draws))
+    opposite = min(sum(m <= 0 for m in means), sum(m >= 0 for m in means)) / draws
+    return {
+        "problems": len(common),
+        "only_in_a": len(a) - len(common),
+        "only_in_b": len(b) - len(common),
+        "pass@1_a": statistics.fmean(before for before, _ in rates),
+        "pass@1_b": statistics.fmean(after for _, after in rates),
+        "difference": statistics.fmean(differences),
+        "difference_low": means[int(0.025 * draws)],
+        "difference_high": means[int(0.975 * draws) - 1],
+        "p": min(1.0, 2 * opposite),
+        "gained": [id for id, d in zip(common, differences) if d > 0],
+        "lost": [id for id, d in zip(common, differences) if d < 0],
+        "unchanged": sum(d == 0 for d in differences),
+    }
+
+
+# ---- the command ----
+
+
+@dataclass
+class EvalSettings:
+    """Settings of one evaluation."""
+
+    model: str = setting("", "checkpoint folder or hub id")
+    bench: str = setting("gsm8k", f"gsm8k, sums, {', '.join(BENCHMARKS)}")
+    lang: str = setting("prolog", "language, or several with commas")
+    source: str = setting("python", "translate: source language (python, cpp, java, javascript, go, rust), or several with commas")
+    data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
+    out: str = setting("", "folder for samples.jsonl and results.json (default: runs/eval/MODEL-BENCH)")
+    problems: int = setting(0, "judge a random subset of so many problems; 0 = all")
+    samples: int = setting(1, "completions per problem")
+    temperature: float = setting(0.0, "0 = greedy; published practice: 0.2 with 20 samples (MultiPL-E), 0.1 with 4 (arXiv 2506.11027)")
+    top_p: float = setting(1.0, "nucleus; published practice: 0.95")
+    top_k: int = setting(0, "0 = all")
+    max_new_tokens: int = setting(512, "longest completion")
+    examples: int = setting(1, "gsm8k: worked examples in the prompt: 0, 1 or 5")
+    short_prompt: bool = setting(False, "gsm8k: leave the long instructions out (for models trained without them)")
+    mode: str = setting("completion", "humaneval, mbpp, translate: completion (base models), chat (instruct) or think (self-play models)")
+    version: str = setting("v3", "MultiPL-E's data: v3 or v0.4")
+    seed: int = setting(0, "decides every sampled token, and the subset")
+    slots: int = setting(256, "sequences sampled at once")
+    sandbox: str = setting("kernel", "weakest sandbox level that is accepted: portable, kernel or namespaces")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two evaluation folders, side by side")
+    add_flags(parser, EvalSettings)
+    given = vars(parser.parse_args(arguments))
+    if folders := given.pop("compare"):
+        return print_comparison(*folders)
+    s = EvalSettings(**given)
+    if not s.model:
+        parser.error("--model is needed: a checkpoint folder or a hub id")
+    if s.mode not in ("completion", "chat", "think"):
+        raise ValueError(f"unknown mode {s.mode!r}: use completion, chat or think")
+    cells = [(source, lang) for source in (s.source.split(",") if s.bench == "translate" else [""]) for lang in s.lang.split(",")]
+    with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does
+        loaded = [(source, load_language(lang), load_cell(s, source, lang)) for source, lang in cells]
+        device = distributed.setup()
+        folder = find_checkpoint(s.model)
+        sampler = Sampler(load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device), slots=s.slots)
+        tokenizer = ChatTokenizer(folder)
+        results = [run_cell(s, pool, sampler, tokenizer, source, language, problems) for source, language, problems in loaded]
+    if distributed.rank() == 0:
+        print_matrix(s, cells, results)
+        print(json.dumps({"settings": asdict(s), "results": results}))
+    distributed.finish()
+
+
+def load_cell(s, source, lang):
+    if s.bench in ("gsm8k", "sums"):
+        return load_problems(s.bench, "test", s.data or None, s.problems or (500 if s.bench == "sums" else None), s.seed)
+    return load_rows(s.bench, lang, s.data or None, s.version, source or s.source, s.problems or None, s.seed)
+
+
+def run_cell(s, pool, sampler, tokenizer, source, language, problems):
+    """Evaluate one language (and source), or go on with it -> its figures, also in results.json."""
+    folder = Path(s.out or f"runs/eval/{Path(s.model).name}-{s.bench}") / "-".join(part for part in (source, language.name) if part)
+    done = resume(folder, s, source, language)
+    numbers = [n for n, p in enumerate(problems) if p.id not in done]
+    if s.bench in ("gsm8k", "sums"):
+        judge = Judge(pool, language)
+        ask = lambda p: messages(p, language, s.examples, system=not s.short_prompt)
+    else:
+        judge = TestJudge(pool, language, s.mode)
+        ask = lambda p: row_prompt(p, language, s.mode)
+    title = " ".join(part for part in (s.bench, source, language.name) if part)
+    with open(folder / f"partial-{distributed.rank()}.jsonl", "a", encoding="utf-8") as partial:
+        log = Progress(title, partial, len(problems), done)
+        if any(distributed.gather([bool(numbers)])):
+            evaluate(
+                sampler, tokenizer, judge, [problems[n] for n in numbers], prompt=ask, n=s.samples, temperature=s.temperature,
+                top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_new_tokens, seed=s.seed, numbers=numbers, on_rows=log,
+            )  # fmt: skip
+    return conclude(folder, problems, title)
+
+
+def resume(folder, s, source, language):
+    """{problem id: rows} that an earlier, interrupted evaluation with the same settings has judged."""
+    settings = {**asdict(s), "lang": language.name, "source": source, "out": "", "data": "", "slots": 0}
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "settings.json"
+        if file.exists() and json.loads(file.read_text("utf-8")) != settings:
+            raise SystemExit(f"{folder} holds an evaluation with other settings: choose another --out")
+        file.write_text(json.dumps(settings, indent=1), "utf-8")
+    distributed.barrier()
+    return distributed.broadcast(read_partial(folder, s.samples))
+
+
+def read_partial(folder, samples=None):
+    """Rows by problem from partial-*.jsonl; half-written problems and sandbox errors are dropped, so that they are done again."""
+    found = {}
+    for file in sorted(folder.glob("partial-*.jsonl")):
+        for line in file.read_text("utf-8").splitlines():
+            try:
+                rows = json.loads(line)
+            except json.JSONDecodeError:  # the line at which an evaluation was killed
+                continue
+            if samples is None or all(r["status"] != "sandbox_error" for r in rows):
+                found[rows[0]["id"]] = rows
+    return found
+
+
+class Progress:
+    """Writes a problem's rows as one line at once, so that a kill leaves whole problems, and shows a bar."""
+
+    def __init__(self, title, file, total, done):
+        self.title, self.file, self.total, self.started = title, file, total, time.perf_counter()
+        self.count, self.before = len(done), len(done)
+        self.right = sum(rows[0]["correct"] for rows in done.values())
+
+    def __call__(self, rows):
+        self.file.write(json.dumps(rows) + "\n")
+        self.file.flush()
+        self.count, self.right = self.count + 1, self.right + rows[0]["correct"]
+        if distributed.rank() == 0:
+            left = (time.perf_counter() - self.started) / (self.count - self.before) * (self.total / distributed.world_size() - self.count)
+            bar = "#" * (20 * self.count // self.total)
+            text = f"{self.title} [{bar:<20}] {self.count}/{self.total}  first sample right {self.right / self.count:.3f}  {max(left, 0):.0f} s left"
+            print(f"\r{text}  ", end="", file=sys.stderr, flush=True)
+
+
+def conclude(folder, problems, title):
+    """Merge what the ranks wrote into samples.jsonl, in problem order, and print the table."""
+    distributed.barrier()
+    found = read_partial(folder)
+    rows = [r for p in problems for r in found[p.id]]
+    figures = {"problems": len(problems), **summary(rows)}
+    if distributed.rank() == 0:
+        for name, text in (("samples.jsonl", "".join(json.dumps(r) + "\n" for r in rows)), ("results.json", json.dumps(figures, indent=1))):
+            (folder / f".{name}").write_text(text, "utf-8")
+            os.replace(folder / f".{name}", folder / name)
+        print(f"\n\n{title}: {len(problems)} problems -> {folder}\n{'-' * 44}")
+        for name, value in figures.items():
+            print(f"{name:<34}{value:>10.4f}" if isinstance(value, float) else f"{name:<34}{value:>10}")
+    return {"cell": title, "folder": str(folder), **figures}
+
+
+def print_matrix(s, cells, results):
+    """pass@1 of every source x target."""
+    if len(cells) < 2:
+        return
+    sources, langs = list(dict.fromkeys(source for source, _ in cells)), list(dict.fromkeys(lang for _, lang in cells))
+    figures = {cell: result["pass@1"] for cell, result in zip(cells, results)}
+    print(f"\npass@1 {s.bench:<12}" + "".join(f"{lang:>12}" for lang in langs))
+    for source in sources:
+        print(f"{source or 'all':<19}" + "".join(f"{figures[source, lang]:>12.4f}" for lang in langs))
+
+
+def print_comparison(a, b):
+    found = compare(*(read_samples(folder) for folder in (a, b)))
+    for name in ("gained", "lost"):
+        for id in found[name][:10]:
+            print(f"{name:<8}{id}")
+    print(f"\n{'':<12}{'A':>10}{'B':>10}{'B - A':>10}   95 % interval      p")
+    print(
+        f"{'pass@1':<12}{found['pass@1_a']:>10.4f}{found['pass@1_b']:>10.4f}{found['difference']:>+10.4f}   "
+        f"[{found['difference_low']:+.4f}, {found['difference_high']:+.4f}]   {found['p']:.4f}"
+    )
+    print(f"{found['problems']} problems: {len(found['gained'])} gained, {len(found['lost'])} lost, {found['unchanged']} unchanged")
+    print(json.dumps({**found, "gained": len(found["gained"]), "lost": len(found["lost"])}))
+
+
+def read_samples(folder):
+    path = Path(folder) / "samples.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the folder of a finished evaluation (one language)")
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: the same command goes on where it was")
+    except (ValueError, OSError) as problem:
+        sys.exit(f"eval.py: {problem}")

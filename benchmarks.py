@@ -1,0 +1,243 @@
+"""HumanEval and MBPP in many languages (MultiPL-E), translation into them, and CrossPLEval's form: rows, prompts, verdicts.
+
+A row's program is prompt + completion + tests, as upstream runs it; how a language's tests end and what counts as a pass
+stands in the [answer.tests] table of its TOML. The tests run in the program's own process, so a pass needs three things: exit 0, a
+random nonce printed after the last test, and upstream's own rule.
+"""
+
+import concurrent.futures
+import os
+import random
+import re
+from dataclasses import dataclass, replace
+
+from rewards import Parsed, Submission, Verdict
+from sandbox import Job, Limits
+from tasks import _language, find_data, read_jsonl
+
+BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
+# HumanEval-X's own file names; Python sources are HumanEval's canonical solutions.
+SOURCES = {"python": "humaneval", "cpp": "cpp", "java": "java", "javascript": "js", "go": "go", "rust": "rust"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One benchmark problem in one language. `question` is what samples.jsonl shows."""
+
+    id: str  # "humaneval/rkt/HumanEval_2_truncate_number"
+    task: str
+    question: str
+    prompt: str  # ends inside the function
+    tests: str
+    stop_tokens: tuple
+    source: str = ""  # the program to translate
+    source_language: str = ""
+    answer: None = None
+
+
+# ---- rows ----
+
+
+def load_rows(bench, language, data=None, version="v3", source="python", count=None, seed=0):
+    """list[Row] of a benchmark in a language (name or Language). count: a sample drawn by `seed`, in file order.
+
+    translate takes its source programs from HumanEval (python) or HumanEval-X, and prompt and tests from MultiPL-E.
+    crosspleval reads crosspleval/SOURCE-TARGET.jsonl of the user's: rows of id, source, prompt, tests, stop_tokens.
+    Raises ValueError with one sentence where the benchmark does not have the language or the data is missing.
+    """
+    language = _language(language)
+    if bench not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {bench!r}: use gsm8k, {', '.join(BENCHMARKS)}")
+    code = tests_table(language)["name"]
+    if bench == "crosspleval":
+        path = _need(f"crosspleval/{source}-{code}.jsonl", data)
+        rows = read_jsonl(path, lambda _, row: _cross_row(row, code, source))
+    else:
+        family = "humaneval" if bench == "translate" else bench
+        path = _need(f"multipl_e/{version}/{family}-{code}-reworded.jsonl", data)
+        rows = read_jsonl(path, lambda _, row: _multipl_row(bench, code, row))
+        if bench == "translate":
+            rows = _with_sources(rows, source, data)
+    if count is None or count >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
+
+
+def tests_table(language):
+    if "tests" not in language.answer:
+        raise ValueError(f"{language.name} has no [answer.tests] table: MultiPL-E does not have the language (use --bench gsm8k)")
+    return language.answer["tests"]
+
+
+def _need(name, data):
+    path = find_data(name, data)
+    if path is None:
+        raise ValueError(f"{name} is not in ../shared/data: give its folder by --data or RARECODE_DATA")
+    return path
+
+
+def _multipl_row(bench, code, row):
+    return Row(f"{bench}/{code}/{row['name']}", bench, row["prompt"], row["prompt"], row["tests"], tuple(row["stop_tokens"]))
+
+
+def _cross_row(row, code, source):
+    id = f"crosspleval/{source}-{code}/{row['id']}"
+    return Row(id, "crosspleval", row["source"], row["prompt"], row["tests"], tuple(row["stop_tokens"]), row["source"], source)
+
+
+def _with_sources(rows, source, data):
+    """Rows of translate: the canonical solution of the same number in the source language."""
+    if source not in SOURCES:
+        raise ValueError(f"no translation sources in {source!r}: use {', '.join(SOURCES)}")
+    name = "humaneval/HumanEval" if source == "python" else f"humaneval_x/humaneval_{SOURCES[source]}"
+    programs = dict(read_jsonl(_need(f"{name}.jsonl", data), lambda _, row: (row["task_id"].split("/")[1], row["prompt"] + row["canonical_solution"])))
+    found = []
+    for row in rows:
+        number = re.search(r"HumanEval_(\d+)_", row.id)[1]
+        id = row.id.replace("translate/", f"translate/{source}-", 1)
+        found.append(replace(row, id=id, question=programs[number], source=programs[number], source_language=source))
+    return found
+
+
+# ---- prompts ----
+
+# Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
+THINK = """# Task: You will be given a question (problem specification) and will generate a correct {title} program that matches the \
+specification and passes all tests. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> \
+tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. Your final answer should be \
+wrapped in ```{fence}``` tags.
+Question: {question}
+
+You will use the following starter code to write the solution to the problem and enclose your code within delimiters.
+```{fence}
+{starter}
+{comment} YOUR CODE HERE
+```
+"""
+
+
+def row_prompt(row, language, mode):
+    """What the model is given: text to go on from ("completion", "think") or chat messages ("chat").
+
+    completion, for base models: the row's prompt, after the source program as a comment when there is one. think: Listing 1 as
+    it stands, ending in "Assistant: <think>". chat: the same request as a user turn, for instruct models.
+    """
+    language = _language(language)
+    if mode == "completion":
+        commented = "".join(f"{language.comment} {line}\n" for line in row.source.splitlines())
+        return (f"{language.comment} {row.source_language}:\n{commented}\n" if row.source else "") + row.prompt.rstrip()
+    question = f"Translate this {row.source_language} program to {language.title}:\n{row.source}" if row.source else row.prompt.strip()
+    text = THINK.format(
+        title=language.title, fence=language.fence[0], question=question, starter=row.prompt.rstrip(), comment=language.comment
+    )
+    if mode == "think":
+        return f"{text}\nAssistant: <think>"
+    return [{"role": "user", "content": text.strip()}]
+
+
+def program(row, text, language, mode):
+    """The whole program of a completion: prompt + completion, cut at the first stop token, + tests; "" when there is no code."""
+    if mode == "completion":
+        cut = min((found for stop in row.stop_tokens if (found := text.find(stop)) >= 0), default=None)
+        return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
+    code = answer_block(text, language)
+    if not code:
+        return ""
+    return f"{_complete(row, code)}\n{row.tests}"
+
+
+def answer_block(text, language):
+    """The last fenced block after the reasoning; "" when there is none."""
+    answer = text.rpartition("</think>")[2]
+    fences = "|".join(re.escape(name) for name in language.fence)
+    blocks = re.findall(rf"```(?:{fences})?[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
+    return blocks[-1].strip("\n") if blocks else ""
+
+
+def _complete(row, code):
+    """A whole function in place of prompt + completion: the prompt's first lines (imports) when they are missing, and without
+    the closing braces that MultiPL-E's tests bring themselves."""
+    if row.prompt.strip() in code or _signature(row) in code:
+        opening = [line for line in _preamble(row) if line.strip() and line.strip() not in code]
+        code = "\n".join([*opening, code])
+        for _ in range(_closed_by_tests(row)):
+            code = code.rstrip().removesuffix("}")
+        return code
+    return row.prompt.rstrip() + "\n" + code  # only the body
+
+
+def _signature(row):
+    """The name that the prompt's last lines define."""
+    name = re.sub(r"(HumanEval|mbpp)_\d+_", "", row.id.rpartition("/")[2])
+    camel = name.split("_")[0] + "".join(word.capitalize() for word in name.split("_")[1:])
+    return camel if camel in row.prompt and name not in row.prompt else name
+
+
+def _preamble(row):
+    """Lines of the prompt before its first comment or definition: #lang, imports, an enclosing class."""
+    lines = []
+    for line in row.prompt.splitlines():
+        if _signature(row) in line or re.match(r"\s*(//|#(?!lang|include)|--|;|\(\*|/\*|\"\"\"|def |function )", line):
+            break
+        lines.append(line)
+    return lines
+
+
+def _closed_by_tests(row):
+    """How many braces the tests close: 1 for "}" (C++, Rust, Bash), 2 when they also close the class (Java)."""
+    if not row.tests.lstrip().startswith("}"):
+        return 0
+    return 2 if row.prompt.count("{") - row.prompt.count("}") > 1 else 1
+
+
+# ---- verdicts ----
+
+
+class TestJudge:
+    """Scores completions of benchmark rows, with the same submit() and collect() as rewards.Judge."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, pool, language, mode="completion"):
+        self.pool, self.language, self.mode = pool, _language(language), mode
+        self.table = tests_table(self.language)
+
+    def submit(self, row, text, sample=0):
+        source = program(row, text, self.language, self.mode)
+        nonce = os.urandom(12).hex()
+        future = self.pool.submit(self.job(source, nonce, f"{row.id}/{sample}")) if source else None
+        return Submission(row, sample, text, Parsed("", source, "", bool(source)), nonce, future)
+
+    def job(self, source, nonce, id=None):
+        """The sandbox job of a whole program with its tests: the nonce is printed where the last test has passed."""
+        last, printing = self.table.get("last", r"\Z"), self.table["print"].replace("{nonce}", nonce)
+        ended = re.sub(last, lambda _: printing, source.rstrip() + "\n", count=1)
+        limits = replace(self.language.limits, cpu=self.table.get("cpu", 15.0), wall=None)
+        file = self.table.get("file", self.language.file)
+        return Job(self.language.name, {file: ended}, limits=limits, id=id, run=self.table.get("run"))
+
+    def collect(self, submissions, deadline=None):
+        concurrent.futures.wait([s.future for s in submissions if s.future], timeout=deadline)
+        return [self._verdict(submission) for submission in submissions]
+
+    def _verdict(self, submission):
+        passed, status = False, "no_program"
+        if submission.future:
+            result = submission.future.result() if submission.future.done() else None
+            status = result.status if result else "sandbox_error"
+            passed = status == "ok" and self.passes(result, submission.nonce)
+        reward = float("nan") if status == "sandbox_error" else float(passed)
+        return Verdict(
+            submission.problem.id, reward, {"correct": reward}, passed, status, None, submission.parsed.code, submission.parsed, False, False
+        )
+
+    def passes(self, result, nonce):
+        """Upstream's rule, and the nonce on a line of its own."""
+        stdout, stderr = result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
+        both = stdout + stderr
+        return (
+            nonce in (line.strip() for line in stdout.splitlines())
+            and self.table.get("must", "") in both
+            and not (self.table.get("must_not") and self.table["must_not"] in both)
+            and not (self.table.get("quiet") and stderr.strip())
+        )
