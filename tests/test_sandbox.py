@@ -1,0 +1,56 @@
+"""The sandbox with its real interpreters: languages, statuses, pool."""
+
+import pytest
+
+from sandbox import Job, Limits, Pool, SandboxError
+from sandbox.languages import language_names, load_language
+
+NAMES = language_names()
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(workers=2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fixtures_of_every_language(pool, name):
+    """pass prints 42 from the 21 on its stdin, wrong prints something else, error fails, loop ends at its CPU limit."""
+    language = load_language(name)
+    if sentence := language.missing():
+        pytest.skip(sentence)
+    stdin = language.fixtures.get("stdin", "").encode()
+    kinds = ("pass", "wrong", "error", "loop")
+    results = pool.run_all([Job(name, {language.file: language.fixtures[kind]}, stdin, id=kind) for kind in kinds])
+    passed, wrong, error, loop = results
+    assert (passed.status, passed.stdout.split()) == ("ok", [b"42"]), passed
+    assert wrong.status == "ok" and wrong.stdout.split() != [b"42"], wrong
+    assert error.status in ("error", "compile_error"), error
+    assert loop.status == "cpu_limit" and loop.cpu < language.limits.cpu + language.compile_limits.cpu, loop
+
+
+def test_an_unknown_language_and_a_missing_interpreter_are_one_sentence(pool, monkeypatch):
+    with pytest.raises(ValueError, match="unknown language 'klingon': choose one of .*prolog"):
+        pool.submit(Job("klingon", {}))
+    from sandbox import languages
+
+    monkeypatch.setenv("RARECODE_LUA", "/nowhere/lua")
+    languages._find.cache_clear()
+    with pytest.raises(SandboxError, match="lua5.4 not found: apt-get install lua5.4"):
+        pool.submit(Job("lua", {"main.lua": ""}))
+    languages._find.cache_clear()
+
+
+def test_ids_and_order(pool):
+    jobs = [Job("lua", {"main.lua": f"print({number})"}, id=f"job {number}") for number in range(20)]
+    results = pool.run_all(jobs)
+    assert [(r.id, int(r.stdout)) for r in results] == [(f"job {number}", number) for number in range(20)]
+    assert sorted(r.id for r in pool.run(jobs)) == sorted(job.id for job in jobs)
+
+
+def test_a_batch_has_one_deadline(pool):
+    loops = [Job("lua", {"main.lua": f"while {number} do end"}, limits=Limits(cpu=2), id=number) for number in range(10)]
+    results = pool.run_all(loops, deadline=0.5)
+    assert [r.id for r in results] == list(range(10)) and {r.status for r in results} == {"sandbox_error"}
+    assert pool.run_all([Job("lua", {"main.lua": "print(1)"})])[0].status == "ok"
