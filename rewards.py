@@ -116,6 +116,8 @@ class Judge:
         self.components = {"correct": 1.0} if components is None else dict(components)
         self.gate, self.random_reward, self.seed = gate, random_reward, seed
         self._secret = os.urandom(16)
+        if "main" not in self.language.answer:
+            raise ValueError(f"{self.language.name} cannot be judged by value: its TOML has no [answer] table")
         unknown = sorted(set(self.components) - set(COMPONENTS))
         if unknown:
             raise ValueError(f"unknown reward component {unknown[0]!r}: use {', '.join(COMPONENTS)}")
@@ -208,9 +210,14 @@ def _layout(facts, line, end):
 
 
 def _query_leak(facts):
-    """The query's text, or a ?- mark, stands in the code."""
-    code, query = facts.parsed.code, facts.parsed.query.strip().removeprefix("?-").strip().rstrip(".")
-    return float(bool(code) and ("?-" in code or (bool(query) and query in code)))
+    """The code runs the query itself: ?- stands in it, or a line that is the query. (The published test, query text anywhere in the
+    code, also takes a Prolog program whose clause head reads like its query for a leak.)"""
+
+    def bare(line):
+        return re.sub(r"^\s*[?:]-|\.?\s*$", "", line).strip()
+
+    query, code = bare(facts.parsed.query), facts.parsed.code
+    return float("?-" in code or (bool(query) and query in map(bare, code.splitlines())))
 
 
 def _words(text, limit=1000):

@@ -203,6 +203,8 @@ def solution(problem, language):
     """The full right completion of a problem with steps: reasoning, code and query, as the language's [render] table says."""
     language = _language(language)
     form = language.render
+    if not form:
+        raise ValueError(f"{language.name} cannot be trained on sums or gsm8k: its TOML has no [render] table")
     if not problem.steps:
         raise ValueError(f"{problem.id} has no steps to render: use sums or gsm8k_steps for supervised training")
     reasoning = problem.reasoning or ", ".join(f"{step.var} = {step.expr}" for step in problem.steps)

@@ -3,8 +3,6 @@
 import concurrent.futures
 import json
 import math
-import re
-import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,8 +74,8 @@ def test_numbers_are_compared_as_numbers():
 @pytest.mark.parametrize("name", RENDERED)
 def test_rendered_right_programs_score_full_and_wrong_ones_nothing(name, pool):
     language = load_language(name)
-    if not shutil.which(language.run[0]) and not installed(language):
-        pytest.skip(f"{name} is not installed")
+    if language.missing():
+        pytest.skip(language.missing())
     judge = Judge(pool, language)
     problems = [worked_example(n) for n in (0, 1, 4)] + load_problems("sums", "test", count=3)
     right = [(p, solution(p, language)) for p in problems]
@@ -128,6 +126,7 @@ def test_programs_cannot_take_the_harness_by_surprise(pool):
     prolog = {
         "main :- write(99).\nsolve(X) :- X is 40 + 2.": "solve(X)",
         ":- initialization(main).\nmain :- writeln(99).\nsolve(42).": "solve(X)",
+        ":- initialization(main).\nsolve(42).": "solve(X)",
         "last_named(_, _, 7).\nsolve(42).": "solve(X)",
         ":- use_module(library(clpfd)).\nsolve(X) :- X #= 21 * 2.": "solve(X)",
         ":- dynamic seen/1.\nsolve(X) :- assertz(seen(42)), seen(X).": "solve(X)",
@@ -196,7 +195,7 @@ def test_components_by_hand(pool):
     assert verdicts[0].reward == pytest.approx(2 + 0.75 + 0.5 + 0.5 + words)
     assert verdicts[1].reward == pytest.approx(2 + 0.75 + 0.5 + words)  # not strict
     assert verdicts[2].reward == pytest.approx(-1 + 0.75 + 0.5 + 0.5 + words)
-    assert verdicts[3].components["query_leak"] == 1.0
+    assert verdicts[3].components["query_leak"] == 1.0 and verdicts[0].components["query_leak"] == 0.0
     assert verdicts[4].reward == -1.0
     assert Judge(pool, "prolog").submit(problem_with(42), texts[1]).parsed.format_ok is False
     assert judge_all(Judge(pool, "prolog"), [(problem_with(42), texts[1])])[0].reward == 0.0  # the gate
