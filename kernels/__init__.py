@@ -19,6 +19,11 @@ def use_triton(x):
     return x.is_cuda and triton is not None and os.environ.get("RARECODE_TRITON", "1") != "0"
 
 
+def architecture(x):
+    """90 where tensor descriptors become TMA (Hopper and later; the interpreter too), else 80."""
+    return 90 if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9 else 80
+
+
 def wide(x):
     """fp32, or float64 for float64: the precision every kernel and reference computes in."""
     return x if x.dtype == torch.float64 else x.float()

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels import jit, tl, triton, use_triton, wide
+from kernels import architecture, jit, tl, triton, use_triton, wide
 
 SPLIT = 256  # tokens per program: 4 pages of 64. Batch 256 at 1k tokens gives 2048 programs, several waves on 132 multiprocessors
-SEQUENCES = 16  # sequences per prefix tile: 16 x 8 padded query heads = 128 rows, one tensor-core tile
 SLOTS = 16  # partial results the merge holds at a time
 LOG2E = 1.4426950408889634
 
@@ -69,22 +68,25 @@ def _shared_tokens(sequence, lengths, prefix_lengths, group_ids, B, SEQUENCES: t
 
 
 @jit
-def _attend_pages(q, k_pages, v_pages, table, head, K, begin, end, SCALE: tl.constexpr, ROWS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr):
+def _attend_pages(
+    q, k_pages, v_pages, table, head, K, begin, end,
+    SCALE: tl.constexpr, ROWS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Online softmax (base 2) of q [ROWS, HD] over tokens begin..end-1 of the pages in `table`: (unnormalised output, running maximum, sum)."""
-    slot = tl.arange(0, PAGE)
+    slot = tl.arange(0, TILE)
     column = tl.arange(0, HD)
     top = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     out = tl.zeros((ROWS, HD), dtype=tl.float32)
-    for index in range(begin // PAGE, tl.cdiv(end, PAGE)):
-        page = tl.load(table + index).to(tl.int64)
-        base = (page * K + head) * PAGE * HD
-        token = index * PAGE + slot
+    for tile in range(begin // TILE, tl.cdiv(end, TILE)):
+        page = tl.load(table + tile * TILE // PAGE).to(tl.int64)
+        base = ((page * K + head) * PAGE + tile * TILE % PAGE) * HD
+        token = tile * TILE + slot
         inside = (token >= begin) & (token < end)
         k = tl.load(k_pages + base + slot[None, :] * HD + column[:, None])
         scores = tl.dot(q, k, input_precision="ieee") * SCALE
         scores = tl.where(inside[None, :], scores, -float("inf"))
-        # Every page of the loop holds at least one token, so the new maximum is finite and -inf minus -inf cannot happen.
+        # Every tile of the loop holds at least one token, so the new maximum is finite and -inf minus -inf cannot happen.
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(scores - new_top[:, None])
@@ -98,8 +100,8 @@ def _attend_pages(q, k_pages, v_pages, table, head, K, begin, end, SCALE: tl.con
 @jit
 def _decode_kernel(
     q, k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, out, lse, B, K, max_pages, slots, splits,
-    SCALE: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SHARED: tl.constexpr,
-    SEQUENCES: tl.constexpr,
+    SCALE: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    SHARED: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = split * SPLIT
@@ -113,19 +115,20 @@ def _decode_kernel(
             return
     row = tl.arange(0, ROWS)
     column = tl.arange(0, HD)
-    q_head = sequence.to(tl.int64) * K * R + head * R + row
-    tile = tl.load(q + q_head[:, None] * HD + column[None, :], mask=row[:, None] < R, other=0.0)
+    first = sequence.to(tl.int64) * K * R + head * R  # this program's first query head; offsets from it fit 32 bits
+    tile = tl.load(q + first * HD + row[:, None] * HD + column[None, :], mask=row[:, None] < R, other=0.0)
     table = block_tables + sequence.to(tl.int64) * max_pages
-    result, top, total = _attend_pages(tile, k_pages, v_pages, table, head, K, begin, end, SCALE, ROWS, HD, PAGE)
-    at = q_head * slots + splits + split  # the first `splits` slots are the prefix kernel's, when there is one
-    tl.store(out + at[:, None] * HD + column[None, :], result / total[:, None], mask=row[:, None] < R)
-    tl.store(lse + at, top + tl.log2(total), mask=row < R)
+    result, top, total = _attend_pages(tile, k_pages, v_pages, table, head, K, begin, end, SCALE, ROWS, HD, PAGE, TILE)
+    first = first * slots + splits + split  # the first `splits` slots are the prefix kernel's, when there is one
+    tl.store(out + first * HD + row[:, None] * slots * HD + column[None, :], result / total[:, None], mask=row[:, None] < R)
+    tl.store(lse + first + row * slots, top + tl.log2(total), mask=row < R)
 
 
 @jit
 def _prefix_kernel(
     q, k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, out, lse, B, K, max_pages, slots,
-    SCALE: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr,
+    SCALE: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group = tl.load(group_ids + sequence)
@@ -142,13 +145,14 @@ def _prefix_kernel(
     in_block = (member < B) & (member < (sequence // SEQUENCES + 1) * SEQUENCES) & (row % HEADS < R)
     mine = in_block & (tl.load(group_ids + member, mask=in_block, other=0) == group)
     column = tl.arange(0, HD)
-    q_head = member.to(tl.int64) * K * R + head * R + row % HEADS
-    tile = tl.load(q + q_head[:, None] * HD + column[None, :], mask=mine[:, None], other=0.0)
+    first = sequence.to(tl.int64) * K * R + head * R
+    q_head = row // HEADS * K * R + row % HEADS
+    tile = tl.load(q + first * HD + q_head[:, None] * HD + column[None, :], mask=mine[:, None], other=0.0)
     table = block_tables + live.to(tl.int64) * max_pages
-    result, top, total = _attend_pages(tile, k_pages, v_pages, table, head, K, begin, end, SCALE, SEQUENCES * HEADS, HD, PAGE)
-    at = q_head * slots + split
-    tl.store(out + at[:, None] * HD + column[None, :], result / total[:, None], mask=mine[:, None])
-    tl.store(lse + at, top + tl.log2(total), mask=mine)
+    result, top, total = _attend_pages(tile, k_pages, v_pages, table, head, K, begin, end, SCALE, SEQUENCES * HEADS, HD, PAGE, TILE)
+    first = first * slots + split
+    tl.store(out + first * HD + q_head[:, None] * slots * HD + column[None, :], result / total[:, None], mask=mine[:, None])
+    tl.store(lse + first + q_head * slots, top + tl.log2(total), mask=mine)
 
 
 @jit
@@ -182,19 +186,17 @@ def _merge_kernel(
     tl.store(out + row * HD + column, result / tl.where(total > 0, total, 1.0))
 
 
-# Launchers. warps and stages per kernel and architecture; tests/test_kernels_aot.py compiles each of them.
+# Launchers. Static choices per architecture; registers and spills of each are asserted in tests/test_kernels_aot.py.
 
-STAGES = {"decode": {80: 3, 90: 3}, "prefix": {80: 2, 90: 2}}
-DECODE_WARPS, PREFIX_WARPS, MERGE_WARPS = 4, 8, 2
-
-
-def _stages(kernel, x):
-    return STAGES[kernel][90 if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9 else 80]
+DECODE_WARPS, DECODE_STAGES, MERGE_WARPS = 4, 3, 2
+TILE_ELEMENTS = 8192  # keys per decode tile x head dim: 16 KB contiguous, 128 tokens at head dim 64 and 64 at 128
+# Prefix: sequences per tile, tokens per tile, warps, stages. 16 x 8 padded query heads = 128 rows, one WGMMA tile of 8 warps; sm_80 would spill with it.
+PREFIX = {90: (16, 64, 8, 2), 80: (8, 32, 4, 2)}
 
 
-def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_lengths=None, group_ids=None):
+def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_lengths=None, group_ids=None, arch=None):
     (batch, heads, head_dim), (kv_heads, page_size), max_pages = q.shape, k_pages.shape[1:3], block_tables.shape[1]
-    per_kv, shared = heads // kv_heads, group_ids is not None
+    per_kv, shared, arch = heads // kv_heads, group_ids is not None, arch or architecture(q)
     splits = triton.cdiv(max_pages * page_size, SPLIT)
     own = splits if shared else 0
     slots = splits + own
@@ -203,21 +205,24 @@ def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_l
     lse = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
     inputs = (q.contiguous(), k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, partial, lse, batch, kv_heads, max_pages, slots)
-    shape = {"SCALE": scale * LOG2E, "R": per_kv, "HD": head_dim, "PAGE": page_size, "SPLIT": SPLIT, "SEQUENCES": SEQUENCES}
+    sequences, tokens, warps, stages = PREFIX[arch]
+    shape = {"SCALE": scale * LOG2E, "R": per_kv, "HD": head_dim, "PAGE": page_size, "SPLIT": SPLIT, "SEQUENCES": sequences}
     grid = (batch, kv_heads, splits)
     if shared:
-        _prefix_kernel[grid](*inputs, **shape, HEADS=triton.next_power_of_2(per_kv), num_warps=PREFIX_WARPS, num_stages=_stages("prefix", q))
-    rows = max(16, triton.next_power_of_2(per_kv))  # 16 is the smallest tensor-core tile
-    _decode_kernel[grid](*inputs, own, **shape, ROWS=rows, SHARED=shared, num_warps=DECODE_WARPS, num_stages=_stages("decode", q))
+        tile = {"HEADS": triton.next_power_of_2(per_kv), "TILE": min(page_size, tokens)}
+        _prefix_kernel[grid](*inputs, **shape, **tile, num_warps=warps, num_stages=stages)
+    # 16 query heads is the smallest tensor-core tile; 6, 7 and 8 of a KV head fill part of it.
+    tile = {"ROWS": max(16, triton.next_power_of_2(per_kv)), "TILE": min(page_size, TILE_ELEMENTS // head_dim)}
+    _decode_kernel[grid](*inputs, own, **shape, **tile, SHARED=shared, num_warps=DECODE_WARPS, num_stages=DECODE_STAGES)
     merge = (partial, lse, out, lengths, prefix_lengths, group_ids, batch, heads, slots, own)
-    _merge_kernel[(batch, heads)](*merge, HD=head_dim, SPLIT=SPLIT, SLOTS=SLOTS, SHARED=shared, SEQUENCES=SEQUENCES, num_warps=MERGE_WARPS)
+    _merge_kernel[(batch, heads)](*merge, HD=head_dim, SPLIT=SPLIT, SLOTS=SLOTS, SHARED=shared, SEQUENCES=sequences, num_warps=MERGE_WARPS)
     return out
 
 
 def _fits(q, k_pages):
-    """What the kernels need beyond a CUDA device: powers of two, pages of 16 to 256 tokens that divide a split."""
+    """What the kernels need beyond a CUDA device. The page sizes to use: one decode tile, 128 tokens at head dim 64 and 64 at 128."""
     page_size, head_dim = k_pages.shape[2:]
-    return use_triton(q) and head_dim in (16, 32, 64, 128) and page_size in (16, 32, 64, 128, 256)
+    return use_triton(q) and head_dim in (64, 128) and page_size in (16, 32, 64, 128, 256)
 
 
 # Public functions

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import TensorDescriptor, jit, tl, triton, use_triton
+from kernels import TensorDescriptor, architecture, jit, tl, triton, use_triton
 
 LOG2E = 1.4426950408889634
 TILE = 128  # vocabulary entries per tile; 151,936 = 1187 x 128
@@ -111,8 +111,8 @@ def _gradient_of(x, column, target, lse, entropy, grad_logp, grad_entropy, inver
     above = x - (lse * 1.4426950408889634)[:, None]
     p = tl.exp2(above)
     coefficient = grad_logp[:, None] + grad_entropy[:, None] * (above * 0.6931471805599453 + entropy[:, None])
-    gradient = tl.where(column[None, :] == target[:, None], grad_logp[:, None], 0.0) - p * coefficient
-    return gradient * inverse_temperature
+    gradient = -p * coefficient
+    return tl.where(column[None, :] == target[:, None], gradient + grad_logp[:, None], gradient) * inverse_temperature
 
 
 @jit
@@ -185,11 +185,6 @@ def _logit_gradient_kernel(logits, out, targets, lse, entropy, grad_logp, grad_e
 def fits(hidden):
     """Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth; anything else on CUDA runs in chunked torch."""
     return use_triton(hidden) and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.shape[1] % 64 == 0
-
-
-def architecture(x):
-    """90 where tensor descriptors become TMA (Hopper and later, and the interpreter), else 80."""
-    return 90 if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9 else 80
 
 
 def operands(hidden, weight, tile, tma):

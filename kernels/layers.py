@@ -229,19 +229,25 @@ class _Swiglu(torch.autograd.Function):
     def forward(ctx, gate_up):
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up)
-        tokens, width = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(tokens, width)
-        _swiglu_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](gate_up, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
-        return out
+        return _swiglu_forward(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
-        tokens, width = len(gate_up), gate_up.shape[1] // 2
-        out = torch.empty_like(gate_up)
-        grid = (tokens, triton.cdiv(width, SWIGLU_BLOCK))
-        _swiglu_backward_kernel[grid](gate_up, grad.contiguous(), out, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
-        return out
+        return _swiglu_backward(*ctx.saved_tensors, grad.contiguous())
+
+
+def _swiglu_forward(gate_up):
+    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
+    _swiglu_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](gate_up, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return out
+
+
+def _swiglu_backward(gate_up, grad):
+    tokens, width = grad.shape
+    out = torch.empty_like(gate_up)
+    _swiglu_backward_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](gate_up, grad, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    return out
 
 
 def _rotate(x, cos, sin, sign):

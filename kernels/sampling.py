@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from kernels import head, jit, tl, triton, use_triton, wide
+from kernels import architecture, head, jit, tl, triton, use_triton, wide
 from kernels.head import TILE, Tile, tile_product
 
 # torch references
@@ -182,7 +182,7 @@ def _uniforms(seeds, requests, samples, positions):
 
 
 def _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, arch=None):
-    arch = arch or head.architecture(hidden)
+    arch = arch or architecture(hidden)
     (rows, width), vocabulary, device = hidden.shape, len(weight), hidden.device
     tile, tiles = TILES["few" if rows <= 64 else "many", arch], triton.cdiv(vocabulary, TILE)
     uniforms = _uniforms(seeds, requests, samples, positions)
