@@ -86,7 +86,7 @@ class RunLog:
     def samples(self, step, rows):
         """Rollouts to read: one JSON object a line, with the step."""
         for row in rows if self.enabled else []:
-            self.files["samples.jsonl"].write(json.dumps({"step": step, **row}) + "\n")
+            self.files["samples.jsonl"].write(json.dumps({"step": step, **clean(row)}) + "\n")
 
     def evaluation(self, step, rows):
         """Every judged program of an in-loop evaluation -> eval/step_N.jsonl; the first 16 as a wandb table, rebuilt each time

@@ -3,6 +3,7 @@
 import torch
 
 import distributed
+from rewards import shares
 
 
 def loss_metrics(collected):
@@ -23,35 +24,38 @@ def loss_metrics(collected):
     }
 
 
-def rollout_metrics(completions, verdicts, stop_ids):
-    """What the samples look like, over all ranks: rewards and their components, groups without variance, lengths, entropy."""
-    pairs = [(c, v) for cs, vs in zip(completions, verdicts) for c, v in zip(cs, vs)]
-    rows = distributed.gather(
-        [(v.reward, v.correct, v.status, v.components, len(c.tokens), -sum(c.logprobs), c.tokens[-1] in stop_ids) for c, v in pairs]
-    )
-    rewards = torch.tensor([r[0] for r in rows])
+def rollout_metrics(pairs, samples, stop_ids):
+    """pairs: (Completion, Verdict) of every sample of every rank, groups of `samples` together -> rewards and their components,
+    groups without signal, lengths, entropy, how programs ended and the shares that show reward hacking (rewards.shares)."""
+    rewards = torch.tensor([v.reward for _, v in pairs])
     judged = rewards[~rewards.isnan()]
-    groups = rewards.view(-1, len(completions[0]))
-    flat = (groups == groups[:, :1]).all(1).float()
-    lengths = [r[4] for r in rows]
+    groups = rewards.view(-1, samples)
+    lengths = torch.tensor([float(len(c.tokens)) for c, _ in pairs])
+    solved = torch.tensor([v.correct for _, v in pairs])
     metrics = {
-        "reward": float(judged.mean()) if len(judged) else float("nan"),
-        "reward_std": float(judged.std()) if len(judged) > 1 else 0.0,
-        "frac_reward_zero_std": float(flat.mean()),
-        "pass_rate": sum(r[1] for r in rows) / len(rows),
-        "entropy": sum(r[5] for r in rows) / sum(lengths),  # -log p of sampled tokens: unbiased
-        "completions/mean_length": sum(lengths) / len(rows),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": sum(not r[6] for r in rows) / len(rows),
-        "num_tokens": sum(lengths),
+        "reward": float(judged.mean()),
+        "reward_std": float(judged.std()),
+        "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
+        "pass_rate": float(solved.float().mean()),
+        "entropy": sum(-sum(c.logprobs) for c, _ in pairs) / float(lengths.sum()),  # -log p of sampled tokens: unbiased
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": sum(c.tokens[-1] not in stop_ids for c, _ in pairs) / len(pairs),
+        "completions/length_solved": float(lengths[solved].mean()),
+        "completions/length_unsolved": float(lengths[~solved].mean()),
+        "num_tokens": float(lengths.sum()),
     }
-    for name, wanted in (("solved", True), ("unsolved", False)):
-        chosen = [r[4] for r in rows if r[1] == wanted]
-        metrics[f"completions/length_{name}"] = sum(chosen) / len(chosen) if chosen else float("nan")
-    for name in sorted({k for r in rows for k in r[3]}):
-        values = torch.tensor([r[3][name] for r in rows if name in r[3]])
-        metrics[f"rewards/{name}/mean"] = float(values.mean())
-        metrics[f"rewards/{name}/std"] = float(values.std()) if len(values) > 1 else 0.0
-    for status in sorted({r[2] for r in rows}):
-        metrics[f"sandbox/{status}_frac"] = sum(r[2] == status for r in rows) / len(rows)
-    return metrics
+    for name in pairs[0][1].components:
+        values = torch.tensor([v.components[name] for _, v in pairs])
+        metrics[f"rewards/{name}/mean"] = float(values.nanmean())
+        metrics[f"rewards/{name}/std"] = float(values[~values.isnan()].std())
+    return {**metrics, **shares([v for _, v in pairs])}
+
+
+def progress(step, steps, metrics, times):
+    """The line a person reads."""
+    return (
+        f"step {step}/{steps}  reward {metrics['reward']:.3f}  pass {metrics['pass_rate']:.3f}  length {metrics['completions/mean_length']:.0f}  "
+        f"no-signal {metrics['frac_reward_zero_std']:.2f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  |  "
+        f"sample {times['time/generate']:.1f}s  reward +{times['time/reward']:.1f}s  update {times['time/update']:.1f}s"
+    )

@@ -8,12 +8,12 @@ import distributed
 from batches import EMPTY, micro_batches, pack
 
 
-def make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.99)):
-    """AdamW (fused). Matrices decay, norms and biases do not. betas: the first paper's (methods.md 1.2)."""
+def make_optimizer(model, weight_decay=0.0, beta2=0.99):
+    """AdamW (fused), beta1 0.9. Matrices decay, norms and biases do not. beta2 0.99 is the first paper's (arXiv 2506.11027)."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), eps=1e-8, fused=True)
 
 
 def learning_rate(step, steps, peak, warmup, schedule):

@@ -33,7 +33,8 @@ class Settings:
     max_prompt_tokens: int = setting(1024, "problems with a longer prompt are dropped, and counted at the start")
     max_new_tokens: int = setting(512, "longest completion")
     temperature: float = setting(1.0, "of rollouts; the trainer's log-probs use it too")
-    reward: str = setting("correct", "reward set of rewards.py; 'random' is the control that must not learn")
+    reward: str = setting("correct=1", "components of rewards.py with weights, as correct=2,wrong=-1; 'random' is the control that must not learn")
+    format_gate: bool = setting(True, "no reward without the right format (published sets add a format reward instead: false)")
     loss: str = setting("dapo", "grpo, dr_grpo, dapo, gspo or cispo (grpo.py)")
     advantage: str = setting("grpo", "grpo, mean, rloo or batch (grpo.py)")
     clip_low: float = setting(0.2, "lower clip of the ratio")
@@ -45,6 +46,7 @@ class Settings:
     schedule: str = setting("constant", "after the warm-up: constant, linear or cosine")
     warmup: int = setting(10, "steps of linear learning-rate warm-up")
     weight_decay: float = setting(0.0, "AdamW weight decay of matrices")
+    beta2: float = setting(0.99, "AdamW's second-moment decay")
     max_norm: float = setting(1.0, "clip the global gradient norm here; 0 = no clipping")
     token_budget: int = setting(16384, "most tokens in one micro-batch of one rank")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
@@ -59,7 +61,7 @@ class Settings:
     sandbox: str = setting("kernel", "weakest isolation level to accept: kernel or namespaces; portable is not a sandbox")
     wandb: str = setting("auto", "auto (online with a key, else offline), online, offline or off")
     logged_samples: int = setting(8, "rollouts per step written to samples.jsonl")
-    warm_start_steps: int = setting(0, "supervised steps of the built-in tiny model before reinforcement learning")
+    warm_start_steps: int = setting(0, "supervised steps (of 16 problems) of the built-in tiny model before reinforcement learning")
 
 
 def add_flags(parser, cls):

@@ -28,7 +28,7 @@ from batches import Sequence
 from eval import evaluate
 from kernels.logprob import token_logprobs
 from logs import RunLog
-from metrics import loss_metrics, rollout_metrics
+from metrics import loss_metrics, progress, rollout_metrics
 from optimizer import accumulate, learning_rate, make_optimizer, take_step
 from rewards import Judge
 from sampler import Request, Sampler
@@ -69,24 +69,22 @@ def step_problems(run, step):
 
 
 def rollout(run, step):
-    """Sample this rank's share of the step's prompts and judge the programs while others are still being sampled
-    -> (problems, completions per problem, verdicts per problem, seconds waited for the judge after sampling)."""
-    s = run.settings
+    """Sample this rank's share of the step's prompts; programs start to run as soon as their group is complete
+    -> ([(problem, request, completion, verdict)] group by group, seconds waited for verdicts after sampling)."""
+    s, tokenizer = run.settings, run.tokenizer
     numbered = distributed.share(list(enumerate(step_problems(run, step), start=(step - 1) * s.prompts)))
-    requests = [
-        Request(run.tokenizer.encode_chat(prompt_messages(run, p)), s.samples, s.max_new_tokens, s.temperature, stop_ids=run.tokenizer.stop_ids, seed=s.seed, id=n)
-        for n, p in numbered
-    ]
-    pending = [None] * len(requests)
+    limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
+    requests = [Request(tokenizer.encode_chat(prompt_messages(run, p)), id=n, **limits) for n, p in numbered]
+    pending = [[] for _ in requests]
 
-    def start_judging(i, completions):
-        pending[i] = [run.judge.submit(numbered[i][1], run.tokenizer.decode(c.tokens), c.sample) for c in completions]
+    def start_programs(i, completions):
+        pending[i] = [run.judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample) for c in completions]
 
-    completions = run.sampler.generate(requests, on_done=start_judging)
+    completions = [c for group in run.sampler.generate(requests, on_done=start_programs) for c in group]
     sampled = time.perf_counter()
-    flat = run.judge.collect([h for group in pending for h in group], s.reward_deadline)
-    verdicts = [flat[i * s.samples : (i + 1) * s.samples] for i in range(len(requests))]
-    return [p for _, p in numbered], requests, completions, verdicts, time.perf_counter() - sampled
+    verdicts = run.judge.collect([p for group in pending for p in group], s.reward_deadline)
+    samples = [(numbered[c.request][1], requests[c.request], c, v) for c, v in zip(completions, verdicts)]
+    return samples, time.perf_counter() - sampled
 
 
 def prompt_messages(run, problem):
@@ -142,12 +140,12 @@ def loss_of(run, batch):
 
 def train_step(run, step):
     """One whole step -> (metrics, seconds by phase, rows for samples.jsonl)."""
-    s, started = run.settings, time.perf_counter()
-    problems, requests, completions, verdicts, waited = rollout(run, step)
+    started = time.perf_counter()
+    samples, waited = rollout(run, step)
     after_rollout = time.perf_counter()
-    sequences = [Sequence(q.prompt, c.tokens, c.logprobs) for q, cs in zip(requests, completions) for c in cs]
-    counted = set_advantages(run, sequences, [v.reward for vs in verdicts for v in vs])
-    metrics = rollout_metrics(completions, verdicts, run.tokenizer.stop_ids)
+    sequences = [Sequence(r.prompt, c.tokens, c.logprobs) for _, r, c, _ in samples]
+    counted = set_advantages(run, sequences, [v.reward for *_, v in samples])
+    metrics = rollout_metrics(distributed.gather([(c, v) for _, _, c, v in samples]), run.settings.samples, run.tokenizer.stop_ids)
     metrics.update(update(run, step, counted))
     refresh_sampler(run)
     now = time.perf_counter()
@@ -161,16 +159,23 @@ def train_step(run, step):
     }
     if run.device.type == "cuda":
         times["perf/peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    logged = zip(samples[: run.settings.logged_samples], sequences)
     rows = [
-        {"problem": p.id, "sample": c.sample, "reward": v.reward if v.reward == v.reward else None, "status": v.status, "advantage": q.advantage, "text": run.tokenizer.decode(c.tokens)}
-        for (p, c, v), q in zip(((p, c, v) for p, cs, vs in zip(problems, completions, verdicts) for c, v in zip(cs, vs)), sequences)
-    ]
-    return metrics, times, rows[: s.logged_samples]
+        {"problem": p.id, "sample": c.sample, "reward": v.reward, "advantage": q.advantage, "status": v.status, "value": v.value, "text": run.tokenizer.decode(c.tokens)}
+        for (p, _, c, v), q in logged
+    ]  # fmt: skip
+    return metrics, times, rows
 
 
 def refresh_sampler(run):
-    """Give the sampler the new weights; on one CPU process it reads the trainer's own tensors and only the version changes."""
-    run.sampler.load({name: distributed.full(p) for name, p in run.model.named_parameters()})
+    """Give the sampler the new weights, one tensor at a time (never two full fp32 copies). On one CPU process it reads the
+    trainer's own tensors, and only the version changes."""
+    targets = dict(run.sampler.model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if targets[name] is not parameter:
+                targets[name].copy_(distributed.full(parameter))
+    run.sampler.load()
 
 
 def held_out_pass(run):
@@ -180,15 +185,6 @@ def held_out_pass(run):
         run.sampler, run.tokenizer, run.judge, run.held_out,
         prompt=lambda p: prompt_messages(run, p), n=s.eval_samples, temperature=s.eval_temperature, max_new_tokens=s.max_new_tokens, seed=s.seed + 1,
     )  # fmt: skip
-
-
-def progress(step, s, metrics, times):
-    """The line a person reads."""
-    return (
-        f"step {step}/{s.steps}  reward {metrics['reward']:.3f}  pass {metrics['pass_rate']:.3f}  length {metrics['completions/mean_length']:.0f}  "
-        f"no-signal {metrics['frac_reward_zero_std']:.2f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  |  "
-        f"sample {times['time/generate']:.1f}s  reward +{times['time/reward']:.1f}s  update {times['time/update']:.1f}s"
-    )
 
 
 def before_and_after(folder, first, last, started):
@@ -220,7 +216,7 @@ def warm_start(s, folder, problems, language, device, report):
     if not distributed.broadcast(out.exists()):
         supervised = sft.WarmStart(
             task=s.task, lang=s.lang, out=str(out), examples=s.examples, short_prompt=s.short_prompt,
-            steps=s.warm_start_steps, lr=2e-3, token_budget=s.token_budget, seed=s.seed,
+            steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed,
         )  # fmt: skip
         sft.run(supervised, problems, language, device, report)
     return out
@@ -248,13 +244,24 @@ def build(s, folder, language, pool, device, report):
     sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
     model = distributed.shard(model, device)
     run = Run(
-        s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay),
-        Sampler(sampler_model, slots=s.slots), Judge(pool, language, s.reward, seed=s.seed), problems, held_out,
+        s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
+        Sampler(sampler_model, slots=s.slots), make_judge(s, pool, language), problems, held_out,
     )  # fmt: skip
     prompt = lambda p: prompt_messages(run, p)
     run.problems = usable(problems, tokenizer, prompt, s.max_prompt_tokens, report)
     run.held_out = usable(held_out, tokenizer, prompt, s.max_prompt_tokens, lambda *_: None)
     return run
+
+
+def make_judge(s, pool, language):
+    """--reward as a Judge: 'name=weight,...' or 'random'."""
+    if s.reward == "random":
+        return Judge(pool, language, random_reward=True, seed=s.seed)
+    try:
+        components = {name: float(weight) for name, weight in (part.split("=") for part in s.reward.split(","))}
+    except ValueError:
+        raise SystemExit(f"--reward {s.reward}: write random, or components with weights as correct=2,wrong=-1,tags=0.75") from None
+    return Judge(pool, language, components, gate=s.format_gate)
 
 
 def save_checkpoint(run, step, log):
@@ -284,7 +291,7 @@ def loop(run, log, first_step, report):
             times["time/eval"] = time.perf_counter() - started
         log.step(step, metrics, times)
         log.samples(step, rows)
-        report(progress(step, s, metrics, times))
+        report(progress(step, s.steps, metrics, times))
         if step == s.steps or step % s.save_every == 0:
             save_checkpoint(run, step, log)
     return first, last
