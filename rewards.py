@@ -169,13 +169,20 @@ class Judge:
 
 
 def answer_files(language, code, query, nonce):
-    """{file name: text} of a job that runs code, then the query, and prints its value after the nonce ([answer] table)."""
-    words = {"{code}": code, "{query}": query, "{nonce}": nonce}
-    header = language.answer.get("header", "")  # such as "#lang racket", when the program does not bring its own
+    """{file name: text} of a job that runs code, then the query, and prints its value after the nonce ([answer] table).
+
+    header: a first line for programs that do not bring their own, such as "#lang racket". hoist: what must stand above the
+    harness (imports) wherever the program has it.
+    """
+    table = language.answer
+    header, hoist = table.get("header", ""), table.get("hoist")
     if header and not code.lstrip().startswith(header.split()[0]):
-        words["{code}"] = f"{header}\n{code}"
-    templates = {language.file: language.answer["main"], **language.answer.get("files", {})}
-    return {name: re.sub(r"\{(?:code|query|nonce)\}", lambda match: words[match[0]], text) for name, text in templates.items()}
+        code = f"{header}\n{code}"
+    hoisted = "\n".join(re.findall(hoist, code)) if hoist else ""
+    code = re.sub(hoist, "", code) if hoist else code
+    words = {"{code}": code, "{query}": query.strip().rstrip(";"), "{nonce}": nonce, "{hoisted}": hoisted}
+    templates = {language.file: table["main"], **table.get("files", {})}
+    return {name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text) for name, text in templates.items()}
 
 
 def printed_value(stdout, nonce):

@@ -199,6 +199,27 @@ def _render(node, form):
     return f"{left} {operator} {right}", rank
 
 
+def _step_lines(step, form):
+    """A step as one line, or in three-address code ("ssa", LLVM IR) as one line per operation."""
+    target = form.get("target", form["variable"]).format(step.var[1:])
+    if form["notation"] != "ssa":
+        return [form["step"].format(target=target, expression=render_expression(step.expr, form))]
+    lines = []
+
+    def visit(node, target):
+        if isinstance(node, (ast.Constant, ast.Name)):
+            return _render(node, form)[0]
+        if isinstance(node, ast.UnaryOp):
+            node = ast.BinOp(ast.Constant(0), ast.Sub(), node.operand)
+        left, right = visit(node.left, target + "a"), visit(node.right, target + "b")
+        lines.append(form["step"].format(target=target, operator=form["operators"][SYMBOL[type(node.op)]], left=left, right=right))
+        return target
+
+    body = ast.parse(step.expr, mode="eval").body
+    visit(body if isinstance(body, (ast.BinOp, ast.UnaryOp)) else ast.BinOp(body, ast.Add(), ast.Constant(0)), target)
+    return lines
+
+
 def solution(problem, language):
     """The full right completion of a problem with steps: reasoning, code and query, as the language's [render] table says."""
     language = _language(language)
@@ -208,11 +229,8 @@ def solution(problem, language):
     if not problem.steps:
         raise ValueError(f"{problem.id} has no steps to render: use sums or gsm8k_steps for supervised training")
     reasoning = problem.reasoning or ", ".join(f"{step.var} = {step.expr}" for step in problem.steps)
-    lines = [
-        form["step"].format(variable=form["variable"].format(step.var[1:]), expression=render_expression(step.expr, form))
-        for step in problem.steps
-    ]
     names = [form["variable"].format(step.var[1:]) for step in problem.steps]
+    lines = [line for step in problem.steps for line in _step_lines(step, form)]
     code = form["program"].format(steps=form["separator"].join(lines), result=names[-1], variables=", ".join(names))
     return completion(reasoning, code, form["query"], language)
 
