@@ -143,7 +143,7 @@ def become_program(launcher, stage, streams, report):
         if stage.get("warm"):
             launcher.warm[stage["warm"]].run_in_child(stage)
         else:
-            os.execve(stage["argv"][0], stage["argv"], stage["environment"] | {"HOME": launcher.folder, "TMPDIR": launcher.folder})
+            os.execve(stage["program"], stage["argv"], stage["environment"] | {"HOME": launcher.folder, "TMPDIR": launcher.folder})
     except BaseException as error:
         os.write(report, f"E{type(error).__name__}: {error}".encode()[:1000])
     finally:

@@ -5,6 +5,7 @@ variable RARECODE_NAME), or with "./name" for what its compile command made.
 """
 
 import functools
+import glob
 import os
 import re
 import shutil
@@ -77,22 +78,20 @@ class Language:
 
 
 def _stage(language, command, limits):
-    argv = list(command)
-    if argv[0] in language.programs:
-        argv[0] = _find(argv[0], tuple(language.programs[argv[0]]))
-    elif not argv[0].startswith("./"):
-        known = ", ".join([*language.programs, "./FILE"])
-        raise SandboxError(f"a command of {language.name} must start with one of {known}, not {argv[0]!r}")
-    read, execute = list(SYSTEM_READ) + language.isolation.get("read", []), list(LOADERS) + language.isolation.get("execute", [])
-    for name, candidates in language.programs.items():
-        program = _find(name, tuple(candidates))
-        read += _home(program)
-        execute += [program, *_script(program)]
+    """What the launcher needs to know to run one command; "{name}" of a program stands for its real path."""
+    found = {name: _find(name, tuple(candidates)) for name, candidates in language.programs.items()}
+    name, isolation = command[0], language.isolation
+    if name not in found and not name.startswith("./"):
+        raise SandboxError(f"a command of {language.name} must start with one of {', '.join(found)}, ./FILE; not {name!r}")
+    environment = {key: _fill(text, found) for key, text in isolation.get("environment", {}).items()}
+    read = [path for program in found.values() for path in _home(os.path.realpath(program))]
+    execute = [path for program in found.values() for path in (os.path.realpath(program), *_script(os.path.realpath(program)))]
     return {
-        "argv": argv,
-        "environment": ENVIRONMENT | language.isolation.get("environment", {}),
-        "read": read,
-        "execute": execute,
+        "program": os.path.realpath(found[name]) if name in found else name,
+        "argv": [found.get(name, name), *(_fill(word, found) for word in command[1:])],
+        "environment": ENVIRONMENT | environment,
+        "read": [*SYSTEM_READ, *_places(isolation.get("read", ())), *read],
+        "execute": [*LOADERS, *_places(isolation.get("execute", ())), *execute],
         "run_work": language.compile is not None,
         "cpu": limits.cpu,
         "wall": 4 * limits.cpu + 2 if limits.wall is None else limits.wall,
@@ -106,36 +105,47 @@ def _stage(language, command, limits):
     }
 
 
+def _fill(text, found):
+    """Text with "{R}/../lib" replaced by the folder that is meant: the real path of R, two up, lib."""
+    path = r"\{(\w+)\}((?:/[\w.-]+)*)"
+    return re.sub(path, lambda match: os.path.normpath(os.path.realpath(found[match[1]]) + match[2]) if match[1] in found else match[0], text)
+
+
+def _places(patterns):
+    """Real paths of patterns such as /usr/lib/llvm-*/bin and of tools by name, as far as they are here."""
+    places = [place for pattern in patterns for place in (glob.glob(pattern) if "/" in pattern else [shutil.which(pattern)])]
+    return [os.path.realpath(place) for place in places if place]
+
+
 @functools.cache
 def _find(name, candidates):
-    """Real path of the first candidate on PATH, or of RARECODE_NAME; None when there is none that a program may start."""
+    """Path of the first candidate that is here and that a program may start, or of RARECODE_NAME; None when there is none."""
     given = os.environ.get(f"RARECODE_{name.upper()}")
     for candidate in [given] if given else candidates:
-        for folder in [None] if os.sep in candidate else os.get_exec_path():
-            found = shutil.which(candidate, path=folder)
-            # A version manager's stand-in needs the network or the user's home; a link to a file of another name is one too (rustup).
-            if found and "/shims/" not in found and "/.cargo/" not in found and _open_to_all(os.path.realpath(found)):
-                return os.path.realpath(found)
+        if os.sep in candidate:
+            paths = sorted(glob.glob(candidate), reverse=True)
+        else:
+            paths = [os.path.join(folder, candidate) for folder in os.get_exec_path()]
+        for path in filter(os.path.isfile, paths):
+            # a version manager's stand-in only finds the interpreter with the user's home and environment
+            if "/shims/" not in path and "/.cargo/" not in path and _open_to_all(os.path.realpath(path)):
+                return path
     return None
 
 
 def _open_to_all(path):
     """Programs of root run as a user of their own, which must be able to reach the interpreter."""
-    if os.geteuid() != 0:
-        return True
-    parents = [path, *map(str, Path(path).parents)]
-    return all(os.stat(parent).st_mode & 0o001 for parent in parents)
+    if not os.access(path, os.R_OK):
+        return False
+    return os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in Path(path).parents)
 
 
 def _home(program):
     """Folders that an interpreter outside the system's own places needs to read: the one that holds its bin folder, but never a home."""
     folder = os.path.dirname(program)
     prefix = os.path.dirname(folder) if os.path.basename(folder) == "bin" else folder
-    if prefix in ("/", "/usr", "/usr/local") or folder in ("/usr/bin", "/bin", "/usr/local/bin"):
-        return [program]
-    if Path.home().is_relative_to(prefix):
-        return [program]
-    return [prefix]
+    system = folder in ("/usr/bin", "/bin", "/usr/local/bin") or prefix in ("/", "/usr", "/usr/local")
+    return [program] if system or Path.home().is_relative_to(prefix) else [prefix]
 
 
 def _script(program):
