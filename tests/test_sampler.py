@@ -1,0 +1,190 @@
+"""What must always hold of rollouts (DESIGN.md, invariants 1, 3, 6, 9), on random models and to the last bit where it says so."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model import Config, random_model
+from sampler import Request, Sampler, StalePageError
+
+CONFIG = Config(
+    vocab_size=331, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+    max_position_embeddings=2048,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, seed=1, std=0.15).requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # tiny tensors: a second thread only costs time
+
+
+def requests(n=4, new=40, stop_ids=(3, 5, 8, 13, 21, 34, 55, 89), lengths=(1, 2, 15, 16, 17, 40, 65, 90), **more):
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(0, CONFIG.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(p, n=n, max_new_tokens=new, stop_ids=stop_ids, seed=11, id=100 + i, **more) for i, p in enumerate(prompts)]
+
+
+def values(groups):
+    return [[(c.sample, c.tokens, c.logprobs, c.finish_reason) for c in group] for group in groups]
+
+
+def trainer_logprobs(model, request, completion):
+    tokens = torch.tensor(request.prompt + completion.tokens)
+    hidden = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
+    start = len(request.prompt) - 1
+    return model.logprobs(hidden[start:-1], torch.tensor(completion.tokens), request.temperature or 1.0)[0]
+
+
+def largest_gap(model, asked, groups):
+    pairs = [(r, c) for r, group in zip(asked, groups) for c in group]
+    return max((trainer_logprobs(model, r, c) - torch.tensor(c.logprobs)).abs().max().item() for r, c in pairs)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_logprobs_are_the_trainers(model, temperature):
+    asked = requests(temperature=temperature)
+    groups = Sampler(model).generate(asked)
+    assert {c.finish_reason for g in groups for c in g} == {"stop", "length"} or temperature == 0
+    assert largest_gap(model, asked, groups) < 1e-5
+
+
+def test_logprobs_are_the_trainers_beyond_one_attention_chunk(model):
+    """Prompts and responses longer than 384 tokens are read in several pieces and merged."""
+    asked = requests(n=2, new=410, stop_ids=(), lengths=(380, 400, 800))
+    groups = Sampler(model).generate(asked)
+    assert largest_gap(model, asked, groups) < 1e-5
+    assert values(Sampler(model, slots=2, page_size=64).generate(asked)) == values(groups)
+
+
+VARIANTS = {
+    "one slot": dict(slots=1),
+    "few slots": dict(slots=7),
+    "large pages": dict(page_size=64),
+    "few pages": dict(slots=48, pages=23),
+    "no sharing": dict(share_prefix=False),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_do_not_depend_on_the_batch(model, variant):
+    """Tokens and log-probs are equal to the last bit whatever the batch, slots, pages and sharing."""
+    asked = requests()
+    assert values(Sampler(model, **VARIANTS[variant]).generate(asked)) == values(Sampler(model).generate(asked))
+
+
+def test_samples_do_not_depend_on_order_ranks_or_threads(model):
+    asked = requests()
+    expected = values(Sampler(model).generate(asked))
+    assert values(Sampler(model).generate(asked[::-1]))[::-1] == expected
+    ranks = [values(Sampler(model).generate(asked[rank::3])) for rank in range(3)]
+    assert [ranks[i % 3][i // 3] for i in range(len(asked))] == expected
+    torch.set_num_threads(2)
+    assert values(Sampler(model).generate(asked[-2:])) == expected[-2:]
+    assert len({tuple(tokens) for group in expected for _, tokens, _, _ in group}) > 25  # samples do differ among themselves
+    other_seed = [dataclasses.replace(r, seed=12) for r in asked]
+    assert values(Sampler(model).generate(other_seed)) != expected
+
+
+def test_first_token_frequencies_are_the_models_distribution(model):
+    (request,) = requests(n=4000, new=1, lengths=(9,))
+    (group,) = Sampler(model).generate([request])
+    tokens = torch.tensor(request.prompt)
+    hidden = model(tokens, torch.arange(9), torch.tensor([0, 9], dtype=torch.int32))
+    p = (hidden[-1] @ model.head_weight.T).softmax(-1)
+    seen = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=len(p))
+    common = p > 5 / 4000
+    chi2 = ((seen - 4000 * p) ** 2 / (4000 * p))[common].sum().item()
+    dof = int(common.sum())
+    assert dof > 10 and abs(chi2 - dof) < 5 * (2 * dof) ** 0.5
+
+
+def test_greedy_is_the_argmax_of_a_plain_forward(model):
+    (request,) = requests(n=1, new=20, stop_ids=(), lengths=(12,), temperature=0.0)
+    tokens = list(request.prompt)
+    for _ in range(20):
+        hidden = model(torch.tensor(tokens), torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
+        tokens.append(int((hidden[-1] @ model.head_weight.T).argmax()))
+    assert Sampler(model).generate([request])[0][0].tokens == tokens[12:]
+
+
+def test_stop_token_is_kept_and_any_of_several_stops(model):
+    free = Sampler(model).generate(requests(n=2, new=30, stop_ids=()))
+    stop_ids = (free[5][0].tokens[11], free[6][1].tokens[4])
+    for full, cut in zip(free, Sampler(model).generate(requests(n=2, new=30, stop_ids=stop_ids))):
+        for a, b in zip(full, cut):
+            ends = [i for i, t in enumerate(a.tokens) if t in stop_ids]
+            length = ends[0] + 1 if ends else 30
+            assert (b.tokens, b.logprobs) == (a.tokens[:length], a.logprobs[:length])
+            assert b.finish_reason == ("stop" if ends else "length")
+
+
+def test_top_k_and_top_p(model):
+    def check(request, allowed):
+        (group,) = Sampler(model).generate([request])
+        for c in group:
+            tokens = torch.tensor(request.prompt + c.tokens)
+            hidden = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
+            p = (hidden[len(request.prompt) - 1 : -1] @ model.head_weight.T / request.temperature).softmax(-1)
+            kept = allowed(p)
+            chosen = torch.tensor(c.tokens)[:, None]
+            assert kept.gather(1, chosen).all()
+            expected = (p.gather(1, chosen) / (p * kept).sum(-1, keepdim=True)).log().squeeze(1)
+            assert (expected - torch.tensor(c.logprobs)).abs().max() < 1e-4
+
+    (request,) = requests(n=6, new=25, stop_ids=(), lengths=(20,), temperature=0.8)
+    check(dataclasses.replace(request, top_k=5), lambda p: p >= p.topk(5).values[:, -1:])
+    ordered = lambda p: p.sort(descending=True)
+    smallest = lambda p: ordered(p).values.gather(1, ((ordered(p).values.cumsum(-1) < 0.5).sum(-1, keepdim=True)))
+    check(dataclasses.replace(request, top_p=0.5), lambda p: p >= smallest(p))
+    one = Sampler(model).generate([dataclasses.replace(request, top_k=1), dataclasses.replace(request, temperature=0.0)])
+    assert [c.tokens for c in one[0]] == [c.tokens for c in one[1]]
+
+
+def test_groups_are_handed_over_as_they_finish(model):
+    asked, seen = requests(n=3), []
+    sampler = Sampler(model, slots=5)
+    groups = sampler.generate(asked, on_done=lambda i, completions: seen.append((i, completions)))
+    assert sorted(i for i, _ in seen) == list(range(len(asked)))
+    assert all(values([completions]) == values([groups[i]]) for i, completions in seen)
+    assert sampler.stats["tokens"] == sum(len(c.tokens) for g in groups for c in g)
+    assert len(sampler.pool.free) == len(sampler.pool)
+    static = sum(max(len(c.tokens) for c in g) for g in groups)  # steps of a batch that waits for its longest
+    assert sampler.stats["steps"] < 0.8 * static
+
+
+def test_new_weights_are_used_and_old_pages_refused(model):
+    asked = requests(n=2)
+    changing = random_model(CONFIG, seed=1, std=0.15).requires_grad_(False)
+    sampler = Sampler(changing, slots=5)
+    before = values(sampler.generate(asked))
+    fresh = {name: p + 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(StalePageError, match="weight version 0.*now version 1"):
+        sampler.generate(asked, on_done=lambda *_: sampler.load(fresh))
+    groups = sampler.generate(asked)
+    assert values(groups) != before
+    assert largest_gap(changing, asked, groups) < 1e-5
+    assert values(Sampler(changing).generate(asked)) == values(groups)
+    page = sampler.pool.take(1, version=0)
+    with pytest.raises(StalePageError):
+        sampler.pool.check(page, sampler.version)
+
+
+def test_what_cannot_run_is_refused_with_a_sentence(model):
+    def refused(match, sampler=None, **changes):
+        with pytest.raises(ValueError, match=match):
+            (sampler or Sampler(model)).generate([dataclasses.replace(requests(lengths=(40,))[0], **changes)])
+
+    refused("needs 6 pages of 16 tokens and there is room for 4", Sampler(model, pages=4))
+    refused("longer than the model's 2048 positions", max_new_tokens=2020)
+    refused("empty prompt", prompt=[])
+    refused("outside the model's vocabulary of 331", prompt=[1, 331])
+    refused("at least 1", n=0)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Sampler(model, page_size=24)
+    assert Sampler(model).generate([]) == []
