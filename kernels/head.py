@@ -59,7 +59,7 @@ def _stats_kernel(
     h, w, targets, tile_max, tile_sum, tile_moment, target_logit, scale, M, V, D,
     ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of logits to (max m, sum s of 2^(x - m), sum of 2^(x - m) x) per row, [tiles, M], and the target's logit [M]."""
+    """One tile of logits to (max m, sum of p = 2^(x - m), sum of p (x - m)) per row, [tiles, M], and the target's logit [M]."""
     # Row tiles run fastest: all of them use one tile of the weight while it is in L2, and the hidden states stay there throughout.
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
@@ -68,15 +68,16 @@ def _stats_kernel(
     x = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA) * scale
     x = tl.where(column[None, :] < V, x, -1e30)
     top = tl.max(x, 1)
-    p = tl.exp2(x - top[:, None])
+    above = x - top[:, None]
+    p = tl.exp2(above)
     rows = row + tl.arange(0, ROWS)
     inside = rows < M
     target = tl.load(targets + rows, mask=inside, other=-1)
-    logit = tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
+    logit = top + tl.sum(tl.where(column[None, :] == target[:, None], above, 0.0), 1)
     at = tile.to(tl.int64) * M + rows
     tl.store(tile_max + at, top, mask=inside)
     tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
-    tl.store(tile_moment + at, tl.sum(p * x, 1), mask=inside)
+    tl.store(tile_moment + at, tl.sum(p * above, 1), mask=inside)
     tl.store(target_logit + rows, logit, mask=inside & (target // TILE == tile))
 
 
@@ -94,14 +95,18 @@ def _merge_kernel(tile_max, tile_sum, tile_moment, target_logit, logp, entropy, 
         m = tl.load(tile_max + at, mask=inside, other=-1e30)
         new_top = tl.maximum(top, tl.max(m, 0))
         shrink = tl.exp2(top - new_top)
-        weight = tl.exp2(m - new_top[None, :])
-        total = total * shrink + tl.sum(weight * tl.load(tile_sum + at, mask=inside, other=1.0), 0)
-        moment = moment * shrink + tl.sum(weight * tl.load(tile_moment + at, mask=inside, other=0.0), 0)
+        below = m - new_top[None, :]
+        weight = tl.exp2(below)
+        mass = tl.load(tile_sum + at, mask=inside, other=1.0)
+        # Moments are about the maximum, which moves: sum p (x - new) = sum p (x - old) + (old - new) sum p. About 0 they would cancel in the entropy.
+        moment = (moment + total * (top - new_top)) * shrink + tl.sum(weight * (tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below), 0)
+        total = total * shrink + tl.sum(weight * mass, 0)
         top = new_top
     inside = rows < M
-    log_total = top + tl.log2(total)
+    spread = tl.log2(total)
+    log_total = top + spread
     tl.store(logp + rows, (tl.load(target_logit + rows, mask=inside, other=0.0) - log_total) * 0.6931471805599453, mask=inside)
-    tl.store(entropy + rows, (log_total - moment / total) * 0.6931471805599453, mask=inside)
+    tl.store(entropy + rows, (spread - moment / total) * 0.6931471805599453, mask=inside)
     tl.store(lse + rows, log_total * 0.6931471805599453, mask=inside)
 
 
@@ -129,7 +134,7 @@ def _gradient_kernel(
     rows = row + tl.arange(0, ROWS)
     inside = rows < M
     target = tl.load(targets + rows, mask=inside, other=-1)
-    row_lse = tl.load(lse + rows, mask=inside, other=0.0)
+    row_lse = tl.load(lse + rows, mask=inside, other=1e30)
     row_entropy = tl.load(entropy + rows, mask=inside, other=0.0)
     g = tl.load(grad_logp + rows, mask=inside, other=0.0)
     e = tl.load(grad_entropy + rows, mask=inside, other=0.0)
@@ -154,16 +159,17 @@ def _logit_stats_kernel(logits, targets, logp, entropy, lse, scale, V, BLOCK: tl
         x = tl.load(logits + row * V + column, mask=column < V, other=-1e30) * scale
         new_top = tl.maximum(top, x)
         shrink, p = tl.exp2(top - new_top), tl.where(column < V, tl.exp2(x - new_top), 0.0)
+        moment = (moment + total * (top - new_top)) * shrink + p * (x - new_top)
         total = total * shrink + p
-        moment = moment * shrink + p * x
         top = new_top
     row_top = tl.max(top, 0)
     weight = tl.exp2(top - row_top)
     row_total = tl.sum(total * weight, 0)
+    row_moment = tl.sum((moment + total * (top - row_top)) * weight, 0)
     log_total = row_top + tl.log2(row_total)
     target = tl.load(logits + row * V + tl.load(targets + row)) * scale
     tl.store(logp + row, (target - log_total) * 0.6931471805599453)
-    tl.store(entropy + row, (log_total - tl.sum(moment * weight, 0) / row_total) * 0.6931471805599453)
+    tl.store(entropy + row, (tl.log2(row_total) - row_moment / row_total) * 0.6931471805599453)
     tl.store(lse + row, log_total * 0.6931471805599453)
 
 

@@ -114,11 +114,12 @@ def _draw_kernel(
     x = product * (1.4426950408889634 / tl.where(t > 0, t, 1.0))[:, None]
     x = tl.where(tile * TILE + tl.arange(0, TILE)[None, :] < V, x, -1e30)
     top = tl.max(x, 1)
-    p = tl.exp2(x - top[:, None])
+    above = x - top[:, None]
+    p = tl.exp2(above)
     at = rows.to(tl.int64) * tiles + tile
     tl.store(tile_max + at, top, mask=inside)
     tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
-    tl.store(tile_moment + at, tl.sum(p * x, 1), mask=inside)
+    tl.store(tile_moment + at, tl.sum(p * above, 1), mask=inside)
     # Greedy: nothing but the maxima keep their mass, and a threshold of 0 picks the first of them.
     p = tl.where((t <= 0)[:, None] & (p < 1.0), 0.0, p)
     u = tl.where(t > 0, tl.load(uniforms + M + rows, mask=inside, other=0.5), 0.0)
@@ -149,10 +150,11 @@ def _choose_kernel(
     inside = index < tiles
     m = tl.load(tile_max + at, mask=inside, other=-1e30)
     top = tl.max(m, 1)
-    weight = tl.exp2(m - top[:, None])
+    below = m - top[:, None]
+    weight = tl.exp2(below)
     mass = weight * tl.load(tile_sum + at, mask=inside, other=0.0)
     total = tl.sum(mass, 1)
-    moment = tl.sum(weight * tl.load(tile_moment + at, mask=inside, other=0.0), 1)
+    moment = tl.sum(weight * tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below, 1)
     greedy = tl.load(temperature + row) <= 0
     mass = tl.where(greedy[:, None] & (m < top[:, None]), 0.0, mass)
     cumulative = tl.cumsum(mass, 1)
@@ -161,7 +163,7 @@ def _choose_kernel(
     log_total = top + tl.log2(total)
     tl.store(token + row, tile.to(tl.int64) * TILE + tl.load(candidate + row * tiles + tile))
     tl.store(logp + row, (tl.load(candidate_logit + row * tiles + tile) - log_total) * 0.6931471805599453)
-    tl.store(entropy + row, (log_total - moment / total) * 0.6931471805599453)
+    tl.store(entropy + row, (tl.log2(total) - moment / total) * 0.6931471805599453)
 
 
 # Launchers. Up to 64 rows the bytes of the weight are the floor: a smaller tile with three programs per multiprocessor keeps more of them in flight.
