@@ -1,7 +1,7 @@
 """Paged decode attention: one query token per sequence against its pages of keys and values, and its shared-prefix form for groups.
 
 Three kernels. `_decode_kernel`: one program per (sequence, KV head, split of 256 tokens) reduces its tokens with an online softmax. `_prefix_kernel`:
-the same for the prefix that a group of samples shares, with all their query heads in one matrix tile, so that the prefix is read once. `_merge_kernel`
+the same for the prefix that a group of samples shares, with all their query heads in one matrix tile, so that the prefix is read once. `_merge_splits_kernel`
 puts the partial results together by log-sum-exp. The split *length* is fixed, so the order of every sum depends on the sequence's own length alone,
 not on the batch; programs past the end leave at once, so one CUDA graph serves all lengths.
 """
@@ -156,7 +156,7 @@ def _prefix_kernel(
 
 
 @jit
-def _merge_kernel(
+def _merge_splits_kernel(
     partial, lse, out, lengths, prefix_lengths, group_ids, B, H, slots, splits,
     HD: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +215,7 @@ def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_l
     tile = {"ROWS": max(16, triton.next_power_of_2(per_kv)), "TILE": min(page_size, TILE_ELEMENTS // head_dim)}
     _decode_kernel[grid](*inputs, own, **shape, **tile, SHARED=shared, num_warps=DECODE_WARPS, num_stages=DECODE_STAGES)
     merge = (partial, lse, out, lengths, prefix_lengths, group_ids, batch, heads, slots, own)
-    _merge_kernel[(batch, heads)](*merge, HD=head_dim, SPLIT=SPLIT, SLOTS=SLOTS, SHARED=shared, SEQUENCES=sequences, num_warps=MERGE_WARPS)
+    _merge_splits_kernel[(batch, heads)](*merge, HD=head_dim, SPLIT=SPLIT, SLOTS=SLOTS, SHARED=shared, SEQUENCES=sequences, num_warps=MERGE_WARPS)
     return out
 
 

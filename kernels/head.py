@@ -82,7 +82,7 @@ def _stats_kernel(
 
 
 @jit
-def _merge_kernel(tile_max, tile_sum, tile_moment, target_logit, logp, entropy, lse, M, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _merge_tiles_kernel(tile_max, tile_sum, tile_moment, target_logit, logp, entropy, lse, M, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Tile results [tiles, M] to log-prob, entropy and log-sum-exp [M], in nats."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     top = tl.full((ROWS,), -1e30, dtype=tl.float32)
@@ -215,7 +215,7 @@ def stats(hidden, weight, targets, temperature, arch=None):
     shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90}
     grid = (triton.cdiv(tokens, tile.rows) * tiles,)
     _stats_kernel[grid](h, w, targets, *partial, logit, LOG2E / temperature, tokens, vocabulary, width, **shape, **launch_options(tile))
-    _merge_kernel[(triton.cdiv(tokens, 32),)](*partial, logit, logp, entropy, lse, tokens, tiles, ROWS=32, BLOCK=64, num_warps=4)
+    _merge_tiles_kernel[(triton.cdiv(tokens, 32),)](*partial, logit, logp, entropy, lse, tokens, tiles, ROWS=32, BLOCK=64, num_warps=4)
     return logp, entropy, lse
 
 
