@@ -36,7 +36,7 @@ def _all_equal(values, valid, index, count):
     return (low >= high)[index]
 
 
-def group_advantages_reference(rewards, group_ids, kind="grpo", eps=1e-4, ddof=1, lengths=None):
+def group_advantages_reference(rewards, group_ids, kind="grpo", eps=1e-6, ddof=1, lengths=None):
     index, count = _segments(group_ids)
     valid = ~rewards.isnan()
     values = torch.where(valid, wide(rewards), 0.0)
@@ -238,18 +238,18 @@ class _PolicyLoss(torch.autograd.Function):
 # Public functions
 
 
-def group_advantages(rewards, group_ids, kind="grpo", eps=1e-4, ddof=1, lengths=None):
+def group_advantages(rewards, group_ids, kind="grpo", eps=1e-6, ddof=1, lengths=None):
     """Advantage of every rollout against its group, [N] fp32, in one launch and without a host sync on CUDA.
 
     rewards [N] fp32, group_ids [N] int64 (equal = same group, groups of any size and order). A NaN reward is a masked rollout: left out of every
     statistic, advantage 0. A group whose rewards are all the same number (exact comparison), or that has one member, gives exactly 0. Of the group:
-      grpo    (r - mean) / (std + eps)                       GRPO, arXiv 2402.03300; ddof 1 (torch.std, TRL, verl) or 0 (population)
+      grpo    (r - mean) / (std + eps)                       GRPO, arXiv 2402.03300; ddof 1 and eps 1e-6 as verl (TRL: 1e-4)
       mean    r - mean                                       Dr. GRPO, arXiv 2503.20783
       rloo    r - mean of the others = G/(G-1) (r - mean)    RLOO, arXiv 2402.14740
       batch   (r - mean) / (std of all rewards + eps)        Lite-PPO, arXiv 2508.08221; TRL's scale_rewards="batch"
       whiten  (r - mean) / sqrt(var + eps)                   REINFORCE++ (arXiv 2501.03262, one group), TRR++ (one group per (task, role))
-    lengths [N] weighs each rollout by its token count, that is statistics over tokens (REINFORCE++, TRR++; eps 1e-8 there).
-    Rewards 1, 0, 0, 0: mean .25, std .5 -> grpo 1.4997, -.4999 x 3; mean .75, -.25 x 3; rloo 1, -1/3 x 3.
+    lengths [N] weighs each rollout by its token count, that is statistics over tokens (REINFORCE++, TRR++; eps 1e-8 there). ddof 0: population.
+    Rewards 1, 0, 0, 0: mean .25, std .5 -> grpo 1.5, -.5 x 3; mean .75, -.25 x 3; rloo 1, -1/3 x 3.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown advantage kind {kind!r}: use one of {', '.join(KINDS)}")

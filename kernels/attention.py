@@ -196,6 +196,7 @@ PREFIX = {90: (16, 64, 8, 2), 80: (8, 32, 4, 2)}
 
 def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_lengths=None, group_ids=None, arch=None):
     (batch, heads, head_dim), (kv_heads, page_size), max_pages = q.shape, k_pages.shape[1:3], block_tables.shape[1]
+    block_tables = block_tables.contiguous()
     per_kv, shared, arch = heads // kv_heads, group_ids is not None, arch or architecture(q)
     splits = triton.cdiv(max_pages * page_size, SPLIT)
     own = splits if shared else 0

@@ -61,7 +61,8 @@ def both(function, reference, inputs, dtype, upstream):
 @pytest.mark.parametrize("tokens", ROWS)
 def test_layers(tokens, dtype):
     width = 200  # neither a power of two nor a multiple of a block
-    x, residual, weight, grad = randn(tokens, width, dtype=dtype), randn(tokens, width, dtype=dtype), randn(width, dtype=dtype), randn(tokens, width, dtype=dtype)
+    x, residual, grad = (randn(tokens, width, dtype=dtype) for _ in range(3))
+    weight = randn(width, dtype=dtype)
     eps = 1e-6
     both(lambda *a: layers._RmsNorm.apply(*a, eps), lambda *a: layers.rms_norm_reference(*a, eps), (x, weight), dtype, (grad,))
     inputs = (x, residual, weight)
@@ -101,8 +102,11 @@ def test_qkv_rope_write(bias, dtype):
 # attention
 
 
+PAGED = [(7, 2, 64, 16, [0, 1, 300, 16]), (6, 1, 128, 64, [513, 64]), (8, 1, 64, 128, [129, 17]), (3, 3, 64, 32, [33])]
+
+
 @dtypes
-@pytest.mark.parametrize("per_kv, kv_heads, head_dim, page_size, lengths", [(7, 2, 64, 16, [0, 1, 300, 16]), (6, 1, 128, 64, [513, 64]), (8, 1, 64, 128, [129, 17]), (3, 3, 64, 32, [33])])
+@pytest.mark.parametrize("per_kv, kv_heads, head_dim, page_size, lengths", PAGED)
 def test_paged_attention(per_kv, kv_heads, head_dim, page_size, lengths, dtype):
     case = paged_case(lengths, per_kv, kv_heads, head_dim, page_size, dtype, DEVICE)
     exact = attention.paged_attention_reference(*(x.double() if x.is_floating_point() else x for x in case), head_dim**-0.5)
