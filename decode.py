@@ -1,10 +1,12 @@
 """The device side of sampling: prefill passes and decode steps on tensors, without a look by the host.
 
 On CUDA a step is the kernels of kernels/, captured as one CUDA graph per batch size. On CPU it is torch, with every shape chosen so that a row's result
-depends on that row alone, to the last bit, whatever else is in the batch (measured with MKL, 1 and 2 threads):
+depends on that row alone, to the last bit, whatever else is in the batch (measured with 1 and 2 threads):
 
-- batches are filled up to a multiple of 16 rows: matrix products of fewer rows sum in another order, and exp, sin or log of the last few elements of
-  a tensor, the ones that fill no vector register, come from another function; K is cut into pieces of 512, longer sums are blocked by shape;
+- matrix products go through oneDNN's packed weights, whose sums have one order for any number of rows but 1 (and which are up to twice as fast as
+  F.linear for 2 to 32 rows); F.linear's order changes with the number of rows and of threads;
+- batches are filled up to 2, 4, 8 or a multiple of 16 rows: exp, sin or log of the last few elements of a tensor, or of a thread's share of it, those
+  that fill no vector register, come from another function than the rest;
 - attention reads keys in units of 16 tokens and chunks of 384 (longer inner sums are blocked by their length), merged by log-sum-exp;
 - it always splits a sequence into its prompt and its own tokens, whether or not the prompt is shared.
 """
@@ -13,11 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import shared_prefix_attention
-from kernels.layers import apply_rope, qkv_rope_write
-from kernels.sampling import sample_logits, sample_tokens
+from kernels.layers import qkv_rope_write
+from kernels.sampling import draw_reference, sample_logits, sample_tokens
 from model import causal_attention
 
-ROWS = 16
 UNIT = 16  # tokens: lanes of a vector register, so that a sum's lanes do not depend on where a page starts
 CHUNK = 384
 BLOCK = 64  # queries per prefill attention call on CPU
@@ -46,28 +47,32 @@ def new_state(rows, widths, device):
     return state | {name: torch.zeros(rows, width, dtype=dtype, device=device) for name, (dtype, width) in widths.items()}
 
 
-def exact_linear(x, weight):
-    """x [T, K], weight [N, K] -> [T, N] whose rows are summed in the same order for every T >= 16."""
-    if weight.shape[1] <= 512:
-        return x @ weight.T
-    out = x[:, :512] @ weight[:, :512].T
-    for k in range(512, weight.shape[1], 512):
-        out.addmm_(x[:, k : k + 512], weight[:, k : k + 512].T)
-    return out
-
-
 class Decoder:
     """Model and page pool as two functions: `prefill` writes prompts to pages, `step` draws the next token of every row."""
 
     def __init__(self, model, pool):
         self.model, self.config, self.pool = model, model.config, pool
-        self.exact = model.embed.weight.device.type == "cpu"
-        self.linear = exact_linear if self.exact else F.linear
-        self.attention = CpuAttention(self.config, pool) if self.exact else None
+        self.cpu = model.embed.weight.device.type == "cpu"
+        self.linear, self.attention = F.linear, CpuAttention(self.config, pool) if self.cpu else None
+        self.packed, self.stamp = {}, None
+
+    def refresh(self):
+        """Pack the weights again if they changed; on CUDA they are read in place."""
+        matrices = [w for layer in self.model.layers for w in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight)]
+        stamp = [(w.data_ptr(), w._version) for w in (*matrices, self.model.head_weight)]
+        can_pack = self.cpu and torch.backends.mkldnn.is_available() and self.model.head_weight.dtype == torch.float32
+        if can_pack and stamp != self.stamp:
+            self.packed = {w.data_ptr(): torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64) for w in (*matrices, self.model.head_weight)}
+            self.stamp, self.linear = stamp, self._packed_linear
+
+    def _packed_linear(self, x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight.data_ptr()], None, "none", [], "")
 
     def pad(self, count):
         """Rows to run for `count` living ones."""
-        return -(-count // ROWS) * ROWS if self.exact else count
+        if not self.cpu:
+            return count
+        return -(-count // 16) * 16 if count > 8 else 2 if count <= 2 else 4 if count <= 4 else 8
 
     def prefill(self, prompts, pages):
         """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
@@ -82,7 +87,7 @@ class Decoder:
         where = positions[: len(sequence)]
         slots[: len(sequence)] = table[sequence, where // page_size] * page_size + where % page_size
         positions, slots = positions.to(device), slots.to(device)
-        if self.exact:
+        if self.cpu:
             attend = self.attention.prefill(lengths, table, slots)
         else:
             causal = causal_attention(self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
@@ -95,7 +100,7 @@ class Decoder:
 
     def regroup(self, state):
         """Tell the step that rows came or went."""
-        if self.exact:
+        if self.cpu:
             self.attention.regroup(state)
 
     def step(self, state, truncated):
@@ -121,7 +126,7 @@ class Decoder:
         s["alive"].copy_(goes_on)
 
     def _attention(self, s):
-        if self.exact:
+        if self.cpu:
             self.attention.advance(s)
             return self.attention
         lengths = torch.where(s["alive"], s["positions"] + 1, 0).int()
@@ -133,6 +138,8 @@ class Decoder:
         key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
         if truncated:
             return sample_logits(self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"])[:2]
+        if self.cpu:
+            return draw_reference(self.linear(hidden, self.model.head_weight).float(), *key)
         return sample_tokens(hidden, self.model.head_weight, *key)[:2]
 
 

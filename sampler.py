@@ -209,6 +209,7 @@ class Sampler:
             "out_tokens": (torch.int64, longest),
             "out_logprobs": (torch.float32, longest),
         }
+        self.decoder.refresh()
         self.state = new_state(self.decoder.pad(self.slots), widths, self.device)
         return groups
 
