@@ -150,6 +150,8 @@ class Sampler:
             for name, parameter in self.model.named_parameters() if state else []:
                 parameter.copy_(state[name])
         self.version += 1
+        if self.decoder:  # its packed copies are of the old weights; fused AdamW does not bump a tensor's own version counter
+            self.decoder.stamp = None
 
     def generate(self, requests, on_done=None):
         """Sample every request; returns, per request, its n completions in sample order.
