@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from kernels.attention import shared_prefix_attention
 from kernels.layers import qkv_rope_write
-from kernels.sampling import draw_reference, sample_logits, sample_tokens
+from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
 from model import causal_attention
 
 UNIT = 16  # tokens: lanes of a vector register, so that a sum's lanes do not depend on where a page starts
@@ -139,7 +139,7 @@ class Decoder:
         if truncated:
             return sample_logits(self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"])[:2]
         if self.cpu:
-            return draw_reference(self.linear(hidden, self.model.head_weight).float(), *key)
+            return draw(self.linear(hidden, self.model.head_weight).float(), *key)
         return sample_tokens(hidden, self.model.head_weight, *key)[:2]
 
 
@@ -147,6 +147,31 @@ def _ragged(lists):
     """Lists of ints -> [len(lists), longest] int64; a short list repeats its last entry."""
     width = max(len(x) for x in lists)
     return torch.tensor([x + x[-1:] * (width - len(x)) for x in lists])
+
+
+def draw(logits, temperature, *key):
+    """kernels.sampling.sample_tokens from given logits [B, V], which it overwrites: (tokens [B], logprobs [B]), as few passes over them as can be.
+
+    The logarithm is taken in float64: in fp32 its last bit would depend on a row's place in the batch.
+    """
+    greedy = temperature <= 0
+    if not bool((greedy | (temperature == 1)).all()):
+        logits.div_(torch.where(greedy, 1.0, temperature)[:, None])
+    top, best = logits.max(-1) if bool(greedy.any()) else (logits.amax(-1), torch.zeros_like(key[0]))
+    below = logits.sub_(top[:, None])
+    weights = F.pad(below.exp(), (0, -logits.shape[1] % TILE)).view(len(logits), -1, TILE)
+    masses, (u0, u1) = weights.sum(-1), uniforms_reference(*key)
+    tile = _first_above(masses, u0)
+    inside = _first_above(weights[torch.arange(len(logits)), tile], u1)
+    token = torch.where(greedy, best, tile * TILE + inside)
+    return token, below.gather(1, token[:, None]).squeeze(1) - masses.sum(-1).double().log().float()
+
+
+def _first_above(masses, uniform):
+    """First index whose cumulative mass exceeds uniform * total, never one of mass 0 (rounding could put the threshold at the very end)."""
+    cumulative = masses.cumsum(-1)
+    last = (masses > 0).long().mul_(torch.arange(masses.shape[1])).amax(-1)
+    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).minimum(last)
 
 
 class CpuAttention:

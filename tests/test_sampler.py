@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+import decode
+from kernels.sampling import sample_tokens
 from model import Config, random_model
 from sampler import Request, Sampler, StalePageError
 
@@ -102,6 +104,17 @@ def test_first_token_frequencies_are_the_models_distribution(model):
     chi2 = ((seen - 4000 * p) ** 2 / (4000 * p))[common].sum().item()
     dof = int(common.sum())
     assert dof > 10 and abs(chi2 - dof) < 5 * (2 * dof) ** 0.5
+
+
+def test_cpu_draw_is_the_kernels_draw():
+    """decode.draw on CPU takes fewer passes than kernels.sampling; the tokens must be the same ones."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(331, 32, generator=generator)
+    temperature = torch.tensor([0.0, 0.7, 1.0, 1.3]).repeat(16)
+    key = (torch.full((64,), 5), torch.arange(64), torch.arange(64) % 4, torch.arange(64) + 1000)
+    tokens, logprobs, _ = sample_tokens(hidden, weight, temperature, *key)
+    ours = decode.draw(hidden @ weight.T, temperature, *key)
+    assert torch.equal(tokens, ours[0]) and (logprobs - ours[1]).abs().max() < 1e-6
 
 
 def test_greedy_is_the_argmax_of_a_plain_forward(model):
