@@ -62,6 +62,7 @@ class Settings:
     wandb: str = setting("auto", "auto (online with a key, else offline), online, offline or off")
     logged_samples: int = setting(8, "rollouts per step written to samples.jsonl")
     warm_start_steps: int = setting(0, "supervised steps (of 16 problems) of the built-in tiny model before reinforcement learning")
+    warm_start_mistakes: float = setting(0.0, "share of those demonstrations with a typical mistake of the language (sft.py)")
 
 
 def add_flags(parser, cls):

@@ -6,11 +6,16 @@
 Reinforcement learning needs a model that is right sometimes; this makes one from a model that never is.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py
+
 import argparse
 import random
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,12 +50,13 @@ class WarmStart:
     max_norm: float = setting(1.0, "clip the global gradient norm here")
     token_budget: int = setting(16384, "most tokens in one micro-batch of one rank")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
-    seed: int = setting(0, "decides data order and random weights")
+    mistakes: float = setting(0.0, "share of demonstrations with a typical mistake (its language's TOML): a teacher that barely knows the language")
+    seed: int = setting(0, "decides data order, mistakes and random weights")
 
 
 def tiny_config(vocab_size):
-    """About one million parameters: 3 layers of 192, 6 query and 2 key-value heads of 32, tied embeddings."""
-    shapes = dict(vocab_size=vocab_size, hidden_size=192, intermediate_size=384, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2)
+    """About one million parameters: 5 layers of 128, 4 query and 2 key-value heads of 32, tied embeddings."""
+    shapes = dict(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
     return model_file.Config.from_dict({"model_type": "qwen2", "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 1024, **shapes})
 
 
@@ -59,15 +65,27 @@ def make_tiny(problems, language, prompt, folder, seed):
     texts = [text for p in problems[:4000] for text in (p.question, solution(p, language), *(m["content"] for m in prompt(p)))]
     train_bpe(texts, 768, folder)
     config = tiny_config(ChatTokenizer(folder).vocab_size)
-    # Random weights of deviation 0.02, right for large models, are too small at width 192: after 400 steps the loss was 0.27, with 0.08 0.16.
+    # Random weights of deviation 0.02, right for large models, are too small at width 128: after 400 steps the loss was 0.27, with 0.08 0.16.
     model = model_file.random_model(config, seed, std=0.08)
     model_file.save(dict(model.named_parameters()), config, folder, dtype=torch.float32)
 
 
-def encode(problems, language, tokenizer, prompt):
+def encode(problems, language, tokenizer, prompt, mistakes, seed):
     """Problems with steps -> list[Sequence] with the rendered solution and the stop token as completion."""
-    stop = tokenizer.stop_ids[0]
-    return [Sequence(tokenizer.encode_chat(prompt(p)), [*tokenizer.encode(solution(p, language)), stop]) for p in problems]
+    texts = [imperfect(solution(p, language), language, mistakes, random.Random(f"{seed}/{p.id}")) for p in problems]
+    return [Sequence(tokenizer.encode_chat(prompt(p)), [*tokenizer.encode(text), tokenizer.stop_ids[0]]) for p, text in zip(problems, texts)]
+
+
+def imperfect(text, language, share, rng):
+    """With chance `share`, make one of the mistakes of the language's [render] table: [what is right, what stands there instead].
+
+    Prolog: " is " becomes " = ", which compares instead of computing. Only running the program shows the difference.
+    """
+    kinds = language.render.get("mistakes", [])
+    if not kinds or rng.random() >= share:
+        return text
+    right, wrong = rng.choice(kinds)
+    return text.replace(right, wrong)
 
 
 def train_supervised(model, optimizer, sequences, s, device, report=print):
@@ -109,7 +127,7 @@ def run(s, problems, language, device, report=print):
     config = model.config
     model.gradient_checkpointing = s.gradient_checkpointing
     model = distributed.shard(model, device)
-    sequences = encode(problems, language, tokenizer, prompt)
+    sequences = encode(problems, language, tokenizer, prompt, s.mistakes, s.seed)
     train_supervised(model, make_optimizer(model, beta2=s.beta2), sequences, s, device, report)
     weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
     if distributed.rank() == 0:
@@ -128,7 +146,7 @@ def main():
     language = load_language(s.lang)
     device = distributed.setup()
     problems = load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
-    report = print if distributed.rank() == 0 else lambda *_: None
+    report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
     run(s, problems, language, device, report)
     report(f"wrote {s.out}")
     distributed.finish()

@@ -9,12 +9,18 @@ One step: prompts -> samples (sampler.py) -> programs run while others still sam
 loss (grpo.py) -> one or more updates -> the new weights go to the sampler. runs/NAME/ holds what the run leaves (logs.py).
 """
 
-import random
+import os
 
+# Threads that spin at a barrier starve the sandbox's programs, and wait for them in turn: on 2 busy cores sampling took
+# 50 s instead of 6. The OpenMP library reads this when torch loads it, so it stands before that import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import random
 import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -216,7 +222,7 @@ def warm_start(s, folder, problems, language, device, report):
     if not distributed.broadcast(out.exists()):
         supervised = sft.WarmStart(
             task=s.task, lang=s.lang, out=str(out), examples=s.examples, short_prompt=s.short_prompt,
-            steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed,
+            steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed, mistakes=s.warm_start_mistakes,
         )  # fmt: skip
         sft.run(supervised, problems, language, device, report)
     return out
@@ -237,8 +243,8 @@ def build(s, folder, language, pool, device, report):
     problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
     source = warm_start(s, folder, problems, language, device, report)
-    tokenizer = ChatTokenizer(source)
     model = model_file.load(source)
+    tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
     plain = device.type == "cpu" and distributed.world_size() == 1
     sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
@@ -300,7 +306,7 @@ def loop(run, log, first_step, report):
 def start(s, resume, why, pool, language, device):
     """Set up a new or resumed run and go through its steps."""
     started = time.perf_counter()
-    report = print if distributed.rank() == 0 else lambda *_: None
+    report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
     folder = resume or new_folder(s)
     report(f"settings from {why}; task {s.task}, language {language.title}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
     run = build(s, folder, language, pool, device, report)
