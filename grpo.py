@@ -66,13 +66,17 @@ def cispo_loss(logprobs, old_logprobs, advantages, clip_high):
     return -weight * advantages * logprobs
 
 
-def policy_loss(loss, logprobs, batch, clip_low, clip_high):
-    """Per-token loss [N] of a packed batch (batches.Batch); the step's loss is (batch.weights * this).sum()."""
+def policy_loss(loss, logprobs, batch, clip_low, clip_high, rows=slice(None)):
+    """Per-token loss of the tokens `rows` (default all) of a packed batch (batches.Batch); the step's loss is (batch.weights * this).sum().
+
+    train.py calls it once per chunk of tokens, inside the fused kernel, but for gspo, whose ratio needs whole sequences.
+    """
+    old, advantages = batch.old_logprobs[rows], batch.advantages[rows]
     if loss == "gspo":
-        return gspo_loss(logprobs, batch.old_logprobs, batch.advantages, batch.sequence, clip_low, clip_high)
+        return gspo_loss(logprobs, old, advantages, batch.sequence[rows], clip_low, clip_high)
     if loss == "cispo":
-        return cispo_loss(logprobs, batch.old_logprobs, batch.advantages, clip_high)
-    return clipped_loss(logprobs, batch.old_logprobs, batch.advantages, clip_low, clip_high)
+        return cispo_loss(logprobs, old, advantages, clip_high)
+    return clipped_loss(logprobs, old, advantages, clip_low, clip_high)
 
 
 def mismatch(logprobs, old_logprobs):

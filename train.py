@@ -32,7 +32,7 @@ import model as model_file
 import sft
 from batches import Sequence
 from eval import evaluate
-from kernels.logprob import token_logprobs
+from kernels.logprob import fused_policy_loss
 from logs import RunLog
 from metrics import loss_metrics, progress, rollout_metrics
 from optimizer import accumulate, learning_rate, make_optimizer, take_step
@@ -133,11 +133,16 @@ def update(run, step, sequences):
 
 
 def loss_of(run, batch):
-    """Loss of one micro-batch, and the sums behind its metrics."""
+    """Loss of one micro-batch, and the sums behind its metrics. The loss itself is grpo.policy_loss: edit it there."""
     s = run.settings
-    head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets, s.temperature)
-    logprobs, _ = run.model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
-    loss = (batch.weights * grpo.policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high)).sum()
+
+    def token_loss(logprobs, entropy, rows):
+        return batch.weights[rows] * grpo.policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows)
+
+    def head(hidden, weight):
+        return fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss, s.temperature, per_token=s.loss != "gspo")
+
+    loss, logprobs, _ = run.model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
     sums, gap = grpo.mismatch(logprobs, batch.old_logprobs)
     low, high = grpo.clip_fractions(logprobs, batch.old_logprobs, batch.advantages, s.clip_low, s.clip_high)
     sums = {**sums, "clip_low": low, "clip_high": high, "tokens": torch.tensor(batch.targets.numel())}

@@ -11,7 +11,7 @@ import torch
 import grpo
 import model as model_file
 from batches import Sequence, micro_batches, pack
-from kernels.logprob import token_logprobs
+from kernels.logprob import fused_policy_loss, token_logprobs
 from optimizer import accumulate, learning_rate, make_optimizer, take_step
 
 CONFIG = model_file.Config.from_dict(
@@ -28,22 +28,27 @@ def sequences(count=9):
     return made
 
 
-def gradient(work, token_budget, checkpointing=False, model=None):
+def gradient(work, token_budget, checkpointing=False, model=None, fused=False):
     model = model or model_file.random_model(CONFIG, 1, std=0.3)
     model.gradient_checkpointing = checkpointing
+
+    def fused_loss_of(batch):
+        token_loss = lambda logprobs, entropy, rows: batch.weights[rows] * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28, rows)
+        head = lambda hidden, weight: fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss)
+        return model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)[0], None
 
     def loss_of(batch):
         head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets)
         logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
         return (batch.weights * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28)).sum(), None
 
-    accumulate(model, work, loss_of, token_budget, "cpu")
+    accumulate(model, work, fused_loss_of if fused else loss_of, token_budget, "cpu")
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("token_budget,checkpointing", [(1, False), (25, False), (25, True)])
-def test_gradient_is_the_same_packed_alone_or_checkpointed(token_budget, checkpointing):
-    whole, cut = gradient(sequences(), 10_000), gradient(sequences(), token_budget, checkpointing)
+@pytest.mark.parametrize("token_budget,checkpointing,fused", [(1, False, False), (25, False, False), (25, True, False), (25, False, True)])
+def test_gradient_is_the_same_packed_alone_checkpointed_or_fused(token_budget, checkpointing, fused):
+    whole, cut = gradient(sequences(), 10_000), gradient(sequences(), token_budget, checkpointing, fused=fused)
     for name in whole:
         torch.testing.assert_close(cut[name], whole[name], atol=2e-6, rtol=1e-4)
     assert max(g.abs().max() for g in whole.values()) > 0.01

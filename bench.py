@@ -1,0 +1,19 @@
+"""Measurements beside floors and peers: python bench.py kernels|sampler|sandbox [options]. Each prints a table and a last line of JSON.
+
+Each bench lives next to what it measures: kernels/bench.py, bench_sampler.py, sandbox/bench.py. BENCHMARKS.md records the tables.
+"""
+
+import importlib
+import sys
+
+PARTS = {"kernels": "kernels.bench", "sampler": "bench_sampler", "sandbox": "sandbox.bench"}
+
+
+def main(arguments):
+    if not arguments or arguments[0] not in PARTS:
+        raise SystemExit(f"usage: python bench.py {'|'.join(PARTS)} [--help]")
+    importlib.import_module(PARTS[arguments[0]]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
