@@ -201,11 +201,11 @@ def held_out_pass(run):
 def before_and_after(folder, first, last, started):
     """The newcomer's summary: what changed on the same held-out problems, and three programs that changed for the better."""
     (m0, rows0), (m1, rows1) = first, last
-    print(f"\nheld-out problems        before      after\n{'-' * 45}")
-    for key in (k for k in m0 if isinstance(m0[k], float) and k in m1):
-        print(f"{key:<22} {m0[key]:>8.3f}   {m1[key]:>8.3f}")
-    gained = [(a, b) for a, b in zip(rows0, rows1) if b["correct"] and not a["correct"]]
-    for a, b in gained[:3]:
+    print(f"\nheld-out problems        before      after\n{'-' * 42}")
+    for key in ("pass@1", "pass@4", "completions/format_frac", "sandbox/wrong_frac", "sandbox/error_frac", "mean_tokens"):
+        print(f"{key:<23} {m0.get(key, 0.0):>7.3f}   {m1.get(key, 0.0):>8.3f}")
+    gained = {a["id"]: (a, b) for a, b in zip(rows0, rows1) if b["correct"] and not a["correct"]}
+    for a, b in list(gained.values())[:3]:
         print(f"\n--- {a['id']}: {a['question']}\nbefore ({a['status']}, value {a['value']}):\n{a['program']}\nafter (value {b['value']}):\n{b['program']}")
     print(f"\n{time.perf_counter() - started:.0f} s in all. Written to {folder}: metrics.jsonl, samples.jsonl, eval/, checkpoints/, source/")
 
@@ -292,7 +292,7 @@ def loop(run, log, first_step, report):
     first = last = None
     if first_step == 1:
         _, first = evaluate_and_log(run, 0, log)
-        report("before  " + "  ".join(f"{k} {v:.3f}" for k, v in first[0].items()))
+        report(f"before  pass@1 {first[0]['pass@1']:.3f} on {len(run.held_out)} held-out problems ({s.eval_samples} samples each, temperature {s.eval_temperature})")
     for step in range(first_step, s.steps + 1):
         metrics, times, rows = train_step(run, step)
         if step == s.steps or (s.eval_every and step % s.eval_every == 0):
