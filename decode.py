@@ -14,6 +14,7 @@ depends on that row alone, to the last bit, whatever else is in the batch (measu
 import torch
 import torch.nn.functional as F
 
+from kernels import use_triton
 from kernels.attention import shared_prefix_attention
 from kernels.layers import qkv_rope_write
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
@@ -22,6 +23,7 @@ from model import causal_attention
 UNIT = 16  # tokens: lanes of a vector register, so that a sum's lanes do not depend on where a page starts
 CHUNK = 384
 BLOCK = 64  # queries per prefill attention call on CPU
+SIZES = (1, 2, 4, 8, 16, 32)  # rows of the CUDA graphs, then every 64: few graphs to record, at most a third of the rows dead above 64
 
 # One row per running sample: name -> dtype. Tables, stop ids and outputs are two-dimensional and sized by `new_state`.
 ROW = {
@@ -55,6 +57,8 @@ class Decoder:
         self.cpu = model.embed.weight.device.type == "cpu"
         self.linear, self.attention = F.linear, CpuAttention(self.config, pool) if self.cpu else None
         self.packed, self.stamp = {}, None
+        # The torch references look at lengths on the host, so only the Triton kernels can be recorded.
+        self.graphs = {} if use_triton(model.embed.weight) and self.config.head_dim in (64, 128) else None
 
     def refresh(self):
         """Pack the weights again if they changed; on CUDA they are read in place."""
@@ -71,8 +75,8 @@ class Decoder:
     def pad(self, count):
         """Rows to run for `count` living ones."""
         if not self.cpu:
-            return count
-        return -(-count // 16) * 16 if count > 8 else 2 if count <= 2 else 4 if count <= 4 else 8
+            return next((size for size in SIZES if size >= count), -(-count // 64) * 64)
+        return next((size for size in (2, 4, 8) if size >= count), -(-count // 16) * 16)
 
     def prefill(self, prompts, pages):
         """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
@@ -102,6 +106,34 @@ class Decoder:
         """Tell the step that rows came or went."""
         if self.cpu:
             self.attention.regroup(state)
+
+    def run(self, state, steps, truncated):
+        """`steps` steps; on CUDA each is one graph launch. The rows of `state` must be the same tensors at the same addresses every time."""
+        size = len(state["alive"])
+        if self.graphs is None or truncated:
+            for _ in range(steps):
+                self.step(state, truncated)
+            return
+        if size not in self.graphs:
+            self.graphs[size] = self._record(state)
+        for _ in range(steps):
+            self.graphs[size].replay()
+
+    def _record(self, state):
+        """Record a step as a CUDA graph. All rows are dead while it warms up (kernels compile, libraries allocate), so nothing changes."""
+        alive = state["alive"].clone()
+        state["alive"].zero_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step(state, False)
+            self.step(state, False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, known = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=known.pool() if known else None):  # one memory pool for all: they never run together
+            self.step(state, False)
+        state["alive"].copy_(alive)
+        return graph
 
     def step(self, state, truncated):
         """Decode one token of every living row, in place: `alive` turns False on a stop token or at the last position."""

@@ -17,6 +17,7 @@ import torch
 from decode import ROW, UNIT, Decoder, new_state
 
 PREFILL_TOKENS = 8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
+MEMORY = 0.5  # share of free memory for pages; the rest is for prefill, graphs and, in the same process, training
 
 
 class StalePageError(RuntimeError):
@@ -137,7 +138,7 @@ class Sampler:
         self.page_size = page_size or (UNIT if self.device.type == "cpu" else 8192 // self.config.head_dim)
         if self.page_size % UNIT:
             raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")
-        self.pages, self.pool, self.decoder, self.version, self.checked = pages, None, None, 0, 0
+        self.pages, self.pool, self.decoder, self.state, self.version, self.checked = pages, None, None, None, 0, 0
         self.look_every = 1 if self.device.type == "cpu" else 8  # steps between two looks of the host at the rows that ended
         self.stats = {}
 
@@ -152,6 +153,10 @@ class Sampler:
         self.version += 1
         if self.decoder:  # its packed copies are of the old weights; fused AdamW does not bump a tensor's own version counter
             self.decoder.stamp = None
+
+    def release(self):
+        """Free the pages and everything built on them; the next generate() makes them again. For a trainer that needs the memory."""
+        self.pool = self.decoder = self.state = None
 
     def generate(self, requests, on_done=None):
         """Sample every request; returns, per request, its n completions in sample order.
@@ -178,8 +183,7 @@ class Sampler:
             if admitted or ended:
                 view = self._place(state)
             self._check_versions(rows, admitted)
-            for _ in range(self.look_every):
-                self.decoder.step(view, truncated)
+            self.decoder.run(view, self.look_every, truncated)
             self.stats["steps"] += self.look_every
             self.stats["row_steps"] += self.look_every * len(rows)
             alive = view["alive"][: len(rows)].tolist()
@@ -212,8 +216,17 @@ class Sampler:
             "out_logprobs": (torch.float32, longest),
         }
         self.decoder.refresh()
-        self.state = new_state(self.decoder.pad(self.slots), widths, self.device)
+        self._make_buffers(widths)
         return groups
+
+    def _make_buffers(self, widths):
+        """Row buffers, kept from call to call while they are wide enough: CUDA graphs hold their addresses."""
+        if self.state and all(self.state[name].shape[1] >= width for name, (_, width) in widths.items()):
+            return
+        old = {name: self.state[name].shape[1] if self.state else 0 for name in widths}
+        self.state = None
+        self.state = new_state(self.decoder.pad(self.slots), {n: (dtype, max(width, old[n])) for n, (dtype, width) in widths.items()}, self.device)
+        self.decoder.graphs = {} if self.decoder.graphs is not None else None
 
     def _reserve(self, groups, need):
         """Keep the page pool when it is large enough, else make one. Pages never survive a call: a rollout that was interrupted leaves none behind."""
@@ -228,11 +241,10 @@ class Sampler:
         self.pool.clear()
 
     def _affordable_pages(self):
-        """Half of the memory that is free, in pages; the pool in use counts as free."""
-        free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        """Pages in the share of memory that the sampler may take; the pool in use counts as free."""
         c = self.config
         page_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.page_size * self.dtype.itemsize
-        return (free // page_bytes + (len(self.pool) if self.pool else 0)) // 2
+        return int((free_bytes(self.device) // page_bytes + (len(self.pool) if self.pool else 0)) * MEMORY)
 
     def _admit(self, queue, rows_free):
         """Start samples from the end of the queue while rows and pages last, prefilling prompts that are new: [(group, sample, own pages)]."""
@@ -335,6 +347,17 @@ class Sampler:
         group.running -= 1
         if not group.running and not group.samples:
             self.pool.give(group.prefix)
+
+
+def free_bytes(device):
+    """Memory that can be had now: what CUDA says is free, Linux's MemAvailable, elsewhere half of what is installed."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _row_values(group, sample):

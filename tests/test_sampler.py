@@ -80,6 +80,20 @@ def test_samples_do_not_depend_on_the_batch(model, variant):
     assert values(Sampler(model, **VARIANTS[variant]).generate(asked)) == values(Sampler(model).generate(asked))
 
 
+def test_looking_at_the_rows_every_few_steps_changes_nothing(model):
+    """On CUDA the host looks every 8 steps: rows that ended in between stay dead, write nothing and keep what they drew. And buffers are reused."""
+    asked = requests()
+    expected = values(Sampler(model).generate(asked))
+    sampler = Sampler(model, slots=20)
+    sampler.look_every = 7
+    assert values(sampler.generate(asked)) == expected
+    kept = sampler.state["tables"].data_ptr()
+    assert values(sampler.generate(asked[:3])) == expected[:3]
+    assert sampler.state["tables"].data_ptr() == kept
+    sampler.release()
+    assert values(sampler.generate(asked[3:])) == expected[3:]
+
+
 def test_samples_do_not_depend_on_order_ranks_or_threads(model):
     asked = requests()
     expected = values(Sampler(model).generate(asked))
