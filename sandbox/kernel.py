@@ -217,6 +217,12 @@ def private_tmpfs(folder, size, files):
     _mount("tmpfs", folder, "tmpfs", nosuid | nodev, options)
 
 
+def unmount(folder):
+    """Take away a private_tmpfs, with all that is in it."""
+    detach = 2
+    _checked(_libc.umount2(os.fsencode(folder), detach), f"umount {folder}")
+
+
 def _mount(source, target, kind, flags, options):
     encoded = [None if word is None else os.fsencode(word) for word in (source, target, kind, options)]
     _checked(_libc.mount(*encoded[:3], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")

@@ -132,17 +132,19 @@ def lock_down(launcher, stage):
 def become_program(launcher, stage, streams, report):
     """Turn this process into the program; never returns. What fails is written to `report`."""
     try:
+        warm = launcher.warm_for(stage)
         os.setsid()
         for number, descriptor in enumerate(streams):
             os.dup2(descriptor, number)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):  # Python ignores these; a program expects the default
-            signal.signal(number, signal.SIG_DFL)
         lock_down(launcher, stage)
         os.closerange(3, report)
         os.closerange(report + 1, 1024)
-        if stage.get("warm"):
-            launcher.warm[stage["warm"]].run_in_child(stage)
+        if warm:
+            os.close(report)
+            warm.run_in_child()
         else:
+            for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):  # Python changes these; a program expects the default
+                signal.signal(number, signal.SIG_DFL)
             os.execve(stage["program"], stage["argv"], stage["environment"] | {"HOME": launcher.folder, "TMPDIR": launcher.folder})
     except BaseException as error:
         os.write(report, f"E{type(error).__name__}: {error}".encode()[:1000])
@@ -179,7 +181,7 @@ class Launcher:
     def __init__(self, channel, level, folder, user):
         self.channel, self.level, self.folder, self.user = channel, level, folder, user
         self.own_users = level == "namespaces" and user is None  # a user namespace of its own, in which the process limit counts
-        self._rulesets, self._filters, self.warm = {}, {}, {}
+        self._rulesets, self._filters, self._warm = {}, {}, None
         gc.disable()  # jobs are plain dicts; a collection would only touch pages shared with the children
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
         self.bounded = self._separate()
@@ -218,6 +220,13 @@ class Launcher:
         if may_fork not in self._filters:
             self._filters[may_fork] = kernel.seccomp_filter(may_fork)
         return self._filters[may_fork]
+
+    def warm_for(self, stage):
+        """The warm interpreter that can stand in for a stage, or None."""
+        wanted = stage.get("warm")
+        if wanted and self._warm is None:
+            self._warm = load_warm(wanted, stage, self.folder)
+        return self._warm if self._warm and wanted == self._warm.wanted and self._warm.ready() else None
 
     def serve(self):
         """Job after job until the trainer is gone, or until something failed that a fresh launcher may not suffer from."""
@@ -268,6 +277,7 @@ class Launcher:
         """Start one program, wait for its end. Returns the Program."""
         out, err, report = os.pipe(), os.pipe(), os.pipe()
         source = open_input(stdin)
+        self.warm_for(stage)
         if self.level != "portable":  # prepared here, so that the next job finds them
             self.ruleset(stage), self.filter(stage["processes"] > 1)
         inner = self.level == "namespaces"
@@ -277,16 +287,37 @@ class Launcher:
             (become_init if inner else become_program)(self, stage, (source, out[1], err[1]), report[1])
         for descriptor in (source, out[1], err[1], report[1]):
             os.close(descriptor)
+        send(self.channel, {"started": pid})
         disk = None if self.bounded or self.level == "portable" else Disk(self.folder, WORK_BYTES, WORK_FILES)
         program = Program(pid, stage, (out[0], err[0], report[0]), disk, started)
         program.wait(self.channel)
         return program
 
 
+def load_warm(wanted, stage, folder):
+    """A warm interpreter in this process, for good; False when it cannot be had, and then programs start cold."""
+    from warm_prolog import WarmProlog
+
+    os.chdir(folder)  # what the interpreter takes for its working folder is the same for all jobs
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    try:
+        warm = WarmProlog(stage["program"], stage["argv"], wanted["libraries"], stage["environment"] | {"HOME": folder, "TMPDIR": folder})
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        print(f"sandbox: no warm interpreter ({error}); programs start cold", file=sys.stderr)
+        return False
+    warm.wanted = wanted
+    return warm
+
+
 def open_input(data):
-    """Descriptor to read `data` from, at its start."""
+    """Descriptor to read `data` from."""
     if not data:
         return os.open("/dev/null", os.O_RDONLY)
+    if len(data) <= 4096:  # fits a pipe on every system, and most programs expect one
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        return reader
     if hasattr(os, "memfd_create"):
         return kernel.sealed_input(data)
     with tempfile.TemporaryFile() as file:
@@ -315,17 +346,26 @@ def judge(program, stage):
 
 def main():
     settings = json.loads(sys.argv[1])
+    folder = settings["folder"]
     channel = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     try:
-        launcher = Launcher(channel, settings["level"], settings["folder"], kernel.program_user())
+        launcher = Launcher(channel, settings["level"], folder, kernel.program_user())
         send(channel, {"ready": True, "bounded": launcher.bounded})
         launcher.serve()
     finally:
-        with contextlib.suppress(OSError):
-            clear(settings["folder"])
-    with contextlib.suppress(OSError):  # of a trainer that was killed; the last launcher removes the common folder too
-        os.rmdir(settings["folder"])
-        os.rmdir(os.path.dirname(settings["folder"]))
+        leave(folder)
+
+
+def leave(folder):
+    """Remove the work folder, and the common one with the last of the launchers: the trainer may have been killed."""
+    os.chdir("/")
+    with contextlib.suppress(OSError):
+        kernel.unmount(folder)
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        clear(folder)
+        os.rmdir(folder)
+        os.rmdir(os.path.dirname(folder))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from sandbox.jobs import Job, Result, SandboxError
@@ -45,20 +45,26 @@ class Pool:
         self.level = choose_level(level, require, allow_weaker)
         self.workers = workers or max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.retries = self.replaced = self.cache_hits = 0
+        self.launcher_pids = []  # of all launchers there ever were
         self._folder = tempfile.mkdtemp(prefix="rarecode-")
         os.chmod(self._folder, 0o711)
         self._queue = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._running = {}  # key -> _Pending, so that an equal job waits for the first instead of running again
+        self._pending = {}  # key -> _Pending, so that an equal job waits for the first instead of running again
         self._cache = _Cache(_CACHE_BYTES if cache else 0)
         self._closed = False
-        self._launchers = [None] * self.workers
-        self._threads = [threading.Thread(target=self._work, args=(slot,), daemon=True) for slot in range(self.workers)]
+        self._threads = []
+        self._launchers = [{} for _ in range(self.workers)]  # per worker {kind: launcher}; "" is the general kind
         try:
-            self._launchers = [_Launcher(self._folder, self.level) for _ in self._launchers]
+            for launchers in self._launchers:
+                launchers[""] = self._launch()
+            for launchers in self._launchers:
+                launchers[""].wait_until_ready()
         except SandboxError:
             self.close()
             raise
+        self.bounded = all(launchers[""].bounded for launchers in self._launchers)
+        self._threads = [threading.Thread(target=self._work, args=(slot,), daemon=True) for slot in range(self.workers)]
         for thread in self._threads:
             thread.start()
 
@@ -71,8 +77,8 @@ class Pool:
     def submit(self, job):
         """Future of the Result of a job, which starts as soon as a launcher is free. A program's faults are in the Result; only a wrong
         call (unknown language, missing interpreter, bad file name) raises, SandboxError or ValueError with one sentence."""
-        message = request(job)
-        key = hashlib.sha256(message).digest()
+        message, kind, patience = request(job)
+        key = hashlib.sha256(message).digest() if self._cache.size else object()
         future = concurrent.futures.Future()
         with self._lock:
             if self._closed:
@@ -80,27 +86,28 @@ class Pool:
             if found := self._cache.get(key):
                 self.cache_hits += 1
                 future.set_result(replace(found, id=job.id))
-            elif pending := self._cache.size and self._running.get(key):
+            elif key in self._pending:
                 self.cache_hits += 1
-                pending.waiters.append((future, job.id))
+                self._pending[key].waiters.append((future, job.id))
             else:
-                pending = self._running[key] = _Pending(key, message, [(future, job.id)])
-                self._queue.put(pending)
+                self._pending[key] = _Pending(key, message, kind, patience, [(future, job.id)])
+                self._queue.put(self._pending[key])
         return future
 
     def run(self, jobs, deadline=None):
         """Results as they come. `deadline` seconds after the call everything that is not done comes back as a sandbox_error."""
-        jobs = list(jobs)
         futures = {self.submit(job): job for job in jobs}
+        return self._collect(futures, deadline)
+
+    def _collect(self, futures, deadline):
         try:
-            for future in concurrent.futures.as_completed(futures, timeout=deadline):
-                yield future.result()
+            for future in concurrent.futures.as_completed(list(futures), timeout=deadline):
                 del futures[future]
+                yield future.result()
         except TimeoutError:
             for future, job in futures.items():
-                finished = future.done()
-                future.cancel()
-                yield future.result() if finished else self._error(f"not done {deadline} s after the start of the batch", job.id)
+                cancelled = future.cancel()
+                yield self._error(f"not done {deadline} s after the start of the batch", job.id) if cancelled else future.result()
 
     def run_all(self, jobs, deadline=None):
         """Results in the order of the jobs."""
@@ -112,38 +119,38 @@ class Pool:
         """End all launchers and their programs, and remove the work folders. Jobs that are not done come back as sandbox errors."""
         with self._lock:
             self._closed = True
-        for thread in self._threads:
+        for _ in self._threads:
             self._queue.put(None)
-        for launcher in self._launchers:
-            if launcher:
-                launcher.hang_up()
+        self._each_launcher(lambda launcher: launcher.hang_up())
         for thread in self._threads:
-            if thread.ident and thread is not threading.current_thread():
-                thread.join(timeout=10)
-        for launcher in self._launchers:
-            if launcher:
-                launcher.stop()
-        for pending in list(self._running.values()):
+            thread.join(timeout=10)
+        self._each_launcher(lambda launcher: launcher.stop())
+        for pending in list(self._pending.values()):
             self._finish(pending, self._error("the sandbox pool was closed"))
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder)
 
-    # ---- one thread per launcher ----
+    def _each_launcher(self, action):
+        for launchers in self._launchers:
+            for launcher in list(launchers.values()):
+                action(launcher)
+
+    # ---- one thread per worker ----
 
     def _work(self, slot):
         while (pending := self._queue.get()) is not None and not self._closed:
-            if self._take(pending):
-                self._finish(pending, self._attempt(slot, pending))
+            if self._wanted(pending):
+                self._finish(pending, self._attempt(self._launchers[slot], pending))
 
-    def _take(self, pending):
+    def _wanted(self, pending):
         """False when everybody who waited for this job has given up."""
         with self._lock:
             pending.waiters = [(future, name) for future, name in pending.waiters if not future.cancelled()]
             if not pending.waiters:
-                del self._running[pending.key]
+                del self._pending[pending.key]
             return bool(pending.waiters)
 
-    def _attempt(self, slot, pending):
-        """Run a job; when the sandbox fails, again, on a fresh launcher if the old one died."""
+    def _attempt(self, launchers, pending):
+        """Run a job; when the sandbox fails, again, on a fresh launcher."""
         reason = ""
         for attempt in range(_ATTEMPTS):
             if self._closed:
@@ -152,22 +159,24 @@ class Pool:
                 self.retries += 1
                 time.sleep(0.05 * attempt)
             try:
-                if self._launchers[slot] is None:
-                    self.replaced += 1
-                    self._launchers[slot] = _Launcher(self._folder, self.level)
-                result = self._result(self._launchers[slot].run(pending.message))
+                if pending.kind not in launchers:
+                    self.replaced += attempt > 0
+                    launchers[pending.kind] = self._launch()
+                    launchers[pending.kind].wait_until_ready()
+                result = self._result(launchers[pending.kind].run(pending))
                 if result.status != "sandbox_error":
                     return result
                 reason = result.stderr.decode(errors="replace")
             except (SandboxError, OSError) as error:
                 reason = str(error)
-            self._retire(slot)
+            if pending.kind in launchers:
+                launchers.pop(pending.kind).stop()
         return self._error(reason)
 
-    def _retire(self, slot):
-        launcher, self._launchers[slot] = self._launchers[slot], None
-        if launcher:
-            launcher.stop()
+    def _launch(self):
+        launcher = _Launcher(self._folder, self.level)
+        self.launcher_pids.append(launcher.process.pid)
+        return launcher
 
     def _result(self, reply):
         """Result of a launcher's reply."""
@@ -186,11 +195,11 @@ class Pool:
         )
 
     def _error(self, reason, name=None):
-        return replace(self._result({"status": "sandbox_error", "stderr": reason.encode().decode("latin-1")}), id=name)
+        return replace(self._result({"status": "sandbox_error", "stderr": reason}), id=name)
 
     def _finish(self, pending, result):
         with self._lock:
-            self._running.pop(pending.key, None)
+            self._pending.pop(pending.key, None)
             if result.status in _CACHED:
                 self._cache.put(pending.key, result)
             waiters = pending.waiters
@@ -199,11 +208,15 @@ class Pool:
                 future.set_result(replace(result, id=name))
 
 
+@dataclass
 class _Pending:
     """A job that waits or runs, and those who wait for it."""
 
-    def __init__(self, key, message, waiters):
-        self.key, self.message, self.waiters = key, message, waiters
+    key: object
+    message: bytes
+    kind: str  # of launcher
+    patience: float  # seconds after which the launcher must be broken
+    waiters: list
 
 
 class _Cache:
@@ -232,28 +245,34 @@ class _Launcher:
 
     def __init__(self, parent, level):
         self.folder = tempfile.mkdtemp(dir=parent)
+        self.program = None  # process id of what it runs
         self.channel, other = socket.socketpair()
-        settings = {"level": level, "folder": self.folder}
-        command = [sys.executable, "-I", "-S", _LAUNCHER, json.dumps(settings)]
+        command = [sys.executable, "-I", "-S", _LAUNCHER, json.dumps({"level": level, "folder": self.folder})]
         try:
             with other:  # a session of its own: Ctrl-C in the trainer's terminal must not reach it before the trainer has ended it
                 self.process = subprocess.Popen(command, stdin=other, stdout=subprocess.DEVNULL, start_new_session=True, env={})
-            self.channel.settimeout(60)
-            self.bounded = self._receive()["bounded"]
-        except (OSError, SandboxError) as error:
+        except OSError as error:
             self.channel.close()
             raise SandboxError(f"a sandbox launcher did not start: {error}") from None
 
-    def run(self, message):
-        """The launcher's reply to a request; SandboxError when it died or hangs."""
-        size = len(message) - 8
-        (patience,) = struct.unpack("d", message[:8])
-        self.channel.settimeout(patience)
+    def wait_until_ready(self):
+        self.channel.settimeout(60)
         try:
-            self.channel.sendall(struct.pack("I", size) + message[8:])
-            return self._receive()
+            self.bounded = self._receive()["bounded"]
+        except (OSError, SandboxError) as error:
+            raise SandboxError(f"a sandbox launcher did not start: {error}") from None
+
+    def run(self, pending):
+        """The launcher's reply to a request; SandboxError when it died or hangs."""
+        self.channel.settimeout(pending.patience)
+        try:
+            self.channel.sendall(struct.pack("I", len(pending.message)) + pending.message)
+            while "started" in (reply := self._receive()):
+                self.program = reply["started"]
+            self.program = None
+            return reply
         except TimeoutError:
-            raise SandboxError(f"a sandbox launcher gave no answer for {patience:.0f} s") from None
+            raise SandboxError(f"a sandbox launcher gave no answer for {pending.patience:.0f} s") from None
 
     def _receive(self):
         size = struct.unpack("I", self._receive_exactly(4))[0]
@@ -281,8 +300,20 @@ class _Launcher:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.program and self.process.returncode:  # killed: the program died with it, but not the program's children
+            with contextlib.suppress(OSError):
+                os.killpg(self.program, signal.SIGKILL)
         self.channel.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
+
+
+def remove(folder):
+    """Remove a work folder whatever a program left in it (a launcher that was killed could not)."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.isdir(folder):
+        subprocess.run(["chmod", "-R", "u+rwX", "--", folder], stderr=subprocess.DEVNULL, check=False)
+        subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False)
 
 
 def choose_level(level, require, allow_weaker):
@@ -304,8 +335,9 @@ def choose_level(level, require, allow_weaker):
 
 
 def request(job):
-    """Bytes to send for a job: 8 bytes of patience in seconds, then JSON. Equal jobs give equal bytes."""
-    stages = load_language(job.lang).stages(job.limits, job.run)
+    """(bytes to send for a job, kind of launcher, seconds to wait at most). Equal jobs give equal bytes."""
+    language = load_language(job.lang)
+    stages = language.stages(job.limits, job.run, job.files)
     files = {}
     for path, content in job.files.items():
         parts = PurePosixPath(path).parts
@@ -313,8 +345,8 @@ def request(job):
             raise SandboxError(f"file name {path!r} must be a plain relative path inside the work folder")
         files[path] = (content if isinstance(content, bytes) else content.encode("utf-8", "replace")).decode("latin-1")
     body = {"stages": stages, "files": files, "stdin": job.stdin.decode("latin-1")}
-    patience = 30 + sum(stage["wall"] for stage in stages)
-    return struct.pack("d", patience) + json.dumps(body, sort_keys=True).encode()
+    kind = (stages[-1]["warm"] or {}).get("alone", "")
+    return json.dumps(body, sort_keys=True).encode(), kind, 30 + 3 * sum(stage["wall"] for stage in stages)
 
 
 def _cores():

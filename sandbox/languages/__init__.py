@@ -50,7 +50,7 @@ class Language:
     compile_limits: Limits = Limits(cpu=10.0, file_size=64 << 20, processes=64)
     address_space: int = 0  # what the runtime reserves beyond its memory limit, bytes
     isolation: dict = field(default_factory=dict)  # read, execute: more folders; environment
-    warm: bool = False  # a warm interpreter stands in for `run`: warm_NAME.py
+    warm: dict = field(default_factory=dict)  # libraries of a warm interpreter (warm_prolog.py) that stands in for `run`
     answer: dict = field(default_factory=dict)  # rewards.py
     render: dict = field(default_factory=dict)  # tasks.py
     call: dict = field(default_factory=dict)  # selfplay.py
@@ -67,14 +67,23 @@ class Language:
     def _hint(self, command, key):
         return f"{command} {self.install[key]}" if self.install.get(key) else ""
 
-    def stages(self, limits=None, run=None):
-        """What the launcher runs, one after another: the compile command if there is one, then the program. SandboxError when missing."""
+    def stages(self, limits=None, run=None, files=None):
+        """What the launcher runs, one after another: the compile command if there is one, then the program. SandboxError when missing.
+
+        `files` {name: text or bytes} decide which warm interpreter may stand in."""
         if sentence := self.missing():
             raise SandboxError(sentence)
         stages = [_stage(self, self.compile, self.compile_limits)] if self.compile and not run else []
         last = _stage(self, run or self.run, limits or self.limits)
-        warm = self.name if self.warm and not run else None
-        return [*stages, last | {"last": True, "warm": warm}]
+        return [*stages, last | {"last": True, "warm": None if run or files is None else self._warm_libraries(files)}]
+
+    def _warm_libraries(self, files):
+        """What a warm interpreter for these files has loaded, and the library for which it must be a launcher of its own."""
+        if not self.warm:
+            return None
+        text = "\n".join(part if isinstance(part, str) else part.decode("latin-1") for part in files.values())
+        alone = next((name for name in self.warm.get("when_mentioned", ()) if name in text), "")
+        return {"libraries": [*self.warm["always"], *filter(None, [alone])], "alone": alone}
 
 
 def _stage(language, command, limits):

@@ -1,0 +1,167 @@
+"""Runs hostile programs through the sandbox and looks for damage. Needs only the standard library, so that any user can run it.
+
+python tests/hostile/attack.py                      every attack at kernel level
+python tests/hostile/attack.py --level namespaces --language python --only fork
+python tests/hostile/attack.py --soak 500           honest and hostile programs mixed
+Prints one JSON line per attack or finding and a summary; exit code 1 when something was wrong.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from sandbox import Job, Limits, Pool  # noqa: E402
+from sandbox.languages import load_language  # noqa: E402
+from sandbox.pool import request  # noqa: E402
+from world import World, processes, stop, strays, users  # noqa: E402
+
+HONEST = {
+    "lua": "print(6 * 7)",
+    "prolog": "main :- X is 6 * 7, writeln(X).",
+    "lisp": "(princ (* 6 7))",
+    "python": "print(6 * 7)",
+    "perl": "print 6 * 7",
+}
+
+
+def attacks(languages=None, only=None):
+    """(name, language, source, limits, expected statuses) of every hostile program whose interpreter is here."""
+    for path in sorted(HERE.glob("*.toml")):
+        language = load_language(path.stem)
+        if (languages and path.stem not in languages) or language.missing():
+            continue
+        table = tomllib.loads(path.read_text())
+        prelude = table.pop("prelude", "")
+        for name, attack in table.items():
+            if only and only not in name:
+                continue
+            own = vars(language.limits) | {key: attack[key] for key in ("cpu", "wall", "memory", "processes") if key in attack}
+            yield f"{path.stem}/{name}", path.stem, prelude + attack["source"].lstrip("\n"), Limits(**own), attack["status"]
+
+
+def hostile_job(language, source, limits, words):
+    for word, value in words.items():
+        source = source.replace(word, value)
+    return Job(language, {load_language(language).file: source}, limits=limits)
+
+
+def honest_job(language):
+    return Job(language, {load_language(language).file: HONEST[language]})
+
+
+def honest_languages():
+    return [language for language in HONEST if not load_language(language).missing()]
+
+
+def faults(result, limits, compile_wall, expected, secret):
+    """What is wrong with the result of a hostile program."""
+    found = []
+    output = (result.stdout + result.stderr).decode(errors="replace")
+    if result.status not in expected:
+        found.append(f"status {result.status}, not one of {expected}")
+    if "ESCAPED" in result.stdout.decode(errors="replace") or secret in output:
+        found.append(f"it got out: {[line for line in output.splitlines() if 'ESCAPED' in line or secret in line][:5]}")
+    wall = compile_wall + (4 * limits.cpu + 2 if limits.wall is None else limits.wall)
+    if result.wall > wall + 0.5:
+        found.append(f"took {result.wall:.2f} s, more than its limit of {wall} s + 0.5 s")
+    if len(result.stdout) > limits.output or len(result.stderr) > limits.output:
+        found.append("more output than allowed")
+    return found
+
+
+def run_attacks(level, languages, only):
+    """One hostile program after another, each followed by an honest one. Yields (name, seconds, status, faults)."""
+    with World() as world, Pool(workers=1, level=level, require=level, cache=False) as pool:
+        known, honest = processes({os.getuid()}), honest_languages()
+        retries = 0
+        for number, (name, language, source, limits, expected) in enumerate(attacks(languages, only)):
+            started = time.monotonic()
+            job = hostile_job(language, source, limits, world.words())
+            compile_wall = sum(stage["wall"] for stage in json.loads(request(job)[8:])["stages"][:-1])
+            result = pool.run_all([job])[0]
+            found = faults(result, limits, compile_wall, expected, world.secret) + world.damage()
+            if left := strays(users(pool), [*known, *pool.launcher_pids]):
+                found.append(f"processes left: {left}")
+                stop(left)
+            if pool.retries > retries:
+                found.append(f"the launcher was lost: {result.stderr[:300]}")
+                retries = pool.retries
+            after = pool.run_all([honest_job(honest[number % len(honest)])])[0]
+            if (after.status, after.stdout.strip()) != ("ok", b"42"):
+                found.append(f"the next honest program failed: {after}")
+            if found:
+                found.append(f"output: {result.stdout[-300:]} {result.stderr[-300:]}")
+            yield name, time.monotonic() - started, result.status, found
+        folder = pool._folder
+    if os.path.exists(folder):
+        yield "work folders", 0, "", [f"{folder} is still there"]
+
+
+def soak(level, count, seed, workers):
+    """`count` programs, a third hostile, on several launchers at once. Yields like run_attacks."""
+    chance = random.Random(seed)
+    with World() as world, Pool(workers=workers, level=level, require=level, cache=False) as pool:
+        known = processes({os.getuid()})
+        hostile, honest = list(attacks()), honest_languages()
+        jobs, checks = [], []
+        for _ in range(count):
+            if chance.random() < 1 / 3:
+                name, language, source, limits, expected = chance.choice(hostile)
+                jobs.append(hostile_job(language, source, limits, world.words()))
+                checks.append((name, limits, expected))
+            else:
+                language = chance.choice(honest)
+                jobs.append(honest_job(language))
+                checks.append((f"honest {language}", None, None))
+        started = time.monotonic()
+        results = pool.run_all(jobs)
+        seconds = time.monotonic() - started
+        for (name, limits, expected), result in zip(checks, results, strict=True):
+            if limits is None:
+                found = [] if (result.status, result.stdout.strip()) == ("ok", b"42") else [f"wrong: {result}"]
+            else:
+                found = [fault for fault in faults(result, limits, 60, expected, world.secret) if not fault.startswith("status")]
+                if result.status == "sandbox_error":
+                    found.append(f"sandbox error: {result.stderr[:300]}")
+            yield name, result.wall, result.status, found
+        left = strays(users(pool), [*known, *pool.launcher_pids])
+        stop(left)
+        lost = [f"{pool.retries} retries, {pool.replaced} launchers replaced"] if pool.retries else []
+        yield "soak", seconds, "", world.damage() + [f"processes left: {left}"] * bool(left) + lost
+        folder = pool._folder
+    if os.path.exists(folder):
+        yield "work folders", 0, "", [f"{folder} is still there"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--level", default="kernel")
+    parser.add_argument("--language", action="append")
+    parser.add_argument("--only", help="part of the names to run")
+    parser.add_argument("--soak", type=int, metavar="COUNT")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=3)
+    options = parser.parse_args()
+    if os.getuid() != 0:  # an outer limit, should the sandbox fail
+        resource.setrlimit(resource.RLIMIT_NPROC, (1500, 1500))
+    started, count, wrong = time.monotonic(), 0, 0
+    rows = soak(options.level, options.soak, options.seed, options.workers) if options.soak else run_attacks(options.level, options.language, options.only)
+    for name, seconds, status, found in rows:
+        count, wrong = count + 1, wrong + bool(found)
+        if found or not options.soak:
+            print(json.dumps({"name": name, "seconds": round(seconds, 2), "status": status, "faults": found}), flush=True)
+    print(json.dumps({"level": options.level, "user": os.getuid(), "programs": count, "wrong": wrong, "seconds": round(time.monotonic() - started, 1)}))
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

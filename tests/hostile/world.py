@@ -1,0 +1,160 @@
+"""What a hostile program could harm: files, a process, sockets, shared memory of the same user. `damage()` says what it did harm."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class World:
+    """A folder with an answer file, a victim process and listeners, all of this user. Use as a context manager."""
+
+    def __init__(self):
+        self.secret = "SECRET-" + secrets.token_hex(8)
+        self.outside = Path(tempfile.mkdtemp(prefix="outside-"))
+        self.answer = self.outside / "answer.txt"
+        self.answer.write_text(self.secret)
+        (self.outside / "empty").mkdir()
+        with contextlib.suppress(OSError):
+            os.setxattr(self.answer, "user.mark", b"1")
+        # the strongest target: every program that runs as this user may do to it what it likes, but for the sandbox
+        self.outside.chmod(0o777)
+        self.answer.chmod(0o666)
+        self.victim = subprocess.Popen(["sleep", "100000"], start_new_session=True, env={"ANSWER": self.secret})
+        self.heard, self.closing = [], False
+        self._listen()
+        self.memory = libc.shmget(0, 4096, 0o1666)
+        self.before = self._picture()
+
+    def _listen(self):
+        self.tcp, self.udp, self.unix = socket.socket(), socket.socket(type=socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.tcp.bind(("127.0.0.1", 0))
+        self.tcp.listen()
+        self.udp.bind(("127.0.0.1", 0))
+        self.unix_path = tempfile.mktemp(prefix="hostile-socket-")
+        self.unix.bind(self.unix_path)
+        os.chmod(self.unix_path, 0o777)
+        for listener, wait in ((self.tcp, self.tcp.accept), (self.udp, lambda: self.udp.recv(10)), (self.unix, lambda: self.unix.recv(10))):
+            threading.Thread(target=self._hear, args=(listener, wait), daemon=True).start()
+
+    def _hear(self, listener, wait):
+        place = listener.getsockname()
+        while True:
+            try:
+                wait()
+            except OSError:
+                return
+            if not self.closing:
+                self.heard.append(f"something arrived on {place}")
+
+    def words(self):
+        """What the @WORDS@ in a hostile program stand for."""
+        return {
+            "@ANSWER@": str(self.answer),
+            "@OUTSIDE@": str(self.outside),
+            "@VICTIM@": str(self.victim.pid),
+            "@TRAINER@": str(os.getpid()),
+            "@TCP@": str(self.tcp.getsockname()[1]),
+            "@UDP@": str(self.udp.getsockname()[1]),
+            "@UNIX@": self.unix_path,
+            "@SHMID@": str(self.memory),
+        }
+
+    def _picture(self):
+        """Everything that must stay as it is."""
+        files = {}
+        for path in [self.outside, *sorted(self.outside.rglob("*"))]:
+            info = path.lstat()
+            content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+            marks = sorted(os.listxattr(path)) if path.exists() else []
+            files[str(path)] = (info.st_mode, info.st_uid, info.st_size, info.st_mtime_ns, content, marks)
+        stray = [place for place in ("/dev/shm/hostile", "/tmp/hostile", "/var/tmp/hostile", "/usr/lib/hostile") if os.path.lexists(place)]
+        pids = (self.victim.pid, os.getpid())
+        return {
+            "files": files,
+            "stray files": stray,
+            "victim": Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2] in "SRD" and self.victim.poll() is None,
+            "priorities": [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids],
+            "affinity": [sorted(os.sched_getaffinity(pid)) for pid in pids],
+            "limits": [resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids],
+            "IPC objects": ipc_objects(),
+            "shared memory": os.path.exists("/proc/sysvipc/shm") and f" {self.memory} " in Path("/proc/sysvipc/shm").read_text(),
+        }
+
+    def damage(self):
+        """Sentences, empty when nothing was touched."""
+        after = self._picture()
+        found = [f"{what} changed: {self.before[what]} -> {after[what]}" for what in after if after[what] != self.before[what]]
+        return found + self.heard
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closing = True
+        self.victim.kill()
+        self.victim.wait()
+        for listener in (self.tcp, self.udp, self.unix):
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        os.unlink(self.unix_path)
+        libc.shmctl(self.memory, 0, None)
+        shutil.rmtree(self.outside, ignore_errors=True)
+
+
+def users(pool):
+    """Ids of the users that programs of this pool run as: this user, or one of its own for each launcher of root."""
+    return {2_000_000_000 + pid for pid in pool.launcher_pids} if os.getuid() == 0 else {os.getuid()}
+
+
+def ipc_objects(owners=()):
+    """(kind, key, id) of SysV objects with the key that hostile programs use, or of `owners`."""
+    found = []
+    for kind in ("shm", "sem", "msg"):
+        with contextlib.suppress(OSError):
+            for row in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
+                fields = row.split()
+                if fields[0] == str(0x4242) or {int(field) for field in fields[4:]} & set(owners):
+                    found.append((kind, fields[0], fields[1]))
+    return found
+
+
+def processes(owners):
+    """{pid: command} of all processes of these users."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IndexError):
+            user = int(Path(f"/proc/{entry}/status").read_text().partition("\nUid:\t")[2].split()[0])
+            if user in owners:
+                found[int(entry)] = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def strays(owners, known):
+    """{pid: command} of processes that jobs left. Waits a little for dying ones."""
+    for _ in range(20):
+        left = {pid: command for pid, command in processes(owners).items() if pid not in known}
+        if not left:
+            return {}
+        time.sleep(0.02)
+    return left
+
+
+def stop(pids):
+    """Kill what a failed test left behind."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
