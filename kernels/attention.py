@@ -213,7 +213,7 @@ def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_l
         tile = {"HEADS": triton.next_power_of_2(per_kv), "TILE": min(page_size, tokens)}
         _prefix_kernel[grid](*inputs, **shape, **tile, num_warps=warps, num_stages=stages)
     # 16 query heads is the smallest tensor-core tile; 6, 7 and 8 of a KV head fill part of it.
-    tile = {"ROWS": max(16, triton.next_power_of_2(per_kv)), "TILE": min(page_size, TILE_ELEMENTS // head_dim)}
+    tile = {"ROWS": max(16, triton.next_power_of_2(per_kv)), "TILE": min(page_size, 128, TILE_ELEMENTS // head_dim)}
     _decode_kernel[grid](*inputs, own, **shape, **tile, SHARED=shared, num_warps=DECODE_WARPS, num_stages=DECODE_STAGES)
     merge = (partial, lse, out, lengths, prefix_lengths, group_ids, batch, heads, slots, own)
     _merge_splits_kernel[(batch, heads)](*merge, HD=head_dim, SPLIT=SPLIT, SLOTS=SLOTS, SHARED=shared, SEQUENCES=sequences, num_warps=MERGE_WARPS)
@@ -223,7 +223,7 @@ def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_l
 def _fits(q, k_pages):
     """What the kernels need beyond a CUDA device. The page sizes to use: one decode tile, 128 tokens at head dim 64 and 64 at 128."""
     page_size, head_dim = k_pages.shape[2:]
-    return use_triton(q) and head_dim in (64, 128) and page_size in (16, 32, 64, 128, 256)
+    return use_triton(q) and head_dim in (16, 32, 64, 128) and page_size in (16, 32, 64, 128, 256, 512)
 
 
 # Public functions

@@ -279,6 +279,10 @@ def _qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, num_heads):
     return q
 
 
+def _fits(x, head_dim):
+    return use_triton(x) and head_dim >= 2 and head_dim & (head_dim - 1) == 0
+
+
 # Public functions
 
 
@@ -309,7 +313,7 @@ def swiglu(gate_up):
 
 def apply_rope(x, cos, sin):
     """Rotate x [T, H, hd] by tables cos, sin [T, hd / 2] (see `rope_tables`): halves (a, b) -> (a cos - b sin, b cos + a sin). Differentiable."""
-    return _Rope.apply(x, cos, sin) if use_triton(x) else apply_rope_reference(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if _fits(x, x.shape[2]) else apply_rope_reference(x, cos, sin)
 
 
 def qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, num_heads):
@@ -318,5 +322,5 @@ def qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, num_heads):
     qkv [T, (H + 2K) hd], bias the same width or None, cos and sin [T, hd / 2], k_pages and v_pages [pages, K, page_size, hd] (written in place),
     slots [T] int64: token t goes to page slots[t] // page_size, offset slots[t] % page_size; a negative slot writes nothing. Returns q [T, H, hd].
     """
-    run = _qkv_rope_write if use_triton(qkv) else qkv_rope_write_reference
+    run = _qkv_rope_write if _fits(qkv, k_pages.shape[3]) else qkv_rope_write_reference
     return run(qkv, bias, cos, sin, k_pages, v_pages, slots, num_heads)

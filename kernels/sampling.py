@@ -44,38 +44,20 @@ def _first_above(masses, uniform):
     return torch.where(hit.any(1), hit.to(torch.int8).argmax(1), last)
 
 
-def _draw(logits, uniforms):
-    """Token [B] drawn from softmax(logits [B, V]) with uniforms [2, B], and the log-sum-exp [B]."""
-    rows = torch.arange(len(logits), device=logits.device)
-    tiles = F.pad(logits, (0, -logits.shape[1] % TILE), value=float("-inf")).view(len(logits), -1, TILE)
-    top = logits.amax(-1)
-    masses = (tiles - top[:, None, None]).exp_().sum(-1)
-    tile = _first_above(masses, uniforms[0])
-    inside = _first_above((tiles[rows, tile] - top[:, None]).exp_(), uniforms[1])
-    # The logarithm in float64: on CPU the last elements of a tensor take other code, and a row's bits would depend on its place in the batch.
-    return tile * TILE + inside, top + masses.sum(-1).double().log().to(top.dtype)
-
-
 def _sample(logits, temperature, uniforms):
-    greedy = temperature <= 0
+    """(token, log-prob, entropy) of rows of logits [B, V] by uniforms [2, B]; no host sync, so that a CUDA graph may hold it."""
+    rows, greedy = torch.arange(len(logits), device=logits.device), temperature <= 0
     logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    token, lse = _draw(logits, uniforms)
-    token = torch.where(greedy, logits.argmax(-1), token)
-    logp = logits - lse[:, None]
-    entropy = -torch.linalg.vecdot(logp.exp(), logp.clamp(min=torch.finfo(logp.dtype).min))
-    return token, logp.gather(1, token[:, None]).squeeze(1), entropy
-
-
-def draw_reference(logits, temperature, seeds, requests, samples, positions):
-    """(tokens [B], logprobs [B]) of `sample_tokens_reference` from given logits [B, V], without the entropy and with no pass that is not needed:
-    the sampler's way on CPU, where a pass over 64 x 49,152 logits costs as much as a layer. Overwrites nothing."""
-    greedy = temperature <= 0
-    if not bool((greedy | (temperature == 1)).all()):
-        logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    token, lse = _draw(logits, uniforms_reference(seeds, requests, samples, positions))
-    if bool(greedy.any()):
-        token = torch.where(greedy, logits.argmax(-1), token)
-    return token, logits.gather(1, token[:, None]).squeeze(1) - lse
+    top, best = logits.max(-1)
+    below = logits.sub_(top[:, None])
+    weights = below.exp()
+    tiles = F.pad(weights, (0, -logits.shape[1] % TILE)).view(len(logits), -1, TILE)
+    masses = tiles.sum(-1)
+    total = masses.sum(-1)
+    tile = _first_above(masses, uniforms[0])
+    token = torch.where(greedy, best, tile * TILE + _first_above(tiles[rows, tile], uniforms[1]))
+    logp = below.gather(1, token[:, None]).squeeze(1) - total.log()
+    return token, logp, total.log() - torch.linalg.vecdot(weights, below) / total
 
 
 def sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions):
@@ -226,13 +208,13 @@ def sample_tokens(hidden, weight, temperature, seeds, requests, samples, positio
 
 
 def _truncate(logits, top_p, top_k):
-    """-inf outside the top_k largest (0 = all) and then outside the smallest set of mass >= top_p of what is left."""
+    """-1e30 outside the top_k largest (0 = all) and then outside the smallest set of mass >= top_p of what is left (finite: 0 * inf is NaN)."""
     ordered, order = logits.sort(dim=-1, descending=True)
     rank = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill((top_k[:, None] > 0) & (rank >= top_k[:, None]), float("-inf"))
+    ordered = ordered.masked_fill((top_k[:, None] > 0) & (rank >= top_k[:, None]), -1e30)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("-inf"))
+    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), -1e30)
     return torch.empty_like(logits).scatter_(1, order, ordered)
 
 
