@@ -140,7 +140,8 @@ def program(row, text, language, mode):
     if mode == "completion":
         cut = min((found for stop in row.stop_tokens if (found := text.find(stop)) >= 0), default=None)
         return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
-    code = answer_block(text, language)
+    unfinished = mode == "think" and "</think>" not in text
+    code = "" if unfinished else answer_block(text, _language(language))
     if not code:
         return ""
     return f"{_complete(row, code)}\n{row.tests}"
@@ -212,9 +213,10 @@ class TestJudge:
         """The sandbox job of a whole program with its tests: the nonce is printed where the last test has passed."""
         last, printing = self.table.get("last", r"\Z"), self.table["print"].replace("{nonce}", nonce)
         ended = re.sub(last, lambda _: printing, source.rstrip() + "\n", count=1)
-        limits = replace(self.language.limits, cpu=self.table.get("cpu", 15.0), wall=None)
-        file = self.table.get("file", self.language.file)
-        return Job(self.language.name, {file: ended}, limits=limits, id=id, run=self.table.get("run"))
+        run, file = self.table.get("run"), self.table.get("file", self.language.file)
+        compiles = run and self.language.compile  # such as go test
+        limits = replace(self.language.compile_limits if compiles else self.language.limits, cpu=self.table.get("cpu", 15.0), wall=None)
+        return Job(self.language.name, {file: ended}, limits=limits, id=id, run=run)
 
     def collect(self, submissions, deadline=None):
         concurrent.futures.wait([s.future for s in submissions if s.future], timeout=deadline)

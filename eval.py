@@ -255,6 +255,7 @@ def run_cell(s, pool, sampler, tokenizer, source, language, problems):
         ask = lambda p: row_prompt(p, language, s.mode)
     title = " ".join(part for part in (s.bench, source, language.name) if part)
     with open(folder / f"partial-{distributed.rank()}.jsonl", "a", encoding="utf-8") as partial:
+        partial.write("\n" if partial.tell() else "")  # a kill may have left half a line
         log = Progress(title, partial, len(problems), done)
         if any(distributed.gather([bool(numbers)])):
             evaluate(
@@ -284,7 +285,7 @@ def read_partial(folder, samples=None):
         for line in file.read_text("utf-8").splitlines():
             try:
                 rows = json.loads(line)
-            except json.JSONDecodeError:  # the line at which an evaluation was killed
+            except json.JSONDecodeError:  # empty, or the line at which an evaluation was killed
                 continue
             if samples is None or all(r["status"] != "sandbox_error" for r in rows):
                 found[rows[0]["id"]] = rows

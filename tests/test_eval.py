@@ -1,0 +1,342 @@
+"""Evaluation: figures by hand, benchmark rows, a harness tested with programs whose verdict is known, resume and ranks.
+
+RARECODE_FULL=1 judges every known program instead of a sample and prints the counts of BENCHMARKS.md.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import known_programs
+import model as model_file
+import sft
+from benchmarks import TestJudge, answer_block, load_rows, program, row_prompt
+from rewards import Judge
+from sampler import Sampler
+from sandbox import Pool
+from sandbox.languages import language_names, load_language
+from tasks import ChatTokenizer, load_problems, messages, solution
+
+REPO = Path(__file__).resolve().parents[1]
+FULL = bool(os.environ.get("RARECODE_FULL"))
+needs_data = pytest.mark.skipif(not known_programs.DATA.is_dir(), reason="../shared/data is not here")
+MULTIPL_E = [name for name in language_names() if "tests" in load_language(name).answer]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(workers=2) as started:
+        yield started
+
+
+def installed(name):
+    language = load_language(name)
+    if language.missing():
+        pytest.skip(language.missing())
+    return language
+
+
+# ---- figures ----
+
+
+def test_pass_at_k_is_unbiased():
+    assert evaluation.pass_at_k(4, 1, 2) == 0.5 and evaluation.pass_at_k(5, 5, 3) == 1.0 and evaluation.pass_at_k(5, 0, 3) == 0.0
+    rng, draws = random.Random(0), 20000
+    outcomes = [True] * 3 + [False] * 7
+    estimate = sum(any(rng.sample(outcomes, 4)) for _ in range(draws)) / draws
+    assert evaluation.pass_at_k(10, 3, 4) == pytest.approx(estimate, abs=0.01)
+
+
+def test_intervals():
+    low, high = evaluation.interval([1, 0, 1, 1])
+    assert (low, high) == (pytest.approx(0.301, abs=1e-3), pytest.approx(0.954, abs=1e-3))  # Wilson, p = 0.75, n = 4
+    low, high = evaluation.interval([0.0] * 10)
+    assert low == 0.0 and high == pytest.approx(0.278, abs=1e-3)
+    rng, inside = random.Random(1), 0
+    for _ in range(300):  # 40 problems of 4 samples each with their own difficulty: 95 % of the intervals hold the true mean
+        rates = [sum(rng.random() < d for _ in range(4)) / 4 for d in (rng.betavariate(0.5, 1.5) for _ in range(40))]
+        low, high = evaluation.interval(rates)
+        inside += low <= 0.25 <= high
+    assert 0.90 <= inside / 300 <= 0.99
+
+
+def rows_of(outcomes):
+    found = []
+    for id, corrects in outcomes.items():
+        for sample, correct in enumerate(corrects):
+            status = "sandbox_error" if correct is None else "ok"
+            found.append(dict(id=id, sample=sample, correct=bool(correct), status=status, program=f"{id}{sample}", tokens=10,
+                              finish_reason="stop", format_ok=True, constant=False, leaked=False))  # fmt: skip
+    return found
+
+
+def test_summary_by_hand():
+    found = evaluation.summary(rows_of({"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [None] * 4}))
+    assert found["pass@1"] == 0.5 and found["any_of_n"] == pytest.approx(2 / 3) and found["all_of_n"] == pytest.approx(1 / 3)
+    assert found["pass@2"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3) and found["pass@4"] == pytest.approx(2 / 3)
+    assert found["sandbox/sandbox_error_frac"] == 0.25
+    with pytest.raises(ValueError, match="nothing could be judged"):
+        evaluation.summary(rows_of({"a": [None]}))
+
+
+def test_comparison_is_paired(tmp_path, capsys):
+    a = {f"p{n}": [n % 2] for n in range(40)}
+    b = {id: [1] if n < 10 else outcome for n, (id, outcome) in enumerate(a.items())}  # 5 problems gained, none lost
+    for name, outcomes in (("a", a), ("b", b | {"only": [1]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows_of(outcomes)))
+    evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (found["gained"], found["lost"], found["unchanged"], found["only_in_b"]) == (5, 0, 35, 1)
+    assert found["difference"] == 0.125 and 0 < found["difference_low"] < 0.125 < found["difference_high"] and found["p"] < 0.05
+    with pytest.raises(ValueError, match="no problem in common"):
+        evaluation.compare(rows_of(a), rows_of({"x": [1]}))
+    with pytest.raises(ValueError, match="does not exist"):
+        evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "nothing")])
+
+
+# ---- the harness, with programs whose verdict is known ----
+
+ADD = {  # HumanEval_53_add
+    "racket": "\n  (+ x y))", "julia": "\n    return x + y\nend", "lua": "\n  return x + y\nend", "ocaml": " x + y", "r": "\n  x + y\n}",
+    "perl": "\n    return $x + $y;\n}", "haskell": " x + y", "clojure": "\n  (+ x y))", "elixir": "\n    x + y\n  end\nend",
+    "javascript": "\n  return x + y;\n}", "python": "\n    return x + y", "bash": "\n  echo $(($1 + $2))", "php": "\n  return $x + $y;\n}",
+    "ruby": "\n  x + y\nend", "cpp": "\n  return x + y;", "java": "\n        return x + y;", "rust": "\n    x + y", "go": "\n\treturn x + y\n}",
+}  # fmt: skip
+QUIT = {  # leaves before the tests, with exit code 0 (a Haskell or Go function without imports cannot)
+    "racket": "\n  (exit 0))", "julia": "\n    exit(0)\nend", "lua": "\n  os.exit(0)\nend", "ocaml": " exit 0", "r": "\n  quit('no', 0)\n}",
+    "perl": "\n    exit 0;\n}", "clojure": "\n  (System/exit 0))", "elixir": "\n    System.halt(0)\n  end\nend",
+    "javascript": "\n  process.exit(0);\n}", "python": "\n    raise SystemExit", "bash": "\n  echo 1\n}\nexit 0\nf() {", "php": "\n  exit(0);\n}",
+    "ruby": "\n  exit!(0)\nend", "cpp": "\n  exit(0);", "java": "\n        System.exit(0); return 0;", "rust": "\n    std::process::exit(0)",
+}  # fmt: skip
+
+
+@needs_data
+@pytest.mark.parametrize("name", MULTIPL_E)
+def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
+    language = installed(name)
+    row = next(r for r in load_rows("humaneval", language) if "HumanEval_53_add" in r.id)
+    right, wrong = ADD[language.name], ADD[language.name].replace("+", "-", 1)
+    judge, chat = TestJudge(pool, language), TestJudge(pool, language, "chat")
+    whole = f"<think>x</think><answer>```{language.fence[0]}\n{row.prompt}{right}\n{closing(row)}\n```</answer>"
+    texts = [right + row.stop_tokens[0] + " never seen (", wrong, QUIT.get(language.name, wrong)]
+    submissions = [judge.submit(row, text) for text in texts] + [chat.submit(row, text) for text in (whole, "no code")]
+    verdicts = judge.collect(submissions, 300)
+    if re.search(rb"module 'luaunit' not found|Can't locate Test/Deep|test/unit \(LoadError|javatuples does not", submissions[0].future.result().stderr):
+        pytest.skip(f"{name}: the test library that its [answer.tests] table names is not installed")
+    assert [v.correct for v in verdicts] == [True, False, False, True, False], [(v.status, s.future and s.future.result().stderr[-300:]) for v, s in zip(verdicts, submissions)]
+
+
+def closing(row):
+    """What MultiPL-E leaves for the tests to close, and a whole program closes itself."""
+    if not row.tests.lstrip().startswith("}"):
+        return ""
+    return "}\n}" if "class Problem" in row.prompt else "}"
+
+
+@needs_data
+@pytest.mark.parametrize("bench,right,total", [("humaneval", 160, 161), ("mbpp", 382, 397)])
+def test_canonical_python_solutions(bench, right, total, pool):
+    installed("python")
+    known = known_programs.multipl_e(bench, pool)
+    assert len(known) == total
+    chosen = known if FULL else known[::4]
+    judge = TestJudge(pool, "python", "chat")
+    verdicts = judge.collect([judge.submit(row, text) for row, text in chosen], None)
+    wrong = [v.problem for v in verdicts if not v.correct]
+    print(f"{bench}: {len(verdicts) - len(wrong)} of {len(verdicts)} canonical Python solutions pass; not: {wrong}")
+    assert len(wrong) <= total - right if FULL else len(wrong) <= 6
+    if FULL:
+        assert len(verdicts) - len(wrong) == right
+    # the same programs with their first return spoilt do not pass
+    spoilt = [(row, re.sub(r"return ", "return 'spoilt', ", text)) for row, text in chosen if "return " in text.split('"""')[-1]]
+    verdicts = judge.collect([judge.submit(row, text) for row, text in spoilt], None)
+    passed = [v.problem for v in verdicts if v.correct]
+    print(f"{bench}: {len(passed)} of {len(verdicts)} spoilt programs pass: {passed}")
+    assert not passed
+
+
+# Known right programs that are not judged right here, and why.
+EXPLAINED_X = {
+    "python": {},
+    "javascript": {"112": "=== between arrays", "155": "counts the minus sign as a digit", "162": "module js-md5"},
+    "cpp": {"22": "boost", "137": "boost", "162": "openssl"},
+    "java": {},
+    "rust": {"32": "no test", "38": "crate rand", "50": "crate rand", "53": "crate rand", "91": "crate regex", "162": "crate md5"},
+    "go": {"153": "imports a package Slices that does not exist"},
+}
+EXPLAINED_EXERCISM = {
+    "prolog": {"meetup": "needs a newer SWI-Prolog"},
+    "racket": {},
+    "scheme": {"list-ops": "lists of a million in uncompiled Guile", "robot-name": "example for Guile, test for Chez"},
+    "python": {},
+    "julia": {},
+}
+
+
+@needs_data
+@pytest.mark.parametrize("name", EXPLAINED_X)
+def test_canonical_humaneval_x_solutions(name, pool):
+    installed(name)
+    check_known(f"HumanEval-X {name}", known_programs.humaneval_x(name), EXPLAINED_X[name], 5, pool)
+
+
+@needs_data
+@pytest.mark.parametrize("track", EXPLAINED_EXERCISM)
+def test_exercism_examples(track, pool):
+    installed(track)
+    check_known(f"Exercism {track}", known_programs.exercism(track), EXPLAINED_EXERCISM[track], 6, pool)
+
+
+def check_known(title, cases, explained, sample, pool):
+    cases = list(cases)
+    chosen = cases if FULL else cases[:: len(cases) // sample]
+    results = pool.run_all([job for _, job, _ in chosen])
+    failed = {name: r.status for (name, _, passed), r in zip(chosen, results) if not passed(r)}
+    print(f"{title}: {len(chosen) - len(failed)} of {len(chosen)} known right programs pass; not: {failed}")
+    assert {name.rpartition("/")[2] for name in failed} <= set(explained)
+
+
+# ---- benchmark rows and prompts ----
+
+
+@needs_data
+def test_rows_and_prompts():
+    rows = load_rows("humaneval", "racket")
+    assert len(rows) == 161 and len(load_rows("mbpp", "lua")) == 397 and len(load_rows("humaneval", "racket", version="v0.4")) == 161
+    assert load_rows("mbpp", "lua", count=20, seed=1) == load_rows("mbpp", "lua", count=20, seed=1) != load_rows("mbpp", "lua", count=20, seed=2)
+    row = next(r for r in rows if "HumanEval_53_add" in r.id)
+    text = program(row, "\n  (+ x y))\n(define (g) 1)", "racket", "completion")
+    assert text == row.prompt.rstrip() + "\n  (+ x y))\n" + row.tests
+    listing = row_prompt(row, "racket", "think")
+    assert listing.startswith("# Task: You will be given a question (problem specification) and will generate a correct Racket program")
+    assert "; YOUR CODE HERE\n```" in listing and listing.endswith("Assistant: <think>") and row.prompt.strip() in listing
+    assert [m["role"] for m in row_prompt(row, "racket", "chat")] == ["user"]
+    answer = "<think>(f)\n```racket\nwrong\n```</think><answer>```racket\n(define (add x y)\n  (+ x y))\n```</answer>"
+    assert answer_block(answer, load_language("racket")) == "(define (add x y)\n  (+ x y))"
+    assert program(row, answer, "racket", "think").startswith("#lang racket\n(define (add x y)\n  (+ x y))\n(require rackunit)")
+    for source in ("python", "cpp"):
+        translated = load_rows("translate", "lua", source=source)
+        assert len(translated) == 161 and translated[0].source and translated[0].id.startswith(f"translate/{source}-lua/")
+        assert translated[0].source.splitlines()[0] in row_prompt(translated[0], "lua", "completion")
+    for call, words in [
+        (lambda: load_rows("humaneval", "prolog"), "MultiPL-E does not have the language"),
+        (lambda: load_rows("humanevil", "lua"), "unknown benchmark"),
+        (lambda: load_rows("translate", "lua", source="cobol"), "no translation sources"),
+        (lambda: load_rows("crosspleval", "lua"), "give its folder by --data"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_crosspleval_form(tmp_path):
+    (tmp_path / "crosspleval").mkdir()
+    row = {"id": "T1", "source": "def f(): ...", "prompt": "local function f()\n", "tests": "f()", "stop_tokens": ["\nlocal"]}
+    (tmp_path / "crosspleval/python-lua.jsonl").write_text(json.dumps(row))
+    (found,) = load_rows("crosspleval", "lua", data=tmp_path)
+    assert found.id == "crosspleval/python-lua/T1" and program(found, "\nend\nlocal x", "lua", "completion") == "local function f()\nend\nf()"
+
+
+@needs_data
+def test_no_benchmark_row_is_reachable_from_a_training_task():
+    """By id, by name and by overlap of eight words in a row (gsm8k's own split: thirteen)."""
+
+    def grams(text, n):
+        words = re.findall(r"[a-z0-9]+", text.lower())
+        return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+    train = [p for task in ("sums", "gsm8k", "gsm8k_steps") for p in load_problems(task, "train")]
+    benchmark = [r for bench in ("humaneval", "mbpp", "translate") for name in ("python", "racket", "lua") for r in load_rows(bench, name)]
+    assert not {p.id for p in train} & {r.id for r in benchmark} and not any(re.search("humaneval|mbpp|/test/", p.id, re.I) for p in train)
+    names = {r.id.rpartition("/")[2].split("_", 2)[2] for r in benchmark}
+    words = {word for p in train for word in re.findall(r"\w+", p.question)}
+    assert len(names) > 500 and not {name for name in names if "_" in name} & words
+    known = set().union(*(grams(p.question, 8) for p in train))
+    assert [r.id for r in benchmark if grams(r.question, 8) & known] == []
+    # GSM8K's publisher split it: three test questions share a phrase of thirteen words with a train question, none a question.
+    test, known = load_problems("gsm8k", "test"), set().union(*(grams(p.question, 13) for p in train))
+    assert not {p.question for p in test} & {p.question for p in train}
+    assert len([p.id for p in test if grams(p.question, 13) & known]) == 3
+
+
+# ---- evaluate() and the command, with a real model ----
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny model that has learnt four test problems by heart, so that some programs are right."""
+    folder = tmp_path_factory.mktemp("tiny")
+    language, prompt = load_language("prolog"), lambda p: messages(p, "prolog", 0, system=False)
+    problems = load_problems("sums", "test", count=4)
+    sft.make_tiny(load_problems("sums", "train", count=300), language, prompt, folder, seed=0)
+    tokenizer, model = ChatTokenizer(folder), model_file.load(folder)
+    settings = sft.WarmStart(steps=60, batch=4, lr=3e-3, warmup=5)
+    sft.train_supervised(model, sft.make_optimizer(model), sft.encode(problems, language, tokenizer, prompt, 0.0, 0), settings, torch.device("cpu"), lambda *_: None)
+    model_file.save(dict(model.named_parameters()), model.config, folder, dtype=torch.float32)
+    return folder
+
+
+def test_evaluate_in_the_loop(tiny, pool):
+    tokenizer, sampler = ChatTokenizer(tiny), Sampler(model_file.load(tiny), slots=16)
+    problems, seen = load_problems("sums", "test", count=6), []
+    metrics, rows = evaluation.evaluate(
+        sampler, tokenizer, Judge(pool, "prolog"), problems, prompt=lambda p: messages(p, "prolog", 0, system=False),
+        n=2, temperature=0.3, max_new_tokens=120, seed=5, on_rows=seen.append,
+    )  # fmt: skip
+    assert [(r["id"], r["sample"]) for r in rows] == [(p.id, n) for p in problems for n in (0, 1)]
+    assert metrics["pass@1"] >= 0.5 and metrics["pass@1"] == sum(r["correct"] for r in rows) / 12 and sorted(len(s) for s in seen) == [2] * 6
+    right = next(r for r in rows if r["correct"])
+    assert Fraction(right["answer"]) == Fraction(right["value"]) and right["text"] == solution(problems[int(right["id"][-1])], "prolog")
+
+
+def command(tiny, out):
+    words = f"--model {tiny} --bench sums --short_prompt true --examples 0 --problems 10 --samples 2 --temperature 1 --max_new_tokens 100 --out {out}"
+    return words.split()
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tiny, tmp_path, capsys):
+    evaluation.main(command(tiny, tmp_path / "whole"))
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"][0]
+    whole = (tmp_path / "whole/prolog/samples.jsonl").read_text()
+    assert len(whole.splitlines()) == 20 and figures["problems"] == 10 and 0 < figures["pass@1"] < 1
+    # what a kill leaves: some problems and half a line
+    folder = tmp_path / "whole/prolog"
+    lines = (folder / "partial-0.jsonl").read_text().split("\n")[:-1]
+    assert len(lines) == 10
+    (folder / "partial-0.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])
+    (folder / "samples.jsonl").unlink()
+    evaluation.main(command(tiny, tmp_path / "whole"))
+    assert (folder / "samples.jsonl").read_text() == whole
+    with pytest.raises(SystemExit, match="other settings"):
+        evaluation.main([*command(tiny, tmp_path / "whole"), "--seed", "1"])
+
+
+def test_ranks_give_the_numbers_of_one_process(tiny, tmp_path):
+    evaluation.main(command(tiny, tmp_path / "one"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "eval.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *command(tiny, tmp_path / "two")], cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "two/prolog/samples.jsonl").read_text() == (tmp_path / "one/prolog/samples.jsonl").read_text()
+    assert (tmp_path / "two/prolog/results.json").read_text() == (tmp_path / "one/prolog/results.json").read_text()
+
+
+def test_bad_input_has_one_clear_sentence(tiny, tmp_path):
+    done = subprocess.run([sys.executable, "eval.py", "--model", str(tiny), "--lang", "cobol"], cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and re.fullmatch(r"eval.py: unknown language 'cobol': choose one of .+\n", done.stderr)
+    for words, sentence in [
+        (["--model", str(tiny), "--bench", "humaneval", "--lang", "prolog"], "MultiPL-E does not have the language"),
+        (["--model", str(tmp_path), "--bench", "sums"], str(tmp_path)),
+        (["--model", str(tiny), "--mode", "poetry"], "unknown mode 'poetry'"),
+    ]:
+        with pytest.raises((ValueError, SystemExit), match=re.escape(sentence)):
+            evaluation.main(words)
