@@ -331,6 +331,8 @@ def start(s, resume, why, pool, language, device):
 def main(arguments=None):
     s, resume, why = parse_settings(arguments, __doc__)
     language = load_language(s.lang)
+    if problem := language.missing():
+        raise SystemExit(problem)
     with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does: the trainer itself never forks
         start(s, resume, why, pool, language, distributed.setup())
     distributed.finish()

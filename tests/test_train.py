@@ -187,6 +187,13 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, arguments, sentence)
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_missing_interpreter_is_one_sentence_with_the_install_command(tmp_path):
+    environment = {**ENVIRONMENT, "RARECODE_SWIPL": "/no/such/swipl"}
+    done = subprocess.run(command("--lang", "prolog"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "apt-get install swi-prolog-nox" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_unknown_flag_and_recipe_setting_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--temprature", "1"])
