@@ -28,7 +28,7 @@ class Limits:
     wall: float | None = None  # None: 4 * cpu + 2, so that a busy machine does not fail an honest program
     memory: int = 1 << 30  # resident memory of all its processes; each one's address space is limited to this plus what its runtime reserves
     output: int = 64 << 10  # of stdout, and as much again of stderr
-    file_size: int = 16 << 20  # of one file; all files together are bounded by the work folder
+    file_size: int = 16 << 20  # of one file, at least the language's own; all files together are bounded by the work folder
     processes: int | None = None  # 1 forbids starting any process
     open_files: int = 256
 

@@ -129,10 +129,9 @@ def lock_down(launcher, stage):
         kernel.seccomp_load(launcher.filter(stage["processes"] > 1))
 
 
-def become_program(launcher, stage, streams, report):
-    """Turn this process into the program; never returns. What fails is written to `report`."""
+def become_program(launcher, stage, warm, streams, report):
+    """Turn this process into the program, by exec or in a warm interpreter; never returns. What fails is written to `report`."""
     try:
-        warm = launcher.warm_for(stage)
         os.setsid()
         for number, descriptor in enumerate(streams):
             os.dup2(descriptor, number)
@@ -152,13 +151,13 @@ def become_program(launcher, stage, streams, report):
         os._exit(127)
 
 
-def become_init(launcher, stage, streams, report):
+def become_init(launcher, stage, warm, streams, report):
     """Process 1 of the job's namespaces: start the program as process 2, reap what it leaves, report its end. Its own end kills the rest."""
     try:
         kernel.die_with_parent()
         program = os.fork()
         if program == 0:
-            become_program(launcher, stage, streams, report)
+            become_program(launcher, stage, warm, streams, report)
         os.closerange(0, report)
         os.closerange(report + 1, 1024)
         while True:
@@ -277,14 +276,14 @@ class Launcher:
         """Start one program, wait for its end. Returns the Program."""
         out, err, report = os.pipe(), os.pipe(), os.pipe()
         source = open_input(stdin)
-        self.warm_for(stage)
+        warm = self.warm_for(stage)
         if self.level != "portable":  # prepared here, so that the next job finds them
             self.ruleset(stage), self.filter(stage["processes"] > 1)
         inner = self.level == "namespaces"
         started = time.monotonic()
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC) if inner else os.fork()
         if pid == 0:
-            (become_init if inner else become_program)(self, stage, (source, out[1], err[1]), report[1])
+            (become_init if inner else become_program)(self, stage, warm, (source, out[1], err[1]), report[1])
         for descriptor in (source, out[1], err[1], report[1]):
             os.close(descriptor)
         send(self.channel, {"started": pid})

@@ -13,7 +13,7 @@ import subprocess
 
 # Predicates of SWI-Prolog's own boot/toplevel.pl, in the order of its initialise_prolog/0
 _START = """
-catch(( set_prolog_flag(os_argv, {argv}), absolute_file_name('{file}', Path), set_prolog_flag(associated_file, Path),
+catch(( set_prolog_gc_thread(true), set_prolog_flag(os_argv, {argv}), absolute_file_name('{file}', Path), set_prolog_flag(associated_file, Path),
         load_files(user:'{file}', [expand(false)]),
         '$toplevel':run_init_goals([main]), '$toplevel':run_program_init, '$toplevel':run_main_init
       ), E, '$toplevel':initialise_error(E))
@@ -25,6 +25,7 @@ class WarmProlog:
     """`argv`: the command line of a cold start, which ends in `-g main -t halt FILE`; `libraries` are loaded, but not imported."""
 
     def __init__(self, program, argv, libraries, environment):
+        os.environ.clear()
         os.environ.update(environment)
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
         resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))  # a cold start sees its limit when it starts, and sizes its stacks by it
@@ -38,7 +39,7 @@ class WarmProlog:
         with _program_streams():
             if not self.library.PL_initialise(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)):
                 raise RuntimeError("libswipl did not start")
-        self._call("set_prolog_gc_thread(stop)")  # a thread would be lost by the fork
+        self._call("set_prolog_gc_thread(false)")  # a thread would be lost by the fork, and `halt` wait for it; the child may have one
         for name in _NEEDED:
             if not self._call(f"current_predicate('$toplevel':{name})"):
                 raise RuntimeError(f"this version of SWI-Prolog has no {name}")

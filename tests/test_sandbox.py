@@ -38,11 +38,13 @@ def test_an_unknown_language_and_a_missing_interpreter_are_one_sentence(pool, mo
         pool.submit(Job("klingon", {}))
     from sandbox import languages
 
-    monkeypatch.setenv("RARECODE_LUA", "/nowhere/lua")
-    languages._find.cache_clear()
-    with pytest.raises(SandboxError, match="lua5.4 not found: apt-get install lua5.4"):
-        pool.submit(Job("lua", {"main.lua": ""}))
-    languages._find.cache_clear()
+    for name, value, said in (("PATH", "/nowhere", "lua5.4 not found: apt-get install lua5.4"), ("RARECODE_LUA", "/no/lua", "RARECODE_LUA=/no/lua is no")):
+        monkeypatch.setenv(name, value)
+        languages._find.cache_clear()
+        with pytest.raises(SandboxError, match=said):
+            pool.submit(Job("lua", {"main.lua": ""}))
+        monkeypatch.undo()
+        languages._find.cache_clear()
 
 
 def test_ids_and_order(pool):

@@ -59,6 +59,8 @@ class Language:
         """One sentence that says what to install, or None when all programs are here."""
         for name, candidates in self.programs.items():
             if _find(name, tuple(candidates)) is None:
+                if given := os.environ.get(f"RARECODE_{name.upper()}"):
+                    return f"RARECODE_{name.upper()}={given} is no program that {'every user' if os.geteuid() == 0 else 'you'} can start"
                 hint = " or ".join(filter(None, (self._hint("apt-get install", "debian"), self._hint("brew install", "brew"))))
                 note = self.install.get("note", "")
                 return f"{candidates[0]} not found: {'; '.join(filter(None, (hint, note)))} (or set RARECODE_{name.upper()} to its path)"
@@ -107,7 +109,7 @@ def _stage(language, command, limits):
         "memory": limits.memory,
         "address_space": limits.memory + language.address_space,
         "output": limits.output,
-        "file_size": limits.file_size,
+        "file_size": max(limits.file_size, language.limits.file_size),  # never less than the runtime itself needs
         "processes": limits.processes or language.limits.processes or 1,
         "open_files": limits.open_files,
         "last": False,
