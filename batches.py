@@ -9,14 +9,15 @@ import torch
 class Sequence:
     """One prompt with its completion, and what the loss needs to know of it.
 
-    tokens: completion ids, stop token included. logprobs: the sampler's, one per completion token. weight: the factor of
-    every token of this sequence in the step's loss (grpo.token_weights); 0 means the sequence need not be computed.
+    tokens: completion ids, stop token included. logprobs: the sampler's, one per completion token. group: number of its prompt
+    in the step, over all ranks. weight: the factor of every token of this sequence in the step's loss (grpo.token_weights).
     """
 
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float] | None = None
     advantage: float = 0.0
+    group: int = 0
     weight: float = 1.0
 
     def __len__(self):

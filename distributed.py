@@ -43,10 +43,9 @@ def barrier():
         dist.barrier()
 
 
-def share(items, index=None, count=None):
+def share(items):
     """This rank's contiguous share of a list; shares differ by at most one."""
-    index, count = rank() if index is None else index, world_size() if count is None else count
-    return items[len(items) * index // count : len(items) * (index + 1) // count]
+    return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
 def gather(items):

@@ -105,8 +105,8 @@ def set_advantages(run, sequences, rewards):
     groups = torch.arange(len(everyone)) // s.samples
     values = grpo.advantages(torch.tensor(everyone, dtype=torch.float32), groups, s.advantage).tolist()
     start = sum(len(part) for part in by_rank[: distributed.rank()])
-    for i, sequence in enumerate(sequences):
-        sequence.advantage = values[start + i]
+    for i, sequence in enumerate(sequences, start):
+        sequence.advantage, sequence.group = values[i], i // s.samples
     cut = lambda q: s.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
     return [q for q, r in zip(sequences, rewards) if r == r and not cut(q)]
 
@@ -116,7 +116,8 @@ def update(run, step, sequences):
     their tokens stay in the denominator. When no rank has any signal, the weights stay as they are."""
     s, rate, collected, norm = run.settings, 0.0, [], 0.0
     for pass_number in range(s.epochs * s.minibatches):
-        part = distributed.share(sequences, pass_number % s.minibatches, s.minibatches)
+        # Every minibatches-th group of the whole step, so that the cut does not depend on the number of ranks.
+        part = [q for q in sequences if q.group % s.minibatches == pass_number % s.minibatches]
         lengths = distributed.gather([[len(q.tokens) for q in part]])
         weights = grpo.token_weights(s.loss, [n for rank in lengths for n in rank], s.max_new_tokens) if any(lengths) else []
         start = sum(len(rank) for rank in lengths[: distributed.rank()])
