@@ -6,21 +6,22 @@ import distributed
 from rewards import shares
 
 
-def loss_metrics(collected):
-    """Sums of all micro-batches and ranks -> loss, clip fractions and the sampler-trainer gap, in TRL's names."""
-    everyone = distributed.gather(collected)
+def loss_metrics(collected, on_policy):
+    """(loss, (sums, largest gap)) of the micro-batches of all updates, and of those before the first update -> loss, clip
+    fractions, and how far the trainer's log-probs are from the sampler's while both have the same weights, over all ranks."""
+    everyone, first = distributed.gather(collected), distributed.gather(on_policy)
     if not everyone:
         return {"loss": 0.0}
-    total = {k: sum(sums[k] for _, (sums, _) in everyone) for k in everyone[0][1][0]}
-    per_token = {k: v / total["tokens"] for k, v in total.items()}
+    total = lambda rows, key: sum(sums[key] for _, (sums, _) in rows)
+    mean = lambda rows, key: total(rows, key) / total(rows, "tokens")
     return {
         "loss": sum(loss for loss, _ in everyone),
-        "clip_ratio/low_mean": per_token["clip_low"],
-        "clip_ratio/high_mean": per_token["clip_high"],
-        "sampling/sampling_logp_difference/mean": per_token["difference"],
-        "sampling/sampling_logp_difference/max": max(gap for _, (_, gap) in everyone),
-        "sampling/importance_sampling_ratio/mean": per_token["ratio"],
-        "sampling/k3_kl": per_token["k3"],
+        "clip_ratio/low_mean": mean(everyone, "clip_low"),
+        "clip_ratio/high_mean": mean(everyone, "clip_high"),
+        "sampling/sampling_logp_difference/mean": mean(first, "difference"),
+        "sampling/sampling_logp_difference/max": max(gap for _, (_, gap) in first),
+        "sampling/importance_sampling_ratio/mean": mean(first, "ratio"),
+        "sampling/k3_kl": mean(first, "k3"),
     }
 
 

@@ -114,7 +114,7 @@ def set_advantages(run, sequences, rewards):
 def update(run, step, sequences):
     """All optimizer steps of one rollout -> metrics. Sequences without advantage have no gradient and are not computed, but
     their tokens stay in the denominator. When no rank has any signal, the weights stay as they are."""
-    s, rate, collected, norm = run.settings, 0.0, [], 0.0
+    s, first_update, rate, norm, collected, on_policy = run.settings, run.updates, 0.0, 0.0, [], []
     for pass_number in range(s.epochs * s.minibatches):
         # Every minibatches-th group of the whole step, so that the cut does not depend on the number of ranks.
         part = [q for q in sequences if q.group % s.minibatches == pass_number % s.minibatches]
@@ -126,11 +126,14 @@ def update(run, step, sequences):
         active = [q for q in part if q.advantage != 0.0]
         if distributed.largest(len(active)) == 0:
             continue
-        collected += accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device)
+        results = accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device)
+        collected += results
+        if run.updates == first_update:  # the sampler still has the same weights
+            on_policy = results
         rate = learning_rate(step, s.steps, s.lr, s.warmup, s.schedule)
         norm = take_step(run.model, run.optimizer, rate, s.max_norm)
         run.updates += 1
-    return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected)}
+    return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected, on_policy)}
 
 
 def loss_of(run, batch):
