@@ -1,11 +1,13 @@
 """The torch references: against independent formulas in float64, gradcheck, and numbers worked by hand."""
 
+import json
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from kernels import advantage, attention, layers, logprob, sampling
+from kernels import advantage, attention, bench, layers, logprob, sampling
 
 DOUBLE = torch.float64
 
@@ -290,3 +292,14 @@ def test_truncated_sampling_draws_from_the_nucleus_and_says_its_logprob():
         assert len(kept) == 1 or abs(chi_square(tokens, left)) < 4
     greedy = sampling.sample_logits(logits, zeros.float(), *keys(draws), ones * 0.1, zeros)
     assert (greedy[0] == 0).all() and torch.allclose(greedy[1], probabilities[0].log().expand(draws))
+
+
+# the bench
+
+
+def test_the_bench_runs_every_kernel_and_ends_in_json(capsys):
+    bench.main(["--smoke", "--no-compile"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(rows) == 16 and all(time.get("median", 0) > 0 for row in rows for time in (row["ours"], *row["peers"].values()))
+    with pytest.raises(SystemExit, match="unknown tpu"):
+        bench.main(["--smoke", "--only", "tpu"])

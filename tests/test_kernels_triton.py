@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")  # the interpreter's own
 
 from kernels import advantage, attention, head, layers, logprob, sampling  # noqa: E402
+from model import Config, random_model  # noqa: E402
 from tests.test_kernels import chi_square, keys, paged_case  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -276,6 +277,32 @@ def test_policy_loss(tokens, dtype):
         close(loss, expected, torch.float32)
         close(moments / tokens, expected_moments / tokens, torch.float32)
         close(torch.autograd.grad(loss, ours)[0], torch.autograd.grad(expected, exact)[0], torch.float32)
+
+
+# together
+
+
+@dtypes
+def test_a_model_trains_the_same_through_the_kernels(monkeypatch, dtype):
+    """Hidden states, log-probs and every parameter's gradient, with Triton and without it."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    model = random_model(Config(vocab_size=150, **shape), std=0.2).to(DEVICE, dtype)
+    tokens, targets, upstream = torch.randint(0, 150, (24,), device=DEVICE), torch.randint(0, 150, (24,), device=DEVICE), torch.rand(24, device=DEVICE)
+    positions, ends = torch.cat((torch.arange(17), torch.arange(7))).to(DEVICE), torch.tensor([0, 17, 24], dtype=torch.int32, device=DEVICE)
+
+    def step():
+        logp, entropy = model(tokens, positions, ends, head=lambda hidden, weight: logprob.token_logprobs(hidden, weight, targets))
+        return (logp, entropy, *torch.autograd.grad((logp * upstream - 0.1 * entropy).sum(), list(model.parameters())))
+
+    monkeypatch.setenv("RARECODE_TRITON", "0")
+    expected = step()
+    if ON_GPU:
+        monkeypatch.delenv("RARECODE_TRITON")
+    else:
+        monkeypatch.setattr(layers, "use_triton", lambda x: True)
+        monkeypatch.setattr(head, "fits", lambda hidden: True)
+    for ours, theirs in zip(step(), expected):
+        close(ours, theirs, dtype, scale=3)
 
 
 # what only a GPU can show
