@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from kernels import use_triton
 from kernels.attention import shared_prefix_attention
-from kernels.layers import qkv_rope_write
+from kernels.layers import apply_rope, qkv_rope_write
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
 from model import causal_attention
 
@@ -137,16 +137,11 @@ class Decoder:
 
     def step(self, state, truncated):
         """Decode one token of every living row, in place: `alive` turns False on a stop token or at the last position."""
-        s, page_size, config = state, self.pool.page_size, self.config
+        s, page_size = state, self.pool.page_size
         alive, positions = s["alive"], s["positions"]
         page = s["tables"].gather(1, (positions // page_size)[:, None]).squeeze(1)
         slots = torch.where(alive, page * page_size + positions % page_size, -1)
-        mix = self._attention(s)
-
-        def attend(i, qkv, bias, cos, sin):
-            q = qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, config.num_attention_heads)
-            return mix(i, q).flatten(1)
-
+        attend = self.attention.step(s, slots) if self.cpu else self._triton_attention(s, slots)
         hidden = self.model.decode(s["tokens"], positions, attend, self.linear)
         tokens, logprobs = self._draw(hidden, s, positions + 1, truncated)
         column = (positions + 1 - s["start"])[:, None]
@@ -157,14 +152,15 @@ class Decoder:
         s["positions"].add_(goes_on)
         s["alive"].copy_(goes_on)
 
-    def _attention(self, s):
-        if self.cpu:
-            self.attention.advance(s)
-            return self.attention
+    def _triton_attention(self, s, slots):
         lengths = torch.where(s["alive"], s["positions"] + 1, 0).int()
-        scale = self.config.head_dim**-0.5
-        k, v = self.pool.k, self.pool.v
-        return lambda i, q: shared_prefix_attention(q, k[i], v[i], s["tables"], lengths, s["prefix"], s["group"], scale)
+        heads, scale, pool = self.config.num_attention_heads, self.config.head_dim**-0.5, self.pool
+
+        def attend(i, qkv, bias, cos, sin):
+            q = qkv_rope_write(qkv, bias, cos, sin, pool.k[i], pool.v[i], slots, heads)
+            return shared_prefix_attention(q, pool.k[i], pool.v[i], s["tables"], lengths, s["prefix"], s["group"], scale).flatten(1)
+
+        return attend
 
     def _draw(self, hidden, s, positions, truncated):
         key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
@@ -226,16 +222,41 @@ class CpuAttention:
         length = s["start"][first] - 1
         zero = torch.zeros_like(length)
         self.prompt = self._chunks(s["tables"][first], zero, zero, length - 1)
-        self.prompt_valid = [valid[group] for _, _, valid in self.prompt]
-        self.own_units = 0
+        self.prompt_valid = [None if valid is None else valid[group] for _, _, valid in self.prompt]
 
-    def advance(self, s):
-        """Index each row's own tokens, from the last prompt token on, up to its position."""
-        first, last = s["start"] - 1, s["positions"]
-        self.own = self._chunks(s["tables"], first // UNIT * UNIT, first, last)
+    def step(self, s, slots):
+        """attend() of one step, in which each row writes its token to its slot and reads its prompt and its own tokens (from the last prompt token on)."""
+        first, last, places = s["start"] - 1, s["positions"], self._places(slots)
+        own = self._chunks(s["tables"], first // UNIT * UNIT, first, last)
+
+        def attend(i, qkv, bias, cos, sin):
+            q = self._rotate_and_write(i, qkv, bias, cos, sin, places).unflatten(1, (self.kv_heads, self.ratio))
+            parts = [(*self._read(i, q, index, mask), valid) for index, mask, valid in own]
+            shared = q[self.members].transpose(1, 2).flatten(2, 3)
+            for (index, mask, _), valid in zip(self.prompt, self.prompt_valid):
+                out, lse = self._read(i, shared, index, mask)
+                out, lse = (x.unflatten(2, (-1, self.ratio)).transpose(1, 2).flatten(0, 1)[self.place] for x in (out, lse))
+                parts.append((out, lse, valid))
+            return merge(parts).flatten(1)
+
+        return attend
+
+    def _places(self, slots):
+        """Row of each (token, KV head) in a page tensor seen as [pages * kv heads * page_size, head_dim]; slot -1 goes to the spare last page."""
+        slots = torch.where(slots < 0, len(self.pool.k[0]) * self.pool.page_size - 1, slots)
+        page, offset = slots // self.pool.page_size, slots % self.pool.page_size
+        return ((page[:, None] * self.kv_heads + torch.arange(self.kv_heads)) * self.pool.page_size + offset[:, None]).flatten()
+
+    def _rotate_and_write(self, i, qkv, bias, cos, sin, places):
+        """kernels.layers.qkv_rope_write with the addresses worked out once for all layers, in a third of the calls."""
+        heads = (qkv if bias is None else qkv + bias).view(len(qkv), -1, self.head_dim)
+        turned = apply_rope(heads[:, : -self.kv_heads], cos, sin)
+        for pages, new in ((self.pool.k[i], turned), (self.pool.v[i], heads)):
+            pages.view(-1, self.head_dim).index_copy_(0, places, new[:, -self.kv_heads :].flatten(0, 1))
+        return turned[:, : -self.kv_heads]
 
     def _chunks(self, tables, base, first, last):
-        """Chunks of tokens first..last, counted from base: [(index of units, additive mask, rows with any token)]."""
+        """Chunks of tokens first..last, counted from base: [(index of units, additive mask, rows with any token or None for all)]."""
         chunks, n = [], len(tables)
         for start in range(0, max(1, int((last - base).max()) + 1), CHUNK):
             count = min(CHUNK, -(-(int((last - base).max()) + 1 - start) // UNIT) * UNIT) or UNIT
@@ -244,7 +265,8 @@ class CpuAttention:
             hidden = (token < first[:, None]) | (token > last[:, None])
             hidden[:, 0] &= valid  # a row with nothing here looks at something, and the result is dropped
             mask = torch.zeros(n, 1, 1, count).masked_fill_(hidden[:, None, None, :], float("-inf"))
-            chunks.append((self._units(tables, (token[:, ::UNIT] // UNIT).minimum((last // UNIT).clamp(min=0)[:, None])), mask, valid))
+            units = (token[:, ::UNIT] // UNIT).minimum((last // UNIT).clamp(min=0)[:, None])
+            chunks.append((self._units(tables, units), mask, None if valid.all() else valid))
         return chunks
 
     def _units(self, tables, units):
@@ -263,17 +285,6 @@ class CpuAttention:
         torch.index_select(flat, 0, index, out=out)
         return out.view(sequences, self.kv_heads, -1, self.head_dim)
 
-    def __call__(self, i, q):
-        """q [B, H, hd] of layer i -> [B, H, hd]."""
-        q = q.view(len(q), self.kv_heads, self.ratio, self.head_dim)
-        parts = [(*self._read(i, q, index, mask), valid) for index, mask, valid in self.own]
-        shared = q[self.members].transpose(1, 2).flatten(2, 3)
-        for (index, mask, _), valid in zip(self.prompt, self.prompt_valid):
-            out, lse = self._read(i, shared, index, mask)
-            out, lse = (x.unflatten(2, (-1, self.ratio)).transpose(1, 2).flatten(0, 1)[self.place] for x in (out, lse))
-            parts.append((out, lse, valid))
-        return merge(parts).flatten(1, 2)
-
     def _read(self, i, q, index, mask):
         k = self._gather("k", self.pool.k[i], index, len(mask))
         v = self._gather("v", self.pool.v[i], index, len(mask))
@@ -288,10 +299,11 @@ class CpuAttention:
         index = self._units(table, units)
         source = (offset[:, None] + token.minimum(lengths[:, None] - 1)).flatten()  # padding repeats the last token; its result is dropped
         back = torch.cat([row * longest + torch.arange(n) for row, n in enumerate(lengths.tolist())])
+        places = self._places(slots)
         blocks = [(start, int((lengths > start).sum())) for start in range(0, longest, BLOCK)]
 
         def attend(i, qkv, bias, cos, sin):
-            q = qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.kv_heads * self.ratio)
+            q = self._rotate_and_write(i, qkv, bias, cos, sin, places)
             k, v = (self._gather(name, pages[i], index, sequences) for name, pages in (("k", self.pool.k), ("v", self.pool.v)))
             padded = q[source].view(sequences, longest, *q.shape[1:]).transpose(1, 2)
             out = torch.zeros(sequences, longest, *q.shape[1:], dtype=q.dtype)

@@ -55,7 +55,7 @@ class PagePool:
     """Pages of keys and values of every layer, [pages, kv heads, page_size, head_dim] each, stamped with the weight version that wrote them."""
 
     def __init__(self, config, pages, page_size, dtype, device):
-        shape = (pages, config.num_key_value_heads, page_size, config.head_dim)
+        shape = (pages + 1, config.num_key_value_heads, page_size, config.head_dim)  # the last one takes what dead rows write on CPU
         self.page_size = page_size
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
