@@ -200,6 +200,11 @@ def operands(hidden, weight, tile, tma):
     return TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]), TensorDescriptor.from_tensor(weight, [TILE, tile.depth])
 
 
+def floats(*shape, device):
+    """Uninitialised fp32. One allocation each: rows of one tensor would not be aligned, and every alignment is a compilation of its own."""
+    return torch.empty(*shape, dtype=torch.float32, device=device)
+
+
 def launch_options(tile):
     return {"num_warps": tile.warps, "num_stages": tile.stages, **({"maxnreg": tile.registers} if tile.registers else {})}
 
@@ -209,8 +214,8 @@ def stats(hidden, weight, targets, temperature, arch=None):
     arch = arch or architecture(hidden)
     tile, (tokens, width), vocabulary = TILES["stats", arch], hidden.shape, len(weight)
     tiles = triton.cdiv(vocabulary, TILE)
-    partial = torch.empty(3, tiles, tokens, dtype=torch.float32, device=hidden.device)
-    logit, logp, entropy, lse = torch.empty(4, tokens, dtype=torch.float32, device=hidden.device)
+    partial = [floats(tiles, tokens, device=hidden.device) for _ in range(3)]
+    logit, logp, entropy, lse = (floats(tokens, device=hidden.device) for _ in range(4))
     h, w = operands(hidden.contiguous(), weight.contiguous(), tile, arch >= 90)
     shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90}
     grid = (triton.cdiv(tokens, tile.rows) * tiles,)
@@ -240,7 +245,7 @@ def gradient(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, tem
 
 def logit_stats(logits, targets, temperature):
     """As `stats`, from raw fp32 logits [T, V]."""
-    logp, entropy, lse = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
+    logp, entropy, lse = (floats(len(logits), device=logits.device) for _ in range(3))
     _logit_stats_kernel[(len(logits),)](logits, targets, logp, entropy, lse, LOG2E / temperature, logits.shape[1], BLOCK=2048, num_warps=8)
     return logp, entropy, lse
 

@@ -183,8 +183,9 @@ def _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positi
     (rows, width), vocabulary, device = hidden.shape, len(weight), hidden.device
     tile, tiles = TILES["few" if rows <= 64 else "many", arch], triton.cdiv(vocabulary, TILE)
     uniforms = _uniforms(seeds, requests, samples, positions)
-    results = *torch.empty(3, rows, tiles, device=device), torch.empty(rows, tiles, dtype=torch.int32, device=device), torch.empty(rows, tiles, device=device)
-    token, (logp, entropy) = torch.empty(rows, dtype=torch.int64, device=device), torch.empty(2, rows, device=device)
+    top, mass, moment, logit = (head.floats(rows, tiles, device=device) for _ in range(4))
+    results = (top, mass, moment, torch.empty(rows, tiles, dtype=torch.int32, device=device), logit)
+    token, logp, entropy = torch.empty(rows, dtype=torch.int64, device=device), head.floats(rows, device=device), head.floats(rows, device=device)
     h, w = head.operands(hidden.contiguous(), weight, tile, arch >= 90)
     shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90, "GROUPS": GROUPS}
     grid = (triton.cdiv(rows, tile.rows) * tiles,)
