@@ -82,7 +82,7 @@ class Decoder:
         """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
         device = self.model.embed.weight.device
         lengths = torch.tensor([len(p) for p in prompts])
-        filler = self.pad(int(lengths.sum())) - int(lengths.sum())  # a last sequence that is not written anywhere
+        filler = -int(lengths.sum()) % 16 if self.cpu else 0  # a last sequence that is not written anywhere
         tokens = torch.tensor([t for p in prompts for t in p] + [0] * filler, device=device)
         positions = torch.cat([torch.arange(n) for n in lengths.tolist() + [filler]])
         page_size, table = self.pool.page_size, _ragged(pages)

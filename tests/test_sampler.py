@@ -94,6 +94,19 @@ def test_looking_at_the_rows_every_few_steps_changes_nothing(model):
     assert values(sampler.generate(asked[3:])) == expected[3:]
 
 
+def test_the_way_through_the_kernels_draws_the_same_tokens(model):
+    """What CUDA runs (kernels/, packed prefill, fixed sizes of batches), here on the kernels' torch references: same tokens, other last bits."""
+    asked = requests()
+    expected = Sampler(model).generate(asked)
+    sampler = Sampler(model, slots=20, page_size=32)
+    sampler.generate(asked)  # makes the pool and the decoder
+    sampler.decoder.cpu, sampler.decoder.linear, sampler.look_every = False, torch.nn.functional.linear, 3
+    groups = sampler.generate(asked)
+    assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected]
+    assert not sampler.decoder.cpu and values(groups) != values(expected)
+    assert largest_gap(model, asked, groups) < 1e-5
+
+
 def test_samples_do_not_depend_on_order_ranks_or_threads(model):
     asked = requests()
     expected = values(Sampler(model).generate(asked))
