@@ -248,7 +248,10 @@ def usable(problems, tokenizer, prompt, limit, report):
 
 
 def build(s, folder, language, pool, device, report):
-    """Load problems, model, optimizer, sampler and judge."""
+    """Load problems, model, optimizer, sampler and judge. What can be wrong in the settings is tried before the warm start."""
+    judge = make_judge(s, pool, language)
+    grpo.token_weights(s.loss, [1], s.max_new_tokens)
+    grpo.advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), s.advantage)
     problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
     source = warm_start(s, folder, problems, language, device, report)
@@ -260,7 +263,7 @@ def build(s, folder, language, pool, device, report):
     model = distributed.shard(model, device)
     run = Run(
         s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
-        Sampler(sampler_model, slots=s.slots), make_judge(s, pool, language), problems, held_out,
+        Sampler(sampler_model, slots=s.slots), judge, problems, held_out,
     )  # fmt: skip
     prompt = lambda p: prompt_messages(run, p)
     run.problems = usable(problems, tokenizer, prompt, s.max_prompt_tokens, report)

@@ -164,6 +164,8 @@ BAD_INPUT = [
     (["--model", "small", "--max_prompt_tokens", "3"], "no problem is left"),
     (["--task", "gsm8k", "--data", "data"], "line 2"),
     (["--reward", "correct:1"], "--reward"),
+    (["--loss", "ppo"], "unknown loss"),
+    (["--advantage", "gae"], "gae"),
 ]
 
 
@@ -188,7 +190,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, arguments, sentence)
 
 
 def test_missing_interpreter_is_one_sentence_with_the_install_command(tmp_path):
-    environment = {**ENVIRONMENT, "RARECODE_SWIPL": "/no/such/swipl"}
+    environment = {**ENVIRONMENT, "PATH": str(tmp_path)}  # no interpreter there
     done = subprocess.run(command("--lang", "prolog"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "apt-get install swi-prolog-nox" in done.stderr
     assert not (tmp_path / "runs").exists()
