@@ -101,6 +101,8 @@ def exercism(track):
     for row in rows(f"exercism/{track}.jsonl.gz"):
         files = {**row["support"], **row["editor"], **row["tests"]}
         files |= dict(zip(row["stub"], row["example"].values()))
+        if track == "julia":  # an option of @testset that Julia 1.5 does not have
+            files = {name: text.replace("@testset verbose = true ", "@testset ") for name, text in files.items()}
         limits = Limits(**{**vars(load_language(track).limits), "cpu": 15.0})
         yield row["slug"], Job(track, files, limits=limits, run=command(row)), lambda result: result.status == "ok"
 
