@@ -66,7 +66,7 @@ def generate_with(peer, requests):
 def bench_checkpoint(options):
     from transformers import AutoModelForCausalLM
 
-    from tasks import ChatTokenizer
+    from tokenizer import ChatTokenizer
 
     ours = Sampler(model_file.load(options.model, DTYPE, DEVICE).requires_grad_(False), slots=64)
     peer = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPE).to(DEVICE).eval()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from rewards import Parsed, Submission, Verdict
 from sandbox import Job, Limits
-from tasks import _language, find_data, read_jsonl
+from tasks import find_data, language_of, read_jsonl
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
 # HumanEval-X's own file names; Python sources are HumanEval's canonical solutions.
@@ -45,7 +45,7 @@ def load_rows(bench, language, data=None, version="v3", source="python", count=N
     crosspleval reads crosspleval/SOURCE-TARGET.jsonl of the user's: rows of id, source, prompt, tests, stop_tokens.
     Raises ValueError with one sentence where the benchmark does not have the language or the data is missing.
     """
-    language = _language(language)
+    language = language_of(language)
     if bench not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {bench!r}: use gsm8k, {', '.join(BENCHMARKS)}")
     code = tests_table(language)["name"]
@@ -122,7 +122,7 @@ def row_prompt(row, language, mode):
     completion, for base models: the row's prompt, after the source program as a comment when there is one. think: Listing 1 as
     it stands, ending in "Assistant: <think>". chat: the same request as a user turn, for instruct models.
     """
-    language = _language(language)
+    language = language_of(language)
     if mode == "completion":
         commented = "".join(f"{language.comment} {line}\n" for line in row.source.splitlines())
         return (f"{language.comment} {row.source_language}:\n{commented}\n" if row.source else "") + row.prompt.rstrip()
@@ -141,7 +141,7 @@ def program(row, text, language, mode):
         cut = min((found for stop in row.stop_tokens if (found := text.find(stop)) >= 0), default=None)
         return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
     unfinished = mode == "think" and "</think>" not in text
-    code = "" if unfinished else answer_block(text, _language(language))
+    code = "" if unfinished else answer_block(text, language_of(language))
     if not code:
         return ""
     return f"{_complete(row, code)}\n{row.tests}"
@@ -200,7 +200,7 @@ class TestJudge:
     __test__ = False  # not a pytest class
 
     def __init__(self, pool, language, mode="completion"):
-        self.pool, self.language, self.mode = pool, _language(language), mode
+        self.pool, self.language, self.mode = pool, language_of(language), mode
         self.table = tests_table(self.language)
 
     def submit(self, row, text, sample=0):

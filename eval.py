@@ -10,10 +10,13 @@ Every program and verdict goes to OUT/samples.jsonl; the same command goes on wh
 train.py calls in the loop; under torchrun both spread over the ranks and give the numbers of one process.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py; before torch is imported
+
 import argparse
 import json
 import math
-import os
 import random
 import statistics
 import sys
@@ -32,7 +35,8 @@ from sampler import Request, Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import add_flags, setting
-from tasks import ChatTokenizer, load_problems, messages
+from tasks import load_problems, messages
+from tokenizer import ChatTokenizer
 
 # ---- in the loop ----
 

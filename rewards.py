@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sandbox import Job, Result
-from tasks import Problem, _language
+from tasks import Problem, language_of
 
 # ---- parsing ----
 
@@ -30,7 +30,7 @@ class Parsed:
 
 def parse(text, language):
     """Take a completion apart. Code and query are found also where the form is wrong, so that they can be run and counted."""
-    tag = _language(language).answer["tag"]
+    tag = language_of(language).answer["tag"]
     parts = [_part(text, name) for name in ("reasoning", "code", tag)]
     layout = r"\s*<reasoning>(.*?)</reasoning>\s*<code>(.*?)</code>\s*<{0}>(.*?)</{0}>\s*".format(tag)
     once = all(text.count(f"<{slash}{name}>") == 1 for name in ("reasoning", "code", tag) for slash in ("", "/"))
@@ -112,7 +112,7 @@ class Judge:
     """
 
     def __init__(self, pool, language, components=None, gate=True, random_reward=False, seed=0):
-        self.pool, self.language = pool, _language(language)
+        self.pool, self.language = pool, language_of(language)
         self.components = {"correct": 1.0} if components is None else dict(components)
         self.gate, self.random_reward, self.seed = gate, random_reward, seed
         self._secret = os.urandom(16)

@@ -27,7 +27,8 @@ from kernels.logprob import token_logprobs
 from optimizer import accumulate, learning_rate, make_optimizer, take_step
 from sandbox.languages import load_language
 from settings import add_flags, setting
-from tasks import ChatTokenizer, load_problems, messages, solution, train_bpe
+from tasks import load_problems, messages, solution
+from tokenizer import ChatTokenizer, train_bpe
 
 
 @dataclass

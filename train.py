@@ -41,7 +41,8 @@ from sampler import Request, Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import Settings, parse_settings
-from tasks import ChatTokenizer, load_problems, messages
+from tasks import load_problems, messages
+from tokenizer import ChatTokenizer
 
 
 @dataclass

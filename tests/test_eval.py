@@ -24,7 +24,8 @@ from rewards import Judge
 from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
-from tasks import ChatTokenizer, load_problems, messages, solution
+from tasks import load_problems, messages, solution
+from tokenizer import ChatTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("RARECODE_FULL"))

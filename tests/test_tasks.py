@@ -10,7 +10,8 @@ import pytest
 
 import sums
 import tasks
-from tasks import ChatTokenizer, exact_steps, load_problems, messages, solution, train_bpe
+from tasks import exact_steps, load_problems, messages, solution
+from tokenizer import ChatTokenizer, train_bpe
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")

@@ -18,7 +18,8 @@ import checkpoint
 import model as model_file
 import train
 from optimizer import make_optimizer
-from tasks import Problem, Step, train_bpe
+from tasks import Problem, Step
+from tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_prolog = pytest.mark.skipif(shutil.which("swipl") is None, reason="swipl not found: apt-get install swi-prolog-nox")
