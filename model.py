@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder on packed sequences, and its Hugging Face checkpoints.
+"""The Qwen2.5 and dense Qwen3 decoder on packed sequences, and its Hugging Face checkpoints.
 
 One decoder serves training and sampling: a layer computes qkv and hands it to `attend`, which is causal attention over the
 packed batch here (training, prefill) and paged attention in sampler.py. Fused qkv and gate-up matrices are the source of
@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Config:
-    """Shapes of a Qwen2 checkpoint. `raw` keeps the config.json it came from, so that saving loses nothing."""
+    """Shapes of a Qwen2 or Qwen3 checkpoint. `raw` keeps the config.json it came from, so that saving loses nothing."""
 
     vocab_size: int
     hidden_size: int
@@ -41,13 +41,16 @@ class Config:
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
+    model_type: str = "qwen2"  # qwen3: no bias on q, k and v, but an RMSNorm per head on q and k
     raw: dict = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_dict(cls, raw, source="config"):
         """Read the dict of a config.json with `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
-        if raw.get("model_type") != "qwen2":
-            raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; this code runs Qwen2 checkpoints (Qwen2.5, Qwen2.5-Coder)")
+        if raw.get("model_type") not in ("qwen2", "qwen3"):
+            raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; this code runs Qwen2 checkpoints (Qwen2.5, Qwen2.5-Coder) and dense Qwen3")
+        if raw["model_type"] == "qwen3" and raw.get("attention_bias"):
+            raise CheckpointError(f"{source}: attention_bias is not supported; Qwen3's published checkpoints have none")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or raw.get("use_sliding_window"):
@@ -65,16 +68,17 @@ class Config:
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
                 max_position_embeddings=raw.get("max_position_embeddings", 32768),
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                model_type=raw["model_type"],
                 raw=dict(raw),
             )
         except KeyError as missing:
-            raise CheckpointError(f"{source}: {missing} is missing, so this is not a complete Qwen2 config.json") from None
+            raise CheckpointError(f"{source}: {missing} is missing, so this is not a complete Qwen config.json") from None
 
     def to_dict(self):
         """The config.json that transformers 4 and 5 and vLLM read: both spellings of the RoPE base."""
         shapes = {k: v for k, v in self.__dict__.items() if k != "raw"}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        fixed = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rope_parameters": rope}
+        fixed = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu", "rope_parameters": rope}
         return {**self.raw, **shapes, **fixed}
 
 
@@ -86,7 +90,10 @@ class Layer(nn.Module):
         c = config
         self.eps = c.rms_norm_eps
         self.input_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.qkv = nn.Linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim)
+        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        self.qkv = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.model_type == "qwen2")
+        if c.model_type == "qwen3":
+            self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.head_dim)) for _ in "qk")
         self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.post_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
@@ -97,13 +104,23 @@ class Layer(nn.Module):
             x, residual = rms_norm(x, self.input_norm, self.eps), x
         else:
             x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
-        x = linear(attend(index, linear(x, self.qkv.weight), self.qkv.bias, cos, sin), self.o.weight)
+        qkv = linear(x, self.qkv.weight)
+        if self.qkv.bias is None:
+            qkv = self.norm_heads(qkv)
+        x = linear(attend(index, qkv, self.qkv.bias, cos, sin), self.o.weight)
         x, residual = add_rms_norm(x, residual, self.post_norm, self.eps)
         return linear(swiglu(linear(x, self.gate_up.weight)), self.down.weight), residual
 
+    def norm_heads(self, qkv):
+        """Qwen3: RMSNorm over each head of q and of k, before the rotation. Here, so that no `attend` has to know."""
+        head_dim = len(self.q_norm)
+        q, k, v = qkv.view(len(qkv), -1, head_dim).split(self.heads, dim=1)
+        q, k = (rms_norm(x.reshape(-1, head_dim), weight, self.eps).view_as(x) for x, weight in ((q, self.q_norm), (k, self.k_norm)))
+        return torch.cat([q, k, v], dim=1).flatten(1)
+
 
 class Model(nn.Module):
-    """Qwen2.5 without padding: every tensor is [tokens, ...], sequences are told apart by cu_seqlens."""
+    """The decoder without padding: every tensor is [tokens, ...], sequences are told apart by cu_seqlens."""
 
     def __init__(self, config):
         super().__init__()
@@ -210,6 +227,8 @@ LAYER_NAMES = {
     "input_norm": ["input_layernorm.weight"],
     "qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
     "qkv.bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    "q_norm": ["self_attn.q_norm.weight"],
+    "k_norm": ["self_attn.k_norm.weight"],
     "o.weight": ["self_attn.o_proj.weight"],
     "post_norm": ["post_attention_layernorm.weight"],
     "gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
@@ -222,8 +241,10 @@ def hugging_face_names(config):
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
     if not config.tie_word_embeddings:
         names["head"] = ["lm_head.weight"]
+    absent = {"qwen2": ("q_norm", "k_norm"), "qwen3": ("qkv.bias",)}[config.model_type]
+    layer = {ours: theirs for ours, theirs in LAYER_NAMES.items() if ours not in absent}
     for i in range(config.num_hidden_layers):
-        for ours, theirs in LAYER_NAMES.items():
+        for ours, theirs in layer.items():
             names[f"layers.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
     return names
 
@@ -280,7 +301,7 @@ def _open_tensors(folder):
 
 
 def load(name, dtype=torch.float32, device="cpu"):
-    """Load a Qwen2 checkpoint from a folder or a hub id -> Model in `dtype` on `device`; sharded or not, tied or not."""
+    """Load a Qwen2 or Qwen3 checkpoint from a folder or a hub id -> Model in `dtype` on `device`; sharded or not, tied or not."""
     folder = find_checkpoint(str(name))
     config = read_config(folder)
     readers = _open_tensors(folder)

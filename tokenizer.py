@@ -39,7 +39,8 @@ class ChatTokenizer:
         return self.encode(self.render_chat(messages))
 
     def render_chat(self, messages):
-        return self._template.render(messages=messages, add_generation_prompt=True)
+        # enable_thinking: Qwen3's switch, which other templates do not look at.
+        return self._template.render(messages=messages, add_generation_prompt=True, enable_thinking=False)
 
     def decode(self, ids):
         """Text of ids without special marks."""

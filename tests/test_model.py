@@ -8,19 +8,20 @@ import pytest
 import torch
 
 import model as model_file
+from batches import Sequence, pack
 from sampler import Request, Sampler
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: it is the peer of these tests")
 
 
-def qwen2(ratio, tied, seed=0):
+def qwen2(ratio, tied, seed=0, family="Qwen2", **shapes):
     """A random transformers Qwen2 with `ratio` query heads per KV head; biases and norms random too, or an error in them would not show."""
-    config = transformers.Qwen2Config(
-        vocab_size=517, hidden_size=2 * ratio * 16, intermediate_size=160, num_hidden_layers=3, num_attention_heads=2 * ratio, num_key_value_heads=2,
+    config = getattr(transformers, f"{family}Config")(
+        **shapes, vocab_size=517, hidden_size=2 * ratio * 16, intermediate_size=160, num_hidden_layers=3, num_attention_heads=2 * ratio, num_key_value_heads=2,
         max_position_embeddings=512, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, rms_norm_eps=1e-6, tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(seed)
-    peer = transformers.Qwen2ForCausalLM(config).eval()
+    peer = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() == 1 else 0.08)
@@ -57,6 +58,33 @@ def test_logits_equal_transformers_and_files_go_both_ways(tmp_path, ratio, tied)
     assert all(torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values()))
     again = model_file.load(tmp_path / "ours")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen3_equals_transformers_in_logits_files_and_greedy_text(tmp_path, tied):
+    """Per-head norms on q and k, no bias, a head dim that is not hidden / heads. Sampling is what is drawn from those logits, and the
+    sampler's log-probs are the trainer's."""
+    peer = qwen2(7, tied, family="Qwen3", head_dim=32, attention_bias=False)
+    peer.save_pretrained(tmp_path / "theirs")
+    ours = model_file.load(tmp_path / "theirs")
+    assert ours.layers[0].qkv.bias is None and ours.config.head_dim * ours.config.num_attention_heads != ours.config.hidden_size
+    assert largest_gap(peer, ours, [torch.randint(0, 517, (n,)) for n in (70, 1, 33)]) < 1e-4
+    model_file.save(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
+    back = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values()))
+
+    prompts = [torch.randint(0, 517, (n,)).tolist() for n in (70, 5, 33)]
+    greedy = [group[0].tokens for group in Sampler(ours).generate([Request(p, max_new_tokens=24, temperature=0.0) for p in prompts])]
+    for prompt, tokens in zip(prompts, greedy):
+        whole = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False, eos_token_id=None)
+        assert tokens == whole[0, len(prompt) :].tolist()
+    for group in Sampler(ours).generate([Request(p, n=3, max_new_tokens=24, seed=1, id=i) for i, p in enumerate(prompts)]):
+        for c in group:
+            batch = pack([Sequence(prompts[c.request], c.tokens)])
+            with torch.no_grad():
+                hidden = ours(batch.tokens, batch.positions, batch.cu_seqlens)[batch.predict]
+                logprobs = ours.logprobs(hidden, batch.targets)[0]
+            torch.testing.assert_close(logprobs, torch.tensor(c.logprobs), atol=1e-5, rtol=0)
 
 
 def test_both_spellings_of_the_rope_base(tmp_path):
