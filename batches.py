@@ -9,8 +9,8 @@ import torch
 class Sequence:
     """One prompt with its completion, and what the loss needs to know of it.
 
-    tokens: completion ids, stop token included. logprobs: the sampler's, one per completion token. group: number of its prompt
-    in the step, over all ranks. weight: the factor of every token of this sequence in the step's loss (grpo.token_weights).
+    tokens: completion ids, stop token included. logprobs: the sampler's, one per completion token; ref_logprobs: the reference model's, if
+    there is one. group: number of its prompt, the same on all ranks. weight: the factor of every token of this sequence in the step's loss (grpo.token_weights).
     """
 
     prompt: list[int]
@@ -19,6 +19,7 @@ class Sequence:
     advantage: float = 0.0
     group: int = 0
     weight: float = 1.0
+    ref_logprobs: list[float] | None = None
 
     def __len__(self):
         return len(self.prompt) + len(self.tokens)
@@ -26,59 +27,92 @@ class Sequence:
 
 @dataclass
 class Batch:
-    """Packed sequences. tokens, positions [T] int64; cu_seqlens [S+1] int32. Per completion token [N]: `predict` (the row of
-    the hidden state that predicts it), targets int64, sequence (its number in the batch) and fp32 old_logprobs, advantages, weights."""
+    """Packed segments: with shared prompts first every distinct prompt once, then all completions; else prompt and completion as one.
+
+    tokens, positions [T] int64; cu_seqlens [S+1] int32; parents [C] int64: the prompt segments that the last C segments continue (None: nothing is
+    shared). Per completion token [N]: `predict` (the row of the hidden state that predicts it), targets int64, sequence (its number in the
+    batch) and fp32 old_logprobs, ref_logprobs, advantages, weights.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
+    parents: torch.Tensor | None
     predict: torch.Tensor
     targets: torch.Tensor
     sequence: torch.Tensor
     old_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
     advantages: torch.Tensor
     weights: torch.Tensor
 
 
-def pack(sequences, device="cpu"):
+def pack(sequences, device="cpu", share_prompts=False):
     """list[Sequence] -> Batch. The mask comes from lengths, so the stop token is in the loss whatever its id.
 
-    Two sequences, prompts of 2 and 1 and completions of 2 tokens: tokens [T=7], cu_seqlens [0, 4, 7], predict [1, 2, 4, 5].
+    Two sequences, prompts of 2 and 1 and completions of 2 tokens: tokens [T=7], cu_seqlens [0, 4, 7], predict [1, 2, 4, 5]. With the
+    same prompt of 2 tokens, shared: tokens [T=6], cu_seqlens [0, 2, 4, 6], parents [0, 0], predict [1, 2, 1, 4].
     """
-    lengths = torch.tensor([len(s) for s in sequences])
-    completions = torch.tensor([len(s.tokens) for s in sequences])
+    segments, begins, parents, predict = (_shared if share_prompts else _joined)(sequences)
+    lengths, counts = torch.tensor([len(x) for x in segments]), torch.tensor([len(s.tokens) for s in sequences])
     ends = lengths.cumsum(0)
-    within = torch.arange(int(completions.sum())) - torch.repeat_interleave(completions.cumsum(0) - completions, completions)
-    first = torch.repeat_interleave(ends - completions, completions)
-    per_token = lambda values: torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), completions)
-    old = [s.logprobs if s.logprobs is not None else [0.0] * len(s.tokens) for s in sequences]
-    batch = Batch(
-        tokens=torch.tensor([t for s in sequences for t in (*s.prompt, *s.tokens)]),
-        positions=torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths, lengths),
+    per_token = lambda values: torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), counts)
+    known = lambda name: torch.tensor([p for s in sequences for p in (getattr(s, name) or [0.0] * len(s.tokens))], dtype=torch.float32)
+    batch = dict(
+        tokens=torch.tensor([t for x in segments for t in x]),
+        positions=torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths - torch.tensor(begins), lengths),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
-        predict=first + within - 1,
+        parents=parents,
+        predict=predict(ends),
         targets=torch.tensor([t for s in sequences for t in s.tokens]),
-        sequence=torch.repeat_interleave(torch.arange(len(sequences)), completions),
-        old_logprobs=torch.tensor([p for row in old for p in row], dtype=torch.float32),
+        sequence=torch.repeat_interleave(torch.arange(len(sequences)), counts),
+        old_logprobs=known("logprobs"),
+        ref_logprobs=known("ref_logprobs"),
         advantages=per_token([s.advantage for s in sequences]),
         weights=per_token([s.weight for s in sequences]),
     )
-    return Batch(**{name: value.to(device) for name, value in vars(batch).items()})
+    return Batch(**{name: None if value is None else value.to(device) for name, value in batch.items()})
 
 
-def micro_batches(sequences, token_budget):
+def _joined(sequences):
+    """Segments prompt + completion -> (segments, first position of each, no parents, predicting rows from the segments' ends)."""
+    rows = lambda ends: torch.cat([torch.arange(end - len(s.tokens) - 1, end - 1) for s, end in zip(sequences, ends.tolist())])
+    return [[*s.prompt, *s.tokens] for s in sequences], [0] * len(sequences), None, rows
+
+
+def _shared(sequences):
+    """Distinct prompts, then completions that continue them; a completion's first token is predicted by its prompt's last row."""
+    prompts = {}
+    parents = [prompts.setdefault(tuple(s.prompt), len(prompts)) for s in sequences]
+    segments = [*map(list, prompts), *(s.tokens for s in sequences)]
+
+    def rows(ends):
+        ends = ends.tolist()
+        first = [ends[p] - 1 for p in parents]
+        return torch.cat([torch.tensor([f, *range(end - len(s.tokens), end - 1)]) for s, f, end in zip(sequences, first, ends[len(prompts) :])])
+
+    return segments, [0] * len(prompts) + [len(s.prompt) for s in sequences], torch.tensor(parents), rows
+
+
+def micro_batches(sequences, token_budget, share_prompts=False):
     """Split into lists of at most token_budget tokens (a longer sequence goes alone), similar lengths together.
 
+    With shared prompts the sequences of a prompt stay together as far as the budget allows, and their prompt counts once.
     The order depends on the sequences alone, so the same work gives the same sums on every run.
     """
-    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
-    groups, used = [], token_budget
-    for i in order:
-        if used + len(sequences[i]) > token_budget:
+    longest = {}
+    for s in sequences if share_prompts else []:
+        longest[tuple(s.prompt)] = max(longest.get(tuple(s.prompt), 0), len(s))
+    place = (lambda s: (longest[tuple(s.prompt)], s.prompt, len(s))) if share_prompts else len
+    groups, used, prompt = [], token_budget, None
+    for i in sorted(range(len(sequences)), key=lambda i: (place(sequences[i]), i)):
+        s = sequences[i]
+        cost = len(s.tokens) if share_prompts and s.prompt == prompt else len(s)
+        if used + cost > token_budget:
             groups.append([])
-            used = 0
-        groups[-1].append(sequences[i])
-        used += len(sequences[i])
+            used, cost = 0, len(s)
+        groups[-1].append(s)
+        used, prompt = used + cost, s.prompt
     return groups
 
 

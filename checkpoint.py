@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distributed
+import lora
 import model as model_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,12 +47,12 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep):
     A full disk raises OSError after the temporary folder is gone; earlier checkpoints are untouched, and an old one is
     only removed once its successor is whole.
     """
-    weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
+    weights, adapters = {name: whole.cpu() for name, whole in lora.merged(model)}, lora.tensors(model)
     moments = optimizer_tensors(model, optimizer)
     problem = None
     if distributed.rank() == 0:
         try:
-            _write(Path(folder), step, weights, moments, state, model.config, tokenizer_from)
+            _write(Path(folder), step, model, weights, adapters, moments, state, tokenizer_from)
             for old in sorted_checkpoints(folder)[keep:]:
                 shutil.rmtree(old)
         except OSError as error:
@@ -60,11 +61,13 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep):
         raise problem
 
 
-def _write(folder, step, weights, moments, state, config, tokenizer_from):
+def _write(folder, step, model, weights, adapters, moments, state, tokenizer_from):
     temporary, final = folder / f".step_{step}.tmp", folder / f"step_{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model_file.save(weights, config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from)
+        model_file.save(weights, model.config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from)
+        if adapters:
+            lora.save(adapters, model, temporary, tokenizer_from)
         save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         manifest = {p.name: [p.stat().st_size, _crc(p)] for p in sorted(temporary.iterdir())}
@@ -112,15 +115,19 @@ def newest(folder):
 
 
 def restore(checkpoint, model, optimizer):
-    """Load weights and moments into a (sharded) model and its optimizer -> the saved state dict."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    weights = dict(model_file.load(checkpoint).named_parameters())
-    moments = load_file(checkpoint / "optimizer.safetensors")
+    """Load weights (with LoRA the adapters: the base stays what it is) and moments into a (sharded) model and its optimizer -> the saved
+    state. A collective: rank 0 reads and the others get their share from it, so checkpoints need not be on every machine."""
+    first = distributed.rank() == 0
+    state = distributed.broadcast(json.loads((checkpoint / "state.json").read_text()) if first else None)
+    moments = load_file(checkpoint / "optimizer.safetensors") if first else {}
+    kept = set(distributed.broadcast(list(moments)))
+    weights = dict(model_file.load(checkpoint).named_parameters()) if first else {}
+    adapters = lora.read(checkpoint, model) if first and lora.attached(model) else {}
     for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(distributed.shard_like(weights[name].detach(), parameter))
-        if f"exp_avg/{name}" in moments:
-            values = {key: distributed.shard_like(moments[f"{key}/{name}"], parameter) for key in MOMENTS}
-            device = parameter.device
-            optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"]), device=device), **values}
+        if not lora.attached(model) or ".adapter." in name:
+            with torch.no_grad():
+                parameter.copy_(distributed.shard_like(adapters.get(name, weights.get(name)), parameter))
+        if f"exp_avg/{name}" in kept:
+            values = {key: distributed.shard_like(moments.get(f"{key}/{name}"), parameter) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"]), device=parameter.device), **values}
     return state

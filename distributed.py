@@ -89,9 +89,10 @@ def full(tensor):
 
 
 def shard_like(whole, parameter):
-    """The part of a full tensor that belongs to this rank, laid out as `parameter`."""
+    """The part of a full tensor that belongs to this rank, laid out as `parameter`. Rank 0's tensor counts: the others may give None."""
     if not hasattr(parameter, "device_mesh"):
-        return whole.to(parameter)
+        return whole.detach().to(parameter)
     from torch.distributed.tensor import distribute_tensor
 
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype) if whole is None else whole.detach()
     return distribute_tensor(whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)

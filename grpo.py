@@ -7,7 +7,8 @@ rollout the ratio is 1, so the losses differ only by weights and advantages (met
 
 import torch
 
-from kernels.advantage import group_advantages
+from kernels.advantage import MOMENTS, group_advantages
+from kernels.advantage import policy_loss as clipped_loss_and_moments
 
 
 def advantages(rewards, group_ids, kind="grpo"):
@@ -79,20 +80,33 @@ def policy_loss(loss, logprobs, batch, clip_low, clip_high, rows=slice(None)):
     return clipped_loss(logprobs, old, advantages, clip_low, clip_high)
 
 
-def mismatch(logprobs, old_logprobs):
-    """Sums over tokens that show how far the sampler is from the trainer: |difference|, k1, k3 and the ratio, plus the largest
-    difference. k3 = rho - 1 - log rho >= 0 is an unbiased estimate of KL(old || new) under old's samples."""
-    log_ratio = (logprobs - old_logprobs).detach()
-    ratio = log_ratio.exp()
-    return {
-        "difference": log_ratio.abs().sum(),
-        "k1": -log_ratio.sum(),
-        "k3": (ratio - 1 - log_ratio).sum(),
-        "ratio": ratio.sum(),
-    }, log_ratio.abs().max()
+def reference_kl(logprobs, old_logprobs, ref_logprobs):
+    """Per-token KL(policy || reference) whose gradient is right, [N]: rho * k3, with k3 = exp(-d) + d - 1, d = log pi - log pi_ref.
+
+    k3 alone as a loss has the gradient of another quantity; times the ratio to the sampling policy it is an unbiased estimate of the
+    KL and of its gradient (DeepSeek-V3.2; methods.md section 4). pi 0.5, pi_ref 0.25, pi_old 0.5: d = 0.693, k3 = 0.193.
+    """
+    d = logprobs - ref_logprobs
+    return torch.exp(logprobs - old_logprobs) * (torch.exp(-d) + d - 1)
 
 
-def clip_fractions(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """How many tokens the clip silences, (below, above), as sums."""
-    ratio = torch.exp(logprobs - old_logprobs).detach()
-    return ((ratio < 1 - clip_low) & (advantages < 0)).sum(), ((ratio > 1 + clip_high) & (advantages > 0)).sum()
+def token_loss(s, logprobs, entropy, batch, rows=slice(None)):
+    """What one token adds to the loss before its weight: the policy loss, the KL to the reference, the entropy bonus (settings s)."""
+    loss = policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows)
+    if s.kl_coef:
+        loss = loss + s.kl_coef * reference_kl(logprobs, batch.old_logprobs[rows], batch.ref_logprobs[rows])
+    return loss - s.entropy_coef * entropy if s.entropy_coef else loss
+
+
+def measure(s, logprobs, entropy, batch):
+    """Sums over the tokens of a micro-batch for the log (kernels.advantage.MOMENTS), one launch each -> (sums, largest |log ratio|).
+
+    k1, k2, k3 of log-probs against the sampler's estimate their mismatch; ref_k1, ref_k2, ref_k3 the KL to the reference.
+    """
+    _, moments = clipped_loss_and_moments(logprobs, batch.old_logprobs, batch.advantages, batch.weights, s.clip_low, s.clip_high, entropy)
+    *sums, largest = moments.tolist()
+    named = dict(zip(MOMENTS, sums))
+    if s.kl_coef:
+        _, moments = clipped_loss_and_moments(batch.ref_logprobs, logprobs, batch.advantages, batch.weights)
+        named.update({f"ref_{name}": value for name, value in zip(MOMENTS, moments.tolist()) if name in ("k1", "k2", "k3")})
+    return named, largest

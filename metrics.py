@@ -22,6 +22,8 @@ def loss_metrics(collected, on_policy):
         "sampling/sampling_logp_difference/max": max(gap for _, (_, gap) in first),
         "sampling/importance_sampling_ratio/mean": mean(first, "ratio"),
         "sampling/k3_kl": mean(first, "k3"),
+        "policy/entropy": mean(everyone, "entropy"),  # of the whole distribution, where the loss was computed
+        **{f"kl/{k}": mean(everyone, f"ref_{k}") for k in ("k1", "k2", "k3") if f"ref_{k}" in everyone[0][1][0]},
     }
 
 

@@ -82,6 +82,18 @@ class Config:
         return {**self.raw, **shapes, **fixed}
 
 
+class Linear(nn.Linear):
+    """A matrix, with room for an adapter beside it (lora.py)."""
+
+    def __init__(self, *shape, **options):
+        super().__init__(*shape, **options)
+        self.adapter = None
+
+    def project(self, x, linear):
+        out = linear(x, self.weight)
+        return out if self.adapter is None or not self.adapter.enabled else out + self.adapter(x)
+
+
 class Layer(nn.Module):
     """One decoder layer. x, residual [T, D] -> x, residual; the sum of the two is the hidden state."""
 
@@ -91,25 +103,25 @@ class Layer(nn.Module):
         self.eps = c.rms_norm_eps
         self.input_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        self.qkv = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.model_type == "qwen2")
+        self.qkv = Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.model_type == "qwen2")
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.head_dim)) for _ in "qk")
-        self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.o = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.post_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
-        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_up = Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.down = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x, residual, attend, index, cos, sin, linear=F.linear):
         if residual is None:
             x, residual = rms_norm(x, self.input_norm, self.eps), x
         else:
             x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
-        qkv = linear(x, self.qkv.weight)
+        qkv = self.qkv.project(x, linear)
         if self.qkv.bias is None:
             qkv = self.norm_heads(qkv)
-        x = linear(attend(index, qkv, self.qkv.bias, cos, sin), self.o.weight)
+        x = self.o.project(attend(index, qkv, self.qkv.bias, cos, sin), linear)
         x, residual = add_rms_norm(x, residual, self.post_norm, self.eps)
-        return linear(swiglu(linear(x, self.gate_up.weight)), self.down.weight), residual
+        return self.down.project(swiglu(self.gate_up.project(x, linear)), linear), residual
 
     def norm_heads(self, qkv):
         """Qwen3: RMSNorm over each head of q and of k, before the rotation. Here, so that no `attend` has to know."""
@@ -135,13 +147,14 @@ class Model(nn.Module):
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head
 
-    def forward(self, tokens, positions, cu_seqlens, head=None):
-        """tokens, positions [T] int64, cu_seqlens [S+1] int32 -> hidden [T, D] after the final norm.
+    def forward(self, tokens, positions, cu_seqlens, parents=None, head=None):
+        """tokens, positions [T] int64, cu_seqlens [S+1] int32 -> hidden [T, D] after the final norm. The last segments may continue
+        earlier ones, `parents` [C] int64: a prompt is computed once for all its completions.
 
         With `head`, returns head(hidden, head_weight) instead: log-probs or a fused loss, computed inside the forward so that
         FSDP has the head's weight gathered (kernels/logprob.py). Logits [T, V] never exist here.
         """
-        hidden = self.decode(tokens, positions, causal_attention(self.config, cu_seqlens))
+        hidden = self.decode(tokens, positions, causal_attention(self.config, cu_seqlens, parents))
         return hidden if head is None else head(hidden, self.head_weight)
 
     def decode(self, tokens, positions, attend, linear=F.linear):
@@ -169,44 +182,76 @@ def split_qkv(qkv, config):
     return qkv.view(-1, heads + 2 * kv, hd).split([heads, kv, kv], dim=1)
 
 
-def causal_attention(config, cu_seqlens):
-    """The training `attend`: causal within each packed sequence; flash varlen on CUDA, scaled-dot-product on CPU."""
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max())
-    mix = _flash_varlen(cu_seqlens, longest) if cu_seqlens.is_cuda else _padded_sdpa(lengths, longest)
+def causal_attention(config, cu_seqlens, parents=None):
+    """The training `attend`: causal within each packed segment; flash varlen on CUDA, scaled-dot-product on CPU. The last len(parents)
+    segments also see the whole of their parent segment, which is one of the others."""
+    mix = _flash_varlen if cu_seqlens.is_cuda else _padded_sdpa
+    lengths = cu_seqlens.diff().long()
+    roots = len(lengths) - (0 if parents is None else len(parents))
+    whole = mix(lengths[:roots], lengths[:roots])
+    if parents is not None:
+        seen, rows = _seen_by_children(lengths, parents), int(cu_seqlens[roots])
+        continued = mix(lengths[roots:], lengths[roots:] + lengths[parents])
 
     def attend(index, qkv, bias, cos, sin):
         q, k, v = split_qkv(qkv if bias is None else qkv + bias, config)
-        return mix(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).flatten(1)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if parents is None:
+            return whole(q, k, v).flatten(1)
+        return torch.cat([whole(q[:rows], k[:rows], v[:rows]), continued(q[rows:], k[seen], v[seen])]).flatten(1)
 
     return attend
 
 
-def _flash_varlen(cu_seqlens, longest):
+def _seen_by_children(lengths, parents):
+    """Rows of keys that each child segment sees, parent first and then its own, one child after the other."""
+    starts = lengths.cumsum(0) - lengths
+    first = torch.stack([starts[parents], starts[len(lengths) - len(parents) :]], 1).flatten()
+    counts = torch.stack([lengths[parents], lengths[len(lengths) - len(parents) :]], 1).flatten()
+    within = torch.arange(int(counts.sum()), device=lengths.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.repeat_interleave(first, counts) + within
+
+
+def _flash_varlen(queries, keys):
+    """Causal attention of packed segments: [S] queries and [S] keys each, of which the queries are the last (flash aligns the mask there)."""
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes grouped queries as they are; later versions want to be told.
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **gqa)
+    cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys))
+    longest_q, longest_k = int(queries.max()), int(keys.max())
+    return lambda q, k, v: varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(-1, 0), **gqa)
 
 
-def _padded_sdpa(lengths, longest):
-    # One call per layer instead of one per sequence: 256 sequences of a tiny model would otherwise be 256 small calls. Rows are
-    # padded on the right, so a causal mask alone keeps real tokens from seeing padding. Batches are sorted by length (train.py).
-    sequences = len(lengths)
-    starts = torch.arange(sequences) * longest
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    place = torch.repeat_interleave(starts, lengths) + within
+def _padded_sdpa(queries, keys):
+    # One call per layer instead of one per segment: 256 sequences of a tiny model would otherwise be 256 small calls. Keys are padded on
+    # the left and queries on the right, so that one mask tells padding and future apart; without a prefix is_causal does, which is faster.
+    longest_q, longest_k = int(queries.max()), int(keys.max())
+    shared = not torch.equal(queries, keys)
+    place_q, place_k = _places(queries, longest_q, 0), _places(keys, longest_k, (longest_k - keys) if shared else 0)
+    mask = None
+    if shared:
+        column, row = torch.arange(longest_k), torch.arange(longest_q)[:, None]
+        mask = (column >= (longest_k - keys)[:, None, None]) & (column <= row + (longest_k - queries)[:, None, None])
+        mask = (mask | (row >= queries[:, None, None]))[:, None]  # rows of padding look at anything: their result is dropped
 
-    def pad(x):
-        rows = x.new_zeros(sequences * longest, *x.shape[1:]).index_copy(0, place, x)
-        return rows.view(sequences, longest, *x.shape[1:]).transpose(1, 2)
+    def pad(x, place, longest):
+        rows = x.new_zeros(len(queries) * longest, *x.shape[1:]).index_copy(0, place, x)
+        return rows.view(len(queries), longest, *x.shape[1:]).transpose(1, 2)
 
     def mix(q, k, v):
-        out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2).reshape(sequences * longest, *q.shape[1:])[place]
+        padded = pad(q, place_q, longest_q), pad(k, place_k, longest_k), pad(v, place_k, longest_k)
+        out = F.scaled_dot_product_attention(*padded, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).reshape(len(queries) * longest_q, *q.shape[1:])[place_q]
 
     return mix
+
+
+def _places(lengths, longest, offset):
+    """Row of each packed token in a [segments * longest] table."""
+    starts = torch.arange(len(lengths)) * longest + offset
+    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    return torch.repeat_interleave(starts, lengths) + within
 
 
 def random_model(config, seed=0, dtype=torch.float32, std=0.02):

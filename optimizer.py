@@ -6,13 +6,14 @@ import torch
 
 import distributed
 from batches import EMPTY, micro_batches, pack
+from kernels.logprob import token_logprobs
 
 
 def make_optimizer(model, weight_decay=0.0, beta2=0.99):
     """AdamW (fused), beta1 0.9. Matrices decay, norms and biases do not. beta2 0.99 is the first paper's (arXiv 2506.11027)."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups = [{"params": p, "weight_decay": decay} for p, decay in ((matrices, weight_decay), (vectors, 0.0)) if p]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), eps=1e-8, fused=True)
 
 
@@ -29,19 +30,19 @@ def learning_rate(step, steps, peak, warmup, schedule):
     return peak * (1 - progress) if schedule == "linear" else peak
 
 
-def accumulate(model, sequences, loss_of, token_budget, device):
+def accumulate(model, sequences, loss_of, token_budget, device, share_prompts=False):
     """Sum the gradient of loss_of(batch) over all micro-batches of all ranks -> list of what loss_of returned besides the loss.
 
     loss_of(batch) -> (loss, anything). The loss must already carry the global denominator (batch.weights). Ranks may hold
     different amounts of work, none included: the number of passes is agreed, and an idle rank runs an empty one.
     """
-    groups = micro_batches(sequences, token_budget)
+    groups = micro_batches(sequences, token_budget, share_prompts)
     passes = distributed.largest(len(groups))
     results = []
     for i in range(passes):
         if hasattr(model, "set_requires_gradient_sync"):
             model.set_requires_gradient_sync(i == passes - 1)
-        loss, extra = loss_of(pack(groups[i] if i < len(groups) else EMPTY, device))
+        loss, extra = loss_of(pack(groups[i] if i < len(groups) else EMPTY, device, share_prompts))
         # FSDP2 averages gradients over ranks; our loss already carries the global denominator, so undo the average.
         (loss * distributed.world_size()).backward()
         if i < len(groups):
@@ -59,3 +60,17 @@ def take_step(model, optimizer, rate, max_norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def score(model, sequences, token_budget, device, temperature=1.0, share_prompts=False):
+    """Log-probs of every sequence's completion tokens under `model` -> list of lists, in order. A collective, like accumulate."""
+    groups, found = micro_batches(sequences, token_budget, share_prompts), {}
+    for i in range(distributed.largest(len(groups))):
+        part = groups[i] if i < len(groups) else EMPTY
+        batch = pack(part, device, share_prompts)
+        head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets, temperature)[0]
+        logprobs = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
+        for q, row in zip(part, logprobs.split([len(q.tokens) for q in part])):
+            found[id(q)] = row.tolist()
+    return [found[id(q)] for q in sequences]

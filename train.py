@@ -15,7 +15,6 @@ import os
 # 50 s instead of 6. The OpenMP library reads this when torch loads it, so it stands before that import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import random
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,20 +27,21 @@ import torch
 import checkpoint
 import distributed
 import grpo
+import lora
 import model as model_file
 import sft
-from batches import Sequence
 from eval import evaluate
 from kernels.logprob import fused_policy_loss
 from logs import RunLog
 from metrics import loss_metrics, progress, rollout_metrics
-from optimizer import accumulate, learning_rate, make_optimizer, take_step
+from optimizer import accumulate, learning_rate, make_optimizer, score, take_step
 from rewards import Judge
-from sampler import Request, Sampler
+from rollout import prompt_messages, rollout, set_advantages
+from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import Settings, parse_settings
-from tasks import load_problems, messages
+from tasks import load_problems
 from tokenizer import ChatTokenizer
 
 
@@ -61,60 +61,14 @@ class Run:
     judge: Judge
     problems: list
     held_out: list
+    reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
     updates: int = 0
-
-
-def step_problems(run, step):
-    """The prompts of step 1, 2, ...: each pass over the data in a new order that depends on seed and pass alone."""
-    s, count = run.settings, len(run.problems)
-    picked = []
-    for n in range((step - 1) * s.prompts, step * s.prompts):
-        order = list(range(count))
-        random.Random(f"{s.seed}/{n // count}").shuffle(order)
-        picked.append(run.problems[order[n % count]])
-    return picked
-
-
-def rollout(run, step):
-    """Sample this rank's share of the step's prompts; programs start to run as soon as their group is complete
-    -> ([(problem, request, completion, verdict)] group by group, seconds waited for verdicts after sampling)."""
-    s, tokenizer = run.settings, run.tokenizer
-    numbered = distributed.share(list(enumerate(step_problems(run, step), start=(step - 1) * s.prompts)))
-    limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
-    requests = [Request(tokenizer.encode_chat(prompt_messages(run, p)), id=n, **limits) for n, p in numbered]
-    pending = [[] for _ in requests]
-
-    def start_programs(i, completions):
-        pending[i] = [run.judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample) for c in completions]
-
-    completions = [c for group in run.sampler.generate(requests, on_done=start_programs) for c in group]
-    sampled = time.perf_counter()
-    verdicts = run.judge.collect([p for group in pending for p in group], s.reward_deadline)
-    samples = [(numbered[c.request][1], requests[c.request], c, v) for c, v in zip(completions, verdicts)]
-    return samples, time.perf_counter() - sampled
-
-
-def prompt_messages(run, problem):
-    return messages(problem, run.language, examples=run.settings.examples, system=not run.settings.short_prompt)
-
-
-def set_advantages(run, sequences, rewards):
-    """Advantages from the rewards of all ranks -> this rank's sequences that count in the loss (judged, not masked)."""
-    s = run.settings
-    by_rank = distributed.gather([rewards])
-    everyone = [r for part in by_rank for r in part]
-    groups = torch.arange(len(everyone)) // s.samples
-    values = grpo.advantages(torch.tensor(everyone, dtype=torch.float32), groups, s.advantage).tolist()
-    start = sum(len(part) for part in by_rank[: distributed.rank()])
-    for i, sequence in enumerate(sequences, start):
-        sequence.advantage, sequence.group = values[i], i // s.samples
-    cut = lambda q: s.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
-    return [q for q, r in zip(sequences, rewards) if r == r and not cut(q)]
+    drawn: int = 0  # prompts drawn from the data so far
 
 
 def update(run, step, sequences):
-    """All optimizer steps of one rollout -> metrics. Sequences without advantage have no gradient and are not computed, but
-    their tokens stay in the denominator. When no rank has any signal, the weights stay as they are."""
+    """All optimizer steps of one rollout -> metrics. Sequences without advantage have no gradient and are not computed (unless KL or entropy
+    give them one), but their tokens stay in the denominator. When no rank has any signal, the weights stay as they are."""
     s, first_update, rate, norm, collected, on_policy = run.settings, run.updates, 0.0, 0.0, [], []
     for pass_number in range(s.epochs * s.minibatches):
         # Every minibatches-th group of the whole step, so that the cut does not depend on the number of ranks.
@@ -124,10 +78,10 @@ def update(run, step, sequences):
         start = sum(len(rank) for rank in lengths[: distributed.rank()])
         for i, sequence in enumerate(part):
             sequence.weight = weights[start + i]
-        active = [q for q in part if q.advantage != 0.0]
+        active = [q for q in part if q.advantage != 0.0 or s.kl_coef or s.entropy_coef]
         if distributed.largest(len(active)) == 0:
             continue
-        results = accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device)
+        results = accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device, s.share_prompts)
         collected += results
         if run.updates == first_update:  # the sampler still has the same weights
             on_policy = results
@@ -138,59 +92,71 @@ def update(run, step, sequences):
 
 
 def loss_of(run, batch):
-    """Loss of one micro-batch, and the sums behind its metrics. The loss itself is grpo.policy_loss: edit it there."""
+    """Loss of one micro-batch, and the sums behind its metrics. The loss itself is grpo.token_loss: edit it there."""
     s = run.settings
 
     def token_loss(logprobs, entropy, rows):
-        return batch.weights[rows] * grpo.policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows)
+        return batch.weights[rows] * grpo.token_loss(s, logprobs, entropy, batch, rows)
 
     def head(hidden, weight):
         return fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss, s.temperature, per_token=s.loss != "gspo")
 
-    loss, logprobs, _ = run.model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
-    sums, gap = grpo.mismatch(logprobs, batch.old_logprobs)
-    low, high = grpo.clip_fractions(logprobs, batch.old_logprobs, batch.advantages, s.clip_low, s.clip_high)
-    sums = {**sums, "clip_low": low, "clip_high": high, "tokens": torch.tensor(batch.targets.numel())}
-    return loss, ({k: float(v) for k, v in sums.items()}, float(gap))
+    loss, logprobs, entropy = run.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
+    return loss, grpo.measure(s, logprobs, entropy, batch)
 
 
 def train_step(run, step):
     """One whole step -> (metrics, seconds by phase, rows for samples.jsonl)."""
-    started = time.perf_counter()
-    samples, waited = rollout(run, step)
+    s, started = run.settings, time.perf_counter()
+    samples, waited = rollout(run)
     after_rollout = time.perf_counter()
-    sequences = [Sequence(r.prompt, c.tokens, c.logprobs) for _, r, c, _ in samples]
-    counted = set_advantages(run, sequences, [v.reward for *_, v in samples])
-    metrics = rollout_metrics(distributed.gather([(c, v) for _, _, c, v in samples]), run.settings.samples, run.tokenizer.stop_ids)
+    counted = set_advantages(run, samples)
+    metrics = rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), s.samples, run.tokenizer.stop_ids)
+    score_reference(run, counted)
+    after_scores = time.perf_counter()
     metrics.update(update(run, step, counted))
+    after_update = time.perf_counter()
     refresh_sampler(run)
     now = time.perf_counter()
-    sampling = after_rollout - started - waited
     times = {
-        "time/generate": sampling,
+        "time/generate": after_rollout - started - waited,
         "time/reward": waited,  # only what sampling did not hide
-        "time/update": now - after_rollout,
+        "time/logprob": after_scores - after_rollout,
+        "time/update": after_update - after_scores,
+        "time/weights": now - after_update,
         "time/step": now - started,
-        "perf/gen_tokens_per_s": metrics["num_tokens"] / sampling,
+        "perf/gen_tokens_per_s": metrics["num_tokens"] / (after_rollout - started - waited),
     }
     if run.device.type == "cuda":
         times["perf/peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    logged = zip(samples[: run.settings.logged_samples], sequences)
-    rows = [
-        {"problem": p.id, "sample": c.sample, "reward": v.reward, "advantage": q.advantage, "status": v.status, "value": v.value, "text": run.tokenizer.decode(c.tokens)}
-        for (p, _, c, v), q in logged
-    ]  # fmt: skip
-    return metrics, times, rows
+    return metrics, times, [sample_row(run, x) for x in samples[: s.logged_samples]]
+
+
+def sample_row(run, x):
+    """One line of samples.jsonl."""
+    c, v = x.completion, x.verdict
+    facts = {"problem": x.problem.id, "sample": c.sample, "reward": v.reward, "advantage": x.sequence.advantage, "status": v.status, "value": v.value}
+    return {**facts, "text": run.tokenizer.decode(c.tokens)}
+
+
+def score_reference(run, sequences):
+    """Log-probs of the reference model, once per rollout, when there is a KL term."""
+    s = run.settings
+    if s.kl_coef:
+        with lora.disabled(run.reference or run.model) as reference:
+            rows = score(reference, sequences, s.token_budget, run.device, s.temperature, s.share_prompts)
+        for q, row in zip(sequences, rows):
+            q.ref_logprobs = row
 
 
 def refresh_sampler(run):
     """Give the sampler the new weights, one tensor at a time (never two full fp32 copies). On one CPU process it reads the
     trainer's own tensors, and only the version changes."""
-    targets = dict(run.sampler.model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
-            if targets[name] is not parameter:
-                targets[name].copy_(distributed.full(parameter))
+    if run.sampler.model is not run.model:
+        targets = dict(run.sampler.model.named_parameters())
+        with torch.no_grad():
+            for name, whole in lora.merged(run.model):
+                targets[name].copy_(whole)
     run.sampler.load()
 
 
@@ -259,13 +225,17 @@ def build(s, folder, language, pool, device, report):
     model = model_file.load(source)
     tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
-    plain = device.type == "cpu" and distributed.world_size() == 1
+    plain = device.type == "cpu" and distributed.world_size() == 1 and not s.lora_rank
     sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
+    if s.lora_rank:
+        lora.attach(model, s.lora_rank, s.lora_alpha or s.lora_rank, s.seed)
     model = distributed.shard(model, device)
     run = Run(
         s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
         Sampler(sampler_model, slots=s.slots), judge, problems, held_out,
     )  # fmt: skip
+    if s.kl_coef and not s.lora_rank:
+        run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)
     prompt = lambda p: prompt_messages(run, p)
     run.problems = usable(problems, tokenizer, prompt, s.max_prompt_tokens, report)
     run.held_out = usable(held_out, tokenizer, prompt, s.max_prompt_tokens, lambda *_: None)
@@ -284,7 +254,7 @@ def make_judge(s, pool, language):
 
 
 def save_checkpoint(run, step, log):
-    state = {"updates": run.updates, "wandb_id": log.wandb_id, "seed": run.settings.seed}
+    state = {"updates": run.updates, "drawn": run.drawn, "wandb_id": log.wandb_id, "seed": run.settings.seed}
     checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep)
 
 
@@ -323,9 +293,9 @@ def start(s, resume, why, pool, language, device):
     folder = resume or new_folder(s)
     report(f"settings from {why}; task {s.task}, language {language.title}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
     run = build(s, folder, language, pool, device, report)
-    found = checkpoint.newest(folder / "checkpoints") if resume else None
-    state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "wandb_id": None}
-    run.updates = state["updates"]
+    found = distributed.broadcast(checkpoint.newest(folder / "checkpoints") if resume and distributed.rank() == 0 else None)
+    state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "drawn": 0, "wandb_id": None}
+    run.updates, run.drawn = state["updates"], state["drawn"]
     refresh_sampler(run)
     log = RunLog(folder, asdict(s), distributed.rank() == 0, state["step"] if resume else None, s.wandb, state["wandb_id"])
     try:

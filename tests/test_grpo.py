@@ -1,10 +1,14 @@
 """Losses and advantages against numbers worked out by hand, and their gradients (DESIGN.md invariants 7 and 12)."""
 
+import math
+
 import pytest
 import torch
 
 import grpo
 from batches import Sequence, pack
+from rollout import overlong_penalty
+from settings import Settings
 
 NAN = float("nan")
 
@@ -82,3 +86,34 @@ def test_stop_token_is_in_the_loss_and_the_prompt_is_not():
     assert batch.targets.tolist() == [5, 2, 6, 2] and batch.predict.tolist() == [1, 2, 4, 5]
     assert batch.cu_seqlens.tolist() == [0, 4, 7] and batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.tokens[batch.predict + 1].tolist() == batch.targets.tolist()
+
+
+def test_reference_kl_has_the_value_and_the_gradient_of_the_kl():
+    """Summed over every action with the sampling policy's probabilities, the estimator is KL(pi || ref) and so is its gradient, pi = pi_old or not."""
+    torch.manual_seed(0)
+    ref, old = (torch.randn(6, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    for start in (old, torch.randn(6, dtype=torch.float64).log_softmax(0)):
+        logits = start.clone().requires_grad_()
+        logprobs = logits.log_softmax(0)
+        exact = (logprobs.exp() * (logprobs - ref)).sum()
+        estimate = (old.exp() * grpo.reference_kl(logprobs, old, ref)).sum()
+        torch.testing.assert_close(estimate, exact)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (estimate, exact)))
+    worked = grpo.reference_kl(*(torch.tensor(p).log() for p in (0.5, 0.5, 0.25)))
+    assert float(worked) == pytest.approx(0.193, abs=1e-3)
+
+
+def test_entropy_bonus_and_kl_enter_the_loss_and_are_measured():
+    s = Settings(loss="dapo", kl_coef=0.5, entropy_coef=0.1, clip_high=0.2)
+    q = Sequence([1], [2, 3], [-1.0, -2.0], ref_logprobs=[-1.5, -2.0], advantage=1.0)
+    batch, entropy = pack([q]), torch.tensor([0.7, 0.3])
+    loss = grpo.token_loss(s, batch.old_logprobs, entropy, batch)
+    k3 = [math.exp(-0.5) + 0.5 - 1, 0.0]
+    assert loss.tolist() == pytest.approx([-1 + 0.5 * k3[0] - 0.07, -1 - 0.03])
+    sums, gap = grpo.measure(s, batch.old_logprobs, entropy, batch)
+    assert gap == 0 and sums["tokens"] == 2 and sums["entropy"] == pytest.approx(1.0)
+    assert (sums["ref_k1"], sums["ref_k3"]) == (pytest.approx(0.5), pytest.approx(k3[0]))
+
+
+def test_soft_overlong_penalty():
+    assert [overlong_penalty(n, 100, 20) for n in (10, 80, 90, 100)] == [0, 0, -0.5, -1]

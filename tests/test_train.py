@@ -25,12 +25,24 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_prolog = pytest.mark.skipif(shutil.which("swipl") is None, reason="swipl not found: apt-get install swi-prolog-nox")
 # The random reward gives every step a gradient, whatever an untrained model writes.
 SMALL = "--warm_start_steps 2 --steps 4 --prompts 4 --samples 4 --max_new_tokens 24 --eval_problems 4 --save_every 2 --reward random --wandb off".split()
+# Everything that a resume must remember: prompts drawn for refilled groups, the reference model, adapters.
+ALL = [*SMALL, *"--dynamic_sampling 2 --overlong_buffer 8 --kl_coef 0.05 --entropy_coef 0.01 --minibatches 2 --samples 2 --lora_rank 4".split()]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments, ranks=1):
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*start, str(ROOT / "train.py"), *arguments]
+
+
+def cut_short(folder, how, *arguments):
+    """Start a run named "cut" and stop it by signal `how` in the middle of step 3 or 4 -> (return code, stderr)."""
+    process = subprocess.Popen(command(*arguments, "--name", "cut"), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "runs/cut/checkpoints/step_2").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    return process.communicate(timeout=60)[1], process.returncode
 
 
 def run(folder, *arguments, ranks=1):
@@ -55,14 +67,9 @@ def rows(run_folder, name="metrics.jsonl"):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_run_resumes_to_the_same_bits(straight, tmp_path, how):
     """Stopped in the middle of step 3 or 4, resumed from step 2: metrics, weights and moments equal the straight run's."""
-    process = subprocess.Popen(command(*SMALL, "--name", "cut"), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stderr, code = cut_short(tmp_path, how, *SMALL)
     cut = tmp_path / "runs" / "cut"
-    deadline = time.monotonic() + 120
-    while not (cut / "checkpoints" / "step_2").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(how)
-    stderr = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    assert code != 0
     if how == signal.SIGINT:
         assert "go on with" in stderr and "Traceback" not in stderr
     with open(cut / "metrics.jsonl", "a") as f:
@@ -72,6 +79,42 @@ def test_interrupted_run_resumes_to_the_same_bits(straight, tmp_path, how):
     assert (cut / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (cut / "checkpoints/step_4" / name).read_bytes() == (straight / "checkpoints/step_4" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight_all(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight_all")
+    done = run(folder, *ALL, "--name", "straight")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "runs" / "straight"
+
+
+@needs_prolog
+def test_run_with_lora_kl_and_refilled_groups_resumes_to_the_same_bits(straight_all, tmp_path):
+    cut_short(tmp_path, signal.SIGKILL, *ALL)
+    cut = tmp_path / "runs" / "cut"
+    done = run(tmp_path, "--resume", str(cut))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (cut / "metrics.jsonl").read_bytes() == (straight_all / "metrics.jsonl").read_bytes()
+    for name in ("model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"):
+        assert (cut / "checkpoints/step_4" / name).read_bytes() == (straight_all / "checkpoints/step_4" / name).read_bytes()
+
+
+@needs_prolog
+def test_groups_without_signal_are_refilled_and_the_reference_is_the_start(straight_all):
+    drawn = [json.loads((straight_all / f"checkpoints/step_{n}/state.json").read_text())["drawn"] for n in (2, 4)]
+    assert drawn[0] > 8 and drawn[1] > drawn[0] + 8  # 4 prompts a step, and more where both coins of a pair fell alike
+    kl = [row["kl/k3"] for row in rows(straight_all)]
+    assert 0 <= kl[0] < kl[-1] / 5 and kl[-1] > 1e-6
+
+
+@needs_prolog
+def test_two_ranks_refill_the_same_groups(straight_all, tmp_path):
+    done = run(tmp_path, *ALL, "--name", "two", "--steps", "2", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(rows(straight_all), rows(tmp_path / "runs/two")):
+        assert (one["num_tokens"], one["reward"]) == (two["num_tokens"], pytest.approx(two["reward"]))
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 @needs_prolog

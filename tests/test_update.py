@@ -12,7 +12,7 @@ import grpo
 import model as model_file
 from batches import Sequence, micro_batches, pack
 from kernels.logprob import fused_policy_loss, token_logprobs
-from optimizer import accumulate, learning_rate, make_optimizer, take_step
+from optimizer import accumulate, learning_rate, make_optimizer, score, take_step
 
 CONFIG = model_file.Config.from_dict(
     dict(model_type="qwen2", vocab_size=50, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True)
@@ -28,21 +28,21 @@ def sequences(count=9):
     return made
 
 
-def gradient(work, token_budget, checkpointing=False, model=None, fused=False):
+def gradient(work, token_budget, checkpointing=False, model=None, fused=False, share_prompts=False):
     model = model or model_file.random_model(CONFIG, 1, std=0.3)
     model.gradient_checkpointing = checkpointing
 
     def fused_loss_of(batch):
         token_loss = lambda logprobs, entropy, rows: batch.weights[rows] * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28, rows)
         head = lambda hidden, weight: fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss)
-        return model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)[0], None
+        return model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)[0], None
 
     def loss_of(batch):
         head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets)
-        logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
+        logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
         return (batch.weights * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28)).sum(), None
 
-    accumulate(model, work, fused_loss_of if fused else loss_of, token_budget, "cpu")
+    accumulate(model, work, fused_loss_of if fused else loss_of, token_budget, "cpu", share_prompts)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -52,6 +52,21 @@ def test_gradient_is_the_same_packed_alone_checkpointed_or_fused(token_budget, c
     for name in whole:
         torch.testing.assert_close(cut[name], whole[name], atol=2e-6, rtol=1e-4)
     assert max(g.abs().max() for g in whole.values()) > 0.01
+
+
+@pytest.mark.parametrize("token_budget,checkpointing,fused", [(10_000, False, False), (30, False, True), (1, True, False)])
+def test_gradient_is_the_same_when_a_prompt_is_computed_once_for_its_group(token_budget, checkpointing, fused):
+    work = sequences(12)
+    for i, q in enumerate(work):
+        q.prompt = work[i // 4 * 4 + 3].prompt  # three groups of four
+    plain, shared = gradient(work, 10_000), gradient(work, token_budget, checkpointing, fused=fused, share_prompts=True)
+    for name in plain:
+        torch.testing.assert_close(shared[name], plain[name], atol=2e-6, rtol=1e-4)
+    tokens = lambda share: sum(len(pack(g, share_prompts=share).tokens) for g in micro_batches(work, 10_000, share))
+    assert tokens(True) == tokens(False) - sum(3 * len(work[i].prompt) for i in (0, 4, 8))
+    model = model_file.random_model(CONFIG, 1, std=0.3)
+    for got, q in zip(score(model, work, 40, "cpu", share_prompts=True), work):
+        assert got == pytest.approx(score(model, [q], 40, "cpu")[0], abs=1e-5)
 
 
 def test_gradient_is_the_same_on_two_ranks_one_of_them_nearly_idle(tmp_path):

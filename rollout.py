@@ -1,0 +1,117 @@
+"""One step's samples: prompts -> completions -> programs that run while others still sample -> rewards -> advantages."""
+
+import random
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+import distributed
+import grpo
+from batches import Sequence
+from rewards import Verdict
+from sampler import Completion, Request
+from tasks import Problem, messages
+
+
+@dataclass
+class Sample:
+    """One completion with its verdict, and what the update needs of it (`sequence`; its `group` is the prompt's number in the run)."""
+
+    problem: Problem
+    completion: Completion
+    verdict: Verdict
+    sequence: Sequence
+
+
+def problem_at(run, number):
+    """The prompt number 0, 1, 2, ... of the run: each pass over the data in a new order that depends on seed and pass alone."""
+    count = len(run.problems)
+    order = list(range(count))
+    random.Random(f"{run.settings.seed}/{number // count}").shuffle(order)
+    return run.problems[order[number % count]]
+
+
+def prompt_messages(run, problem):
+    return messages(problem, run.language, examples=run.settings.examples, system=not run.settings.short_prompt)
+
+
+def rollout(run):
+    """This rank's samples of the step's prompts -> (list[Sample] group by group, seconds waited for verdicts after sampling).
+
+    With dynamic_sampling (DAPO, 2503.14476) groups whose rewards are all equal are replaced by new prompts, at most that many
+    times; every rank takes part in every round, however many groups it still lacks.
+    """
+    s = run.settings
+    samples, waited = draw(run, s.prompts)
+    for _ in range(s.dynamic_sampling):
+        missing = s.prompts - sum(distributed.gather([len(groups_with_signal(samples))]))
+        if missing == 0:
+            break
+        more, seconds = draw(run, missing)
+        samples, waited = samples + more, waited + seconds
+    return samples, waited
+
+
+def draw(run, count):
+    """Sample the run's next `count` prompts, spread over the ranks, and judge them -> (list[Sample], seconds waited)."""
+    s, tokenizer = run.settings, run.tokenizer
+    numbered = distributed.share([(n, problem_at(run, n)) for n in range(run.drawn, run.drawn + count)])
+    run.drawn += count
+    limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
+    requests = [Request(tokenizer.encode_chat(prompt_messages(run, p)), id=n, **limits) for n, p in numbered]
+    pending = [[] for _ in requests]
+
+    def start_programs(i, completions):
+        pending[i] = [run.judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample) for c in completions]
+
+    completions = [c for group in run.sampler.generate(requests, on_done=start_programs) for c in group]
+    sampled = time.perf_counter()
+    verdicts = run.judge.collect([p for group in pending for p in group], s.reward_deadline)
+    waited = time.perf_counter() - sampled
+    samples = []
+    for c, v in zip(completions, shaped(verdicts, completions, s)):
+        sequence = Sequence(requests[c.request].prompt, c.tokens, c.logprobs, group=requests[c.request].id)
+        samples.append(Sample(numbered[c.request][1], c, v, sequence))
+    return samples, waited
+
+
+def shaped(verdicts, completions, s):
+    """Verdicts with the soft overlong penalty added to their rewards."""
+    if not s.overlong_buffer:
+        return verdicts
+    penalties = [overlong_penalty(len(c.tokens), s.max_new_tokens, s.overlong_buffer) for c in completions]
+    return [replace(v, reward=v.reward + penalty) for v, penalty in zip(verdicts, penalties)]
+
+
+def overlong_penalty(length, limit, buffer):
+    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0 up to limit - buffer, then linear down to -1 at the limit.
+
+    limit 100, buffer 20: length 80 -> 0, 90 -> -0.5, 100 -> -1.
+    """
+    return min(0.0, (limit - buffer - length) / buffer)
+
+
+def groups_with_signal(samples):
+    """Numbers of the groups whose rewards are not all equal; masked rewards (nan) do not count."""
+    seen = {}
+    for x in samples:
+        if x.verdict.reward == x.verdict.reward:
+            seen.setdefault(x.sequence.group, set()).add(x.verdict.reward)
+    return {group for group, rewards in seen.items() if len(rewards) > 1}
+
+
+def set_advantages(run, samples):
+    """Advantages of this rank's samples -> the sequences that count in the loss: judged, not masked for length, and with dynamic sampling
+    only those of groups with signal. A group never spans ranks; the batch's standard deviation (advantage = batch) does."""
+    s = run.settings
+    rewards, groups = ([value(x) for x in samples] for value in (lambda x: x.verdict.reward, lambda x: x.sequence.group))
+    by_rank = distributed.gather([(rewards, groups)])
+    everyone = torch.tensor([r for part, _ in by_rank for r in part], dtype=torch.float32)
+    values = grpo.advantages(everyone, torch.tensor([g for _, part in by_rank for g in part]), s.advantage).tolist()
+    start = sum(len(part) for part, _ in by_rank[: distributed.rank()])
+    for x, value in zip(samples, values[start:]):
+        x.sequence.advantage = value
+    kept = groups_with_signal(samples) if s.dynamic_sampling else set(groups)
+    cut = lambda q: s.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
+    return [x.sequence for x in samples if x.verdict.reward == x.verdict.reward and x.sequence.group in kept and not cut(x.sequence)]
