@@ -3,6 +3,7 @@
 Standard library only: the launcher imports it. Nothing here needs privileges but `private_tmpfs`. Every call that fails raises OSError.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -17,7 +18,7 @@ _libc_holding_gil = ctypes.PyDLL(None, use_errno=True)  # for clone: the child m
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x08000000, 0x10000000, 0x20000000
 _CLONE_THREAD, _CLONE_NEW_ANY = 0x10000, 0x7E020000
-_PDEATHSIG, _DUMPABLE, _SECCOMP, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 22, 36, 38
+_PDEATHSIG, _DUMPABLE, _CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 4, 36, 38
 
 
 def _checked(result, what):
@@ -108,7 +109,7 @@ def landlock_restrict(ruleset):
 # ---- seccomp: system calls ----
 
 _LOAD, _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_ALLOW, _KILL, _ERRNO, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 _EPERM, _EACCES, _ENOSYS = _ERRNO | 1, _ERRNO | 13, _ERRNO | 38
 _PID = 0x7FABCDEF  # stands for the program's own process id, which is known after the fork only
 
@@ -147,15 +148,15 @@ def _never(name, index, values):
     return _when(name, [_load_argument(index), *tests, _op(_RETURN, _ALLOW), _op(_RETURN, _EPERM)])
 
 
-def _clone(may_fork):
+def _clone(may_fork, granted=_ALLOW):
     """No new namespaces; threads only, unless the program may start processes."""
     forks = [] if may_fork else [_op(_IF_ANY_BIT, _CLONE_THREAD, 1, 0), _op(_RETURN, _EPERM)]
     namespaces = [_op(_IF_ANY_BIT, _CLONE_NEW_ANY, 0, 1), _op(_RETURN, _EPERM)]
-    return _when("clone", [_load_argument(0), *forks, *namespaces, _op(_RETURN, _ALLOW)])
+    return _when("clone", [_load_argument(0), *forks, *namespaces, _op(_RETURN, granted)])
 
 
-def seccomp_filter(may_fork):
-    """Filter program (bytes) that `seccomp_load` applies.
+def seccomp_filter(may_fork, ask=False):
+    """Filter program (bytes) that `seccomp_load` applies. ask: the launcher grants every new process and thread, see `answer`.
 
     A list of refusals, not of permissions: two dozen runtimes use some 150 different calls, other versions others. What it must keep is
     narrow: no network, no way out of the process group, no effect on any other process, no object that outlives the program, no
@@ -169,9 +170,10 @@ def seccomp_filter(may_fork):
         program += _refuse(name)
     for name in ("clone3", "memfd_create"):  # libc falls back to clone, whose flags can be read; a memfd could be executed
         program += _refuse(name, _ENOSYS)
-    if not may_fork:
-        program += _refuse("fork") + _refuse("vfork")
-    program += _clone(may_fork)
+    granted = _ASK if ask else _ALLOW
+    for name in ("fork", "vfork"):
+        program += _refuse(name, granted if may_fork else _EPERM)
+    program += _clone(may_fork, granted)
     program += _only("kill", (0, (0, _PID))) + _only("tgkill", (0, (_PID,)))
     program += _only("prlimit64", (0, (0, _PID))) + _only("sched_setaffinity", (0, (0, _PID)))
     program += _only("setpriority", (0, (0,)), (1, (0,)))  # PRIO_USER with who 0 would renice the trainer
@@ -186,11 +188,33 @@ class _FilterProgram(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
-def seccomp_load(program):
-    """Apply a filter to this process for good; needs no_new_privs()."""
+def seccomp_load(program, ask=False):
+    """Apply a filter to this process for good; needs no_new_privs(). ask: returns the descriptor for `answer`, else None."""
     program = program.replace(struct.pack("I", _PID), struct.pack("I", os.getpid()))
     filter_program = _FilterProgram(len(program) // 8, program)
-    _checked(_libc.prctl(_SECCOMP, ctypes.c_ulong(2), ctypes.byref(filter_program), 0, 0), "seccomp")
+    mode, new_listener = 1, 8
+    descriptor = _syscall("seccomp", ctypes.c_uint(mode), ctypes.c_uint(new_listener if ask else 0), ctypes.byref(filter_program))
+    return descriptor if ask else None
+
+
+def ask_once():
+    """Fails where something above this process answers for its system calls already (some container managers)."""
+    no_new_privs()
+    os.close(seccomp_load(seccomp_filter(may_fork=True, ask=True), ask=True))
+
+
+def answer(descriptor, allowed):
+    """Grant or refuse (EAGAIN) what a program that is bound by an `ask` filter waits for: `allowed(is_thread)` decides.
+
+    The limit on processes of the user (RLIMIT_NPROC) counts all that the user runs, and a fork bomb outruns any watching from outside.
+    """
+    request = bytearray(80)  # struct seccomp_notif: id, pid, flags, then nr, arch, instruction pointer, six arguments
+    with contextlib.suppress(FileNotFoundError):  # the asking process was killed meanwhile
+        fcntl.ioctl(descriptor, 0xC0502100, request)
+        (identity,), (number, _, _, flags) = struct.unpack_from("Q", request), struct.unpack_from("iIQQ", request, 16)
+        yes = allowed(number == NUMBER["clone"] and bool(flags & _CLONE_THREAD))
+        go_on, again = 1, 11
+        fcntl.ioctl(descriptor, 0xC0182101, struct.pack("QqiI", identity, 0, 0 if yes else -again, go_on if yes else 0))
 
 
 # ---- namespaces ----

@@ -113,7 +113,7 @@ def set_limits(stage, count_processes):
 
 
 def lock_down(launcher, stage):
-    """Everything that stands between the program and the machine; the order matters (reference: each step was needed by some test)."""
+    """Everything that stands between the program and the machine; the order matters. Returns the descriptor for kernel.answer, or None."""
     os.chdir(launcher.folder)
     if launcher.user is not None:
         os.setgroups([])
@@ -126,7 +126,8 @@ def lock_down(launcher, stage):
         kernel.no_new_privs()
         kernel.drop_capabilities()
         kernel.landlock_restrict(launcher.ruleset(stage))
-        kernel.seccomp_load(launcher.filter(stage["processes"] > 1))
+        return kernel.seccomp_load(launcher.filter(stage["processes"] > 1), launcher.ask)
+    return None
 
 
 def become_program(launcher, stage, warm, streams, report):
@@ -135,7 +136,11 @@ def become_program(launcher, stage, warm, streams, report):
         os.setsid()
         for number, descriptor in enumerate(streams):
             os.dup2(descriptor, number)
-        lock_down(launcher, stage)
+        asks = lock_down(launcher, stage)
+        if asks is not None:
+            teller = socket.socket(fileno=report)
+            socket.send_fds(teller, [b"A"], [asks])
+            teller.detach()
         os.closerange(3, report)
         os.closerange(report + 1, 1024)
         if warm:
@@ -180,6 +185,8 @@ class Launcher:
     def __init__(self, channel, level, folder, user):
         self.channel, self.level, self.folder, self.user = channel, level, folder, user
         self.own_users = level == "namespaces" and user is None  # a user namespace of its own, in which the process limit counts
+        # where the process limit counts more than this job (one user for all, or none for root), the launcher counts itself
+        self.ask = level == "kernel" and user is None and kernel.attempt(kernel.ask_once) is None
         self._rulesets, self._filters, self._warm = {}, {}, None
         gc.disable()  # jobs are plain dicts; a collection would only touch pages shared with the children
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
@@ -217,7 +224,7 @@ class Launcher:
 
     def filter(self, may_fork):
         if may_fork not in self._filters:
-            self._filters[may_fork] = kernel.seccomp_filter(may_fork)
+            self._filters[may_fork] = kernel.seccomp_filter(may_fork, self.ask)
         return self._filters[may_fork]
 
     def warm_for(self, stage):
@@ -228,17 +235,18 @@ class Launcher:
         return self._warm if self._warm and wanted == self._warm.wanted and self._warm.ready() else None
 
     def serve(self):
-        """Job after job until the trainer is gone, or until something failed that a fresh launcher may not suffer from."""
+        """Job after job until the trainer is gone (True), or until something failed that a fresh launcher may not suffer from (False)."""
         while (job := receive(self.channel)) is not None:
             try:
                 reply = self.run(job)
             except Exception as error:
                 send(self.channel, {"status": "sandbox_error", "stderr": f"{type(error).__name__}: {error}"})
-                return
+                return False
             if reply is None:  # the trainer went away during the job
-                return
+                return True
             clear(self.folder)
             send(self.channel, reply)
+        return True
 
     def run(self, job):
         """Run the stages of a job in the work folder. Returns the reply, or None when the trainer went away meanwhile."""
@@ -274,7 +282,7 @@ class Launcher:
 
     def run_stage(self, stage, stdin):
         """Start one program, wait for its end. Returns the Program."""
-        out, err, report = os.pipe(), os.pipe(), os.pipe()
+        out, err, (heard, report) = os.pipe(), os.pipe(), socket.socketpair()
         source = open_input(stdin)
         warm = self.warm_for(stage)
         if self.level != "portable":  # prepared here, so that the next job finds them
@@ -283,12 +291,13 @@ class Launcher:
         started = time.monotonic()
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC) if inner else os.fork()
         if pid == 0:
-            (become_init if inner else become_program)(self, stage, warm, (source, out[1], err[1]), report[1])
-        for descriptor in (source, out[1], err[1], report[1]):
+            (become_init if inner else become_program)(self, stage, warm, (source, out[1], err[1]), report.detach())
+        report.close()
+        for descriptor in (source, out[1], err[1]):
             os.close(descriptor)
         send(self.channel, {"started": pid})
         disk = None if self.bounded or self.level == "portable" else Disk(self.folder, WORK_BYTES, WORK_FILES)
-        program = Program(pid, stage, (out[0], err[0], report[0]), disk, started)
+        program = Program(pid, stage, (out[0], err[0]), heard, disk, started)
         program.wait(self.channel)
         return program
 
@@ -348,23 +357,25 @@ def main():
     folder = settings["folder"]
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    alone = False
     try:
         launcher = Launcher(channel, settings["level"], folder, kernel.program_user())
         send(channel, {"ready": True, "bounded": launcher.bounded})
-        launcher.serve()
+        alone = launcher.serve()
     finally:
-        leave(folder)
+        leave(folder, alone)
 
 
-def leave(folder):
-    """Remove the work folder, and the common one with the last of the launchers: the trainer may have been killed."""
+def leave(folder, alone):
+    """Remove the work folder; when the trainer is gone, the common one too with the last of the launchers."""
     os.chdir("/")
     with contextlib.suppress(OSError):
         kernel.unmount(folder)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         clear(folder)
         os.rmdir(folder)
-        os.rmdir(os.path.dirname(folder))
+        if alone:
+            os.rmdir(os.path.dirname(folder))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Pool:
 
     def __init__(self, workers=None, level=None, require="kernel", allow_weaker=False, cache=True):
         self.level = choose_level(level, require, allow_weaker)
-        self.workers = workers or max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.workers = workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.retries = self.replaced = self.cache_hits = 0
         self.launcher_pids = []  # of all launchers there ever were
         self._folder = tempfile.mkdtemp(prefix="rarecode-")
@@ -272,6 +272,7 @@ class _Launcher:
             self.program = None
             return reply
         except TimeoutError:
+            self.process.kill()
             raise SandboxError(f"a sandbox launcher gave no answer for {pending.patience:.0f} s") from None
 
     def _receive(self):
@@ -349,5 +350,6 @@ def request(job):
     return json.dumps(body, sort_keys=True).encode(), kind, 30 + 3 * sum(stage["wall"] for stage in stages)
 
 
-def _cores():
+def cores():
+    """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

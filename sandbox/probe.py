@@ -74,6 +74,7 @@ def main():
         "landlock": kernel.attempt(_landlock),
         "seccomp": kernel.attempt(_seccomp),
         "pid namespace": kernel.attempt(_pid_namespace),
+        "process guard": kernel.attempt(kernel.ask_once),
         "private tmpfs": kernel.attempt(_private_tmpfs),
     }
     print(json.dumps(reasons | {"abi": kernel.landlock_abi(), "separate user": kernel.program_user() is not None}))

@@ -146,11 +146,21 @@ def processes(owners):
 def strays(owners, known):
     """{pid: command} of processes that jobs left. Waits a little for dying ones."""
     for _ in range(20):
-        left = {pid: command for pid, command in processes(owners).items() if pid not in known}
+        left = {pid: command for pid, command in processes(owners).items() if pid not in known and _of_a_job(pid)}
         if not left:
             return {}
         time.sleep(0.02)
     return left
+
+
+def _of_a_job(pid):
+    """Is this a program's process, and not one that the user of this machine has just started? A program's HOME is its work folder."""
+    try:
+        return b"rarecode-" in Path(f"/proc/{pid}/environ").read_bytes()
+    except PermissionError:  # a warm Prolog, or another user's: of interest when nobody but process 1 waits for it
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
+    except OSError:
+        return False
 
 
 def stop(pids):
