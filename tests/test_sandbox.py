@@ -18,10 +18,14 @@ def pool():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fixtures_of_every_language(pool, name):
+    if sentence := load_language(name).missing():
+        pytest.skip(sentence)
+    check_language(pool, name)
+
+
+def check_language(pool, name):
     """pass prints 42 from the 21 on its stdin, wrong prints something else, error fails, loop ends at its CPU limit."""
     language = load_language(name)
-    if sentence := language.missing():
-        pytest.skip(sentence)
     stdin = language.fixtures.get("stdin", "").encode()
     short = replace(language.limits, cpu=0.5 if language.limits.cpu <= 1 else 1.5)  # beyond the start of the slowest runtimes
     kinds = {"pass": None, "wrong": None, "error": None, "loop": short}
