@@ -9,8 +9,8 @@ import torch
 class Sequence:
     """One prompt with its completion, and what the loss needs to know of it.
 
-    tokens: completion ids, stop token included. logprobs: the sampler's, one per completion token; ref_logprobs: the reference model's, if
-    there is one. group: number of its prompt, the same on all ranks. weight: the factor of every token of this sequence in the step's loss (grpo.token_weights).
+    tokens: completion ids, stop token included. logprobs: the sampler's, one per completion token; old_logprobs: the trainer's before the
+    first update, if the ratio is to start there and not from the sampler's; ref_logprobs: the reference model's, if there is one. group: number of its prompt, the same on all ranks. weight: the factor of every token of this sequence in the step's loss (grpo.token_weights).
     """
 
     prompt: list[int]
@@ -19,6 +19,7 @@ class Sequence:
     advantage: float = 0.0
     group: int = 0
     weight: float = 1.0
+    old_logprobs: list[float] | None = None
     ref_logprobs: list[float] | None = None
 
     def __len__(self):
@@ -31,7 +32,7 @@ class Batch:
 
     tokens, positions [T] int64; cu_seqlens [S+1] int32; parents [C] int64: the prompt segments that the last C segments continue (None: nothing is
     shared). Per completion token [N]: `predict` (the row of the hidden state that predicts it), targets int64, sequence (its number in the
-    batch) and fp32 old_logprobs, ref_logprobs, advantages, weights.
+    batch) and fp32 sampler_logprobs, old_logprobs, ref_logprobs, advantages, weights.
     """
 
     tokens: torch.Tensor
@@ -41,6 +42,7 @@ class Batch:
     predict: torch.Tensor
     targets: torch.Tensor
     sequence: torch.Tensor
+    sampler_logprobs: torch.Tensor
     old_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor
     advantages: torch.Tensor
@@ -57,7 +59,7 @@ def pack(sequences, device="cpu", share_prompts=False):
     lengths, counts = torch.tensor([len(x) for x in segments]), torch.tensor([len(s.tokens) for s in sequences])
     ends = lengths.cumsum(0)
     per_token = lambda values: torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), counts)
-    known = lambda name: torch.tensor([p for s in sequences for p in (getattr(s, name) or [0.0] * len(s.tokens))], dtype=torch.float32)
+    known = lambda value: torch.tensor([p for s in sequences for p in (value(s) or [0.0] * len(s.tokens))], dtype=torch.float32)
     batch = dict(
         tokens=torch.tensor([t for x in segments for t in x]),
         positions=torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths - torch.tensor(begins), lengths),
@@ -66,8 +68,9 @@ def pack(sequences, device="cpu", share_prompts=False):
         predict=predict(ends),
         targets=torch.tensor([t for s in sequences for t in s.tokens]),
         sequence=torch.repeat_interleave(torch.arange(len(sequences)), counts),
-        old_logprobs=known("logprobs"),
-        ref_logprobs=known("ref_logprobs"),
+        sampler_logprobs=known(lambda s: s.logprobs),
+        old_logprobs=known(lambda s: s.old_logprobs or s.logprobs),
+        ref_logprobs=known(lambda s: s.ref_logprobs),
         advantages=per_token([s.advantage for s in sequences]),
         weights=per_token([s.weight for s in sequences]),
     )

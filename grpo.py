@@ -67,12 +67,22 @@ def cispo_loss(logprobs, old_logprobs, advantages, clip_high):
     return -weight * advantages * logprobs
 
 
-def policy_loss(loss, logprobs, batch, clip_low, clip_high, rows=slice(None)):
+def importance_weights(old_logprobs, sampler_logprobs, cap):
+    """Truncated importance sampling: min(pi_old / pi_sampler, cap) per token [N], a constant for the gradient. pi_old is the trainer's
+    probability before the update, so the weight undoes the sampler's other arithmetic (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training", cap 2). Probabilities 0.3 and 0.1 with cap 2 -> 2; 0.1 and 0.2 -> 0.5.
+    """
+    return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap).detach()
+
+
+def policy_loss(loss, logprobs, batch, clip_low, clip_high, rows=slice(None), tis=0.0):
     """Per-token loss of the tokens `rows` (default all) of a packed batch (batches.Batch); the step's loss is (batch.weights * this).sum().
 
     train.py calls it once per chunk of tokens, inside the fused kernel, but for gspo, whose ratio needs whole sequences.
     """
     old, advantages = batch.old_logprobs[rows], batch.advantages[rows]
+    if tis > 0:  # every loss is linear in the advantage
+        advantages = advantages * importance_weights(old, batch.sampler_logprobs[rows], tis)
     if loss == "gspo":
         return gspo_loss(logprobs, old, advantages, batch.sequence[rows], clip_low, clip_high)
     if loss == "cispo":
@@ -92,7 +102,7 @@ def reference_kl(logprobs, old_logprobs, ref_logprobs):
 
 def token_loss(s, logprobs, entropy, batch, rows=slice(None)):
     """What one token adds to the loss before its weight: the policy loss, the KL to the reference, the entropy bonus (settings s)."""
-    loss = policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows)
+    loss = policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows, s.tis)
     if s.kl_coef:
         loss = loss + s.kl_coef * reference_kl(logprobs, batch.old_logprobs[rows], batch.ref_logprobs[rows])
     return loss - s.entropy_coef * entropy if s.entropy_coef else loss
@@ -101,11 +111,15 @@ def token_loss(s, logprobs, entropy, batch, rows=slice(None)):
 def measure(s, logprobs, entropy, batch):
     """Sums over the tokens of a micro-batch for the log (kernels.advantage.MOMENTS), one launch each -> (sums, largest |log ratio|).
 
-    k1, k2, k3 of log-probs against the sampler's estimate their mismatch; ref_k1, ref_k2, ref_k3 the KL to the reference.
+    ratio, k1, k2, k3 of log-probs against the sampler's estimate their mismatch; ref_k1, ref_k2, ref_k3 the KL to the reference.
     """
     _, moments = clipped_loss_and_moments(logprobs, batch.old_logprobs, batch.advantages, batch.weights, s.clip_low, s.clip_high, entropy)
     *sums, largest = moments.tolist()
     named = dict(zip(MOMENTS, sums))
+    if s.old_logprobs == "trainer":  # clipping is told from the trainer's old log-probs, the mismatch from the sampler's
+        _, moments = clipped_loss_and_moments(logprobs, batch.sampler_logprobs, batch.advantages, batch.weights)
+        *sums, largest = moments.tolist()
+        named.update({name: value for name, value in zip(MOMENTS, sums) if name in ("ratio", "difference", "k1", "k2", "k3")})
     if s.kl_coef:
         _, moments = clipped_loss_and_moments(batch.ref_logprobs, logprobs, batch.advantages, batch.weights)
         named.update({f"ref_{name}": value for name, value in zip(MOMENTS, moments.tolist()) if name in ("k1", "k2", "k3")})

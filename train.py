@@ -112,7 +112,7 @@ def train_step(run, step):
     after_rollout = time.perf_counter()
     counted = set_advantages(run, samples)
     metrics = rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), s.samples, run.tokenizer.stop_ids)
-    score_reference(run, counted)
+    score_again(run, counted)
     after_scores = time.perf_counter()
     metrics.update(update(run, step, counted))
     after_update = time.perf_counter()
@@ -139,9 +139,12 @@ def sample_row(run, x):
     return {**facts, "text": run.tokenizer.decode(c.tokens)}
 
 
-def score_reference(run, sequences):
-    """Log-probs of the reference model, once per rollout, when there is a KL term."""
+def score_again(run, sequences):
+    """Log-probs of the trainer and of the reference model, once per rollout, where the ratio or the KL term starts from them."""
     s = run.settings
+    if s.old_logprobs == "trainer":
+        for q, row in zip(sequences, score(run.model, sequences, s.token_budget, run.device, s.temperature, s.share_prompts)):
+            q.old_logprobs = row
     if s.kl_coef:
         with lora.disabled(run.reference or run.model) as reference:
             rows = score(reference, sequences, s.token_budget, run.device, s.temperature, s.share_prompts)
@@ -218,6 +221,8 @@ def build(s, folder, language, pool, device, report):
     """Load problems, model, optimizer, sampler and judge. What can be wrong in the settings is tried before the warm start."""
     judge = make_judge(s, pool, language)
     grpo.token_weights(s.loss, [1], s.max_new_tokens)
+    if s.old_logprobs not in ("sampler", "trainer") or (s.tis and s.old_logprobs == "sampler"):
+        raise SystemExit(f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two")
     grpo.advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), s.advantage)
     problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)

@@ -59,6 +59,25 @@ def test_clipped_tokens_get_no_gradient_and_the_others_do():
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 1.5, 0.0, -1.1]))
 
 
+@pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
+def test_truncated_importance_weights_scale_the_gradient_and_get_none(loss):
+    """Trainer 0.3, 0.1, 0.2 against sampler 0.1, 0.2, 0.2 with cap 2: weights 2, 0.5, 1."""
+    log = lambda *p: torch.tensor(p).log()
+    old, sampler = log(0.3, 0.1, 0.2).requires_grad_(), log(0.1, 0.2, 0.2).requires_grad_()
+    weights = grpo.importance_weights(old, sampler, 2.0)
+    torch.testing.assert_close(weights, torch.tensor([2.0, 0.5, 1.0]))
+    assert not weights.requires_grad
+    batch = pack([Sequence([1], [2, 3, 4], sampler.tolist(), 0.7, old_logprobs=old.tolist())])
+
+    def gradient(tis):
+        logprobs = old.detach().clone().requires_grad_()
+        grpo.policy_loss(loss, logprobs, batch, 0.2, 5.0, tis=tis).sum().backward()
+        return logprobs.grad
+
+    expected = gradient(0.0) * (weights if loss != "gspo" else weights.mean())  # gspo: the sequence's one ratio gets its tokens' weights together
+    torch.testing.assert_close(gradient(2.0), expected)
+
+
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo", "cispo"])
 def test_gradcheck(loss):
     torch.manual_seed(0)

@@ -119,7 +119,8 @@ def test_two_ranks_refill_the_same_groups(straight_all, tmp_path):
 
 @needs_prolog
 def test_two_ranks_sample_and_learn_the_same(straight, tmp_path):
-    done = run(tmp_path, *SMALL, "--name", "two", "--steps", "2", ranks=2)
+    """The second run takes its old log-probs from the trainer too: in fp32 they are the sampler's, and ranks must agree on the passes."""
+    done = run(tmp_path, *SMALL, "--name", "two", "--steps", "2", "--old_logprobs", "trainer", "--tis", "2", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     exact = ("reward", "pass_rate", "completions/mean_length", "frac_reward_zero_std", "num_tokens")
     for one, two in zip(rows(straight), rows(tmp_path / "runs/two")):
@@ -210,6 +211,7 @@ BAD_INPUT = [
     (["--reward", "correct:1"], "--reward"),
     (["--loss", "ppo"], "unknown loss"),
     (["--advantage", "gae"], "gae"),
+    (["--tis", "2"], "choose sampler or trainer"),
 ]
 
 

@@ -1,5 +1,6 @@
 """The gradient does not depend on how the work is cut (DESIGN.md invariant 4)."""
 
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +115,32 @@ def test_learning_rate_schedule():
     rates = [learning_rate(step, 100, 1.0, 10, "cosine") for step in (1, 10, 55, 100)]
     assert rates == pytest.approx([0.1, 1.0, 0.5, 0.0])
     assert learning_rate(100, 100, 1.0, 10, "constant") == 1.0 and learning_rate(55, 100, 1.0, 10, "linear") == 0.5
+
+
+@pytest.mark.parametrize("settings,factor", [(dict(), None), (dict(old_logprobs="trainer"), 1.0), (dict(old_logprobs="trainer", tis=2.0), 2.0)])
+def test_old_logprobs_of_the_trainer_and_truncated_importance_weights(settings, factor):
+    """A sampler that gives every token a third of its probability: the ratio 3 is clipped away, or 1 when the trainer's own log-probs are the old
+    ones, and then an importance weight of min(3, 2) doubles the gradient. The gap to the sampler is reported all the same."""
+    import train
+    from settings import Settings
+
+    def step(made, **more):
+        model = model_file.random_model(CONFIG, 1, std=0.3)
+        run = train.Run(Settings(max_norm=0.0, **more), "cpu", *[None] * 4, model, make_optimizer(model), *[None] * 4)
+        train.score_again(run, made)
+        return train.update(run, 1, made)
+
+    def work(shift):
+        made = sequences()
+        for q, logprobs in zip(made, score(model_file.random_model(CONFIG, 1, std=0.3), made, 30, "cpu")):
+            q.logprobs, q.advantage = [p - shift for p in logprobs], abs(q.advantage)
+        return made
+
+    exact, off = step(work(0.0)), step(work(math.log(3)), **settings)
+    assert off["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(3), rel=1e-4)
+    assert exact["sampling/sampling_logp_difference/max"] < 1e-5 and exact["clip_ratio/high_mean"] == 0.0
+    assert off["clip_ratio/high_mean"] == (1.0 if factor is None else 0.0)
+    assert off["grad_norm"] == pytest.approx((factor or 0.0) * exact["grad_norm"], rel=1e-4)
 
 
 def test_packed_forward_equals_each_sequence_alone():
