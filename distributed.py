@@ -9,6 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 
+# cast_forward_inputs would round the rotary tables, which are fp32 arguments of a layer, to bf16: an angle's error of 2^-9 that the sampler does not have.
+MIXED = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+
+
 def setup():
     """Join the torchrun job, if any -> the device of this rank. One CPU process needs no process group."""
     cuda = torch.cuda.is_available()
@@ -70,13 +74,13 @@ def broadcast(value):
     return box[0]
 
 
-def shard(model, device):
+def shard(model, device, precision=None):
     """Wrap for training: fp32 sharded masters; on GPU bf16 compute and fp32 gradient reduction. One CPU process stays plain."""
     model.to(device)
     if not dist.is_initialized():
         return model
     mesh = init_device_mesh(device.type, (world_size(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    precision = precision or (MIXED if device.type == "cuda" else MixedPrecisionPolicy())
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     return fully_shard(model, mesh=mesh, mp_policy=precision)
