@@ -1,6 +1,7 @@
 """The sampler beside transformers and beside its roofline, in one run.
 
-    python bench.py sampler --model DIR        a real checkpoint on GSM8K questions, 64 new tokens, beside transformers generate (CPU or GPU)
+    python bench.py sampler --model DIR        a real checkpoint on GSM8K questions, 64 new tokens, beside transformers generate (CPU or GPU), and
+                                               how far the trainer's log-probs are from the sampler's; without a GPU the default
     python bench.py sampler                    one GPU, random weights of the 0.5B and 1.5B shapes: GRPO rollouts, nano-vllm's workload, decode steps
     python bench.py sampler --smoke            the second on tiny shapes, on any machine: shows that the bench runs, its figures mean nothing
 
@@ -9,17 +10,24 @@ measured at the start), body, head and attention one after another, each prompt'
 """
 
 import argparse
+import copy
 import json
+import os
 import platform
 import random
+import resource
 import statistics
 import tempfile
 import time
 
 import torch
 
+import grpo
 import model as model_file
+from batches import Sequence
+from exact import make_exact
 from kernels.bench import measured_ceilings
+from optimizer import score
 from sampler import Request, Sampler
 
 SHAPES = {  # hidden, intermediate, layers, query heads, KV heads, head dim, vocabulary
@@ -82,7 +90,18 @@ def bench_checkpoint(options):
         row |= {"cpu_ratio": median(1, 1) / median(0, 1), "prefill_share": ours.stats["prefill_seconds"] / ours.stats["seconds"]}
         rows.append(row)
         print(f"{name:>10} {row['ours']:12.1f} {row['generate']:15.1f} {row['ratio']:7.2f} {row['cpu_ratio']:15.2f}", flush=True)
-    return rows
+    return rows + [gap(ours.model, cases["16"], ours.generate(cases["16"]), "real weights")]
+
+
+def gap(model, requests, completions, label):
+    """How far the trainer's forward is from the log-probs the sampler returned, over every sampled token: mean and largest difference, k3 (grpo.mismatch)."""
+    pairs = [(r, c) for r, group in zip(requests, completions) for c in group]
+    trainer = score(model, [Sequence(r.prompt, c.tokens) for r, c in pairs], 16_384, DEVICE, requests[0].temperature)
+    ours, theirs = (torch.tensor([p for row in rows for p in row]) for rows in (trainer, [c.logprobs for _, c in pairs]))
+    sums, largest = grpo.mismatch(ours, theirs)
+    row = {"gap": label, "tokens": len(ours), "mean": float(sums["difference"]) / len(ours), "max": float(largest), "k3": float(sums["k3"]) / len(ours)}
+    print(f"log-prob, trainer - sampler, {label}: mean {row['mean']:.2e}, max {row['max']:.2e}, k3 {row['k3']:.2e} over {len(ours)} tokens", flush=True)
+    return row
 
 
 # Random weights: workloads and roofline
@@ -134,20 +153,31 @@ def roofline(config, requests, completions, slots, bandwidth, rate):
 
 
 def bench_workload(name, model, requests, slots, bandwidth, rate, rounds):
-    rows = []
-    for sharing in (True, False) if requests[0].n > 1 else (True,):
-        sampler = Sampler(model, slots=slots, share_prefix=sharing)
+    """The workload as it is; GRPO's also with each sample's prompt prefilled alone, and in the exact mode."""
+    rows, variants = [], {name: {}}
+    if requests[0].n > 1:
+        variants |= {f"{name}, sharing off": dict(share_prefix=False), f"{name}, exact": dict(exact=True)}
+    for label, options in variants.items():
+        sampler = Sampler(model, slots=slots, **options)
         sampler.generate(requests[:2])  # records graphs and compiles kernels
         runs = [timed(lambda: sampler.generate(requests)) for _ in range(rounds)]
         seconds, completions = statistics.median(r[0] for r in runs), runs[-1][2]
         tokens = sum(len(c.tokens) for group in completions for c in group)
         floor = roofline(model.config, requests, completions, slots, bandwidth, rate)
-        label = name if sharing else f"{name}, sharing off"
         share = sampler.stats["prefill_seconds"] / sampler.stats["seconds"]
         rows.append({"workload": label, "tokens": tokens, "tok_s": tokens / seconds, "roofline_tok_s": tokens / floor, "prefill_share": share})
         print(f"{label:>20} {tokens:9} tokens {tokens / seconds:10.0f} tok/s, {floor / seconds:5.1%} of the roofline {tokens / floor:10.0f}", flush=True)
         sampler.release()
+        if requests[0].n > 1:
+            rows.append(gap(exactly(model) if "exact" in options else model, requests[:4], completions[:4], label))
     return rows
+
+
+def exactly(model):
+    """The same weights with the exact mode's forward."""
+    other = copy.copy(model)  # shallow: parameters are shared
+    make_exact(other)
+    return other
 
 
 def bench_steps(model, batches, context, bandwidth, rate):
@@ -161,8 +191,7 @@ def bench_steps(model, batches, context, bandwidth, rate):
             sampler = Sampler(model, slots=batch)
             sampler.generate(requests)
             sampler.generate(requests)
-            stats = sampler.stats
-            step = (stats["seconds"] - stats["prefill_seconds"]) / stats["steps"]
+            step = sampler.stats["decode_seconds"] / sampler.stats["steps"]
             cached = batch // n * length + batch * new // 2 if n > 1 else batch * context
             floor = step_floor(model.config, batch, cached, bandwidth, rate)
             rows.append({"batch": batch, "samples_per_prompt": n, "ms": 1e3 * step, "floor_ms": 1e3 * floor})
@@ -237,13 +266,14 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any machine")
     options = parser.parse_args(arguments)
-    if not options.model and not options.smoke and DEVICE.type == "cpu":
-        raise SystemExit("bench.py sampler needs a GPU for random weights of real shapes; on CPU give --model DIR, or --smoke")
+    if DEVICE.type == "cpu" and not options.smoke:
+        options.model = options.model or os.environ.get("RARECODE_MODEL", "../models/smollm2-135m")
     torch.set_num_threads(options.threads)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU ({platform.machine()}), {options.threads} threads"
     print(f"{device}, torch {torch.__version__}")
     rows = bench_checkpoint(options) if options.model else bench_random(options)
-    print(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KB on Linux
+    print(json.dumps({"device": device, "torch": torch.__version__, "peak_host_memory_gb": round(peak, 2), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ depends on that row alone, to the last bit, whatever else is in the batch (measu
 import torch
 import torch.nn.functional as F
 
+from exact import attend_to_pages, exact_linear
 from kernels import use_triton
 from kernels.attention import shared_prefix_attention
 from kernels.layers import apply_rope, qkv_rope_write
+from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
 from model import causal_attention
 
@@ -32,6 +34,7 @@ ROW = {
     "start": torch.int64,  # prompt length = position of the first response token
     "last": torch.int64,  # position of the last token that may be drawn
     "group": torch.int64,  # samples of one prompt are neighbours
+    "slot": torch.int64,  # number of its run of pages
     "prefix": torch.int32,  # tokens in pages shared with the rest of the group
     "temperature": torch.float32,
     "top_p": torch.float32,
@@ -52,10 +55,9 @@ def new_state(rows, widths, device):
 class Decoder:
     """Model and page pool as two functions: `prefill` writes prompts to pages, `step` draws the next token of every row."""
 
-    def __init__(self, model, pool):
-        self.model, self.config, self.pool = model, model.config, pool
-        self.cpu = model.embed.weight.device.type == "cpu"
-        self.linear, self.attention = F.linear, CpuAttention(self.config, pool) if self.cpu else None
+    def __init__(self, model, pool, cpu, exact=False):
+        self.model, self.config, self.pool, self.cpu, self.exact = model, model.config, pool, cpu, exact
+        self.linear, self.attention = exact_linear if exact else F.linear, CpuAttention(self.config, pool) if self.cpu else None
         self.packed, self.stamp = {}, None
         # The torch references look at lengths on the host, so only the Triton kernels can be recorded.
         self.graphs = {} if use_triton(model.embed.weight) and self.config.head_dim in (64, 128) else None
@@ -95,10 +97,11 @@ class Decoder:
             attend = self.attention.prefill(lengths, table, slots)
         else:
             causal = causal_attention(self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
+            tables, upto = table.int().to(device)[sequence.to(device)], (positions + 1).int()
 
             def attend(i, qkv, bias, cos, sin):
-                qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.config.num_attention_heads)
-                return causal(i, qkv, bias, cos, sin)
+                q = qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.config.num_attention_heads)
+                return attend_to_pages(q, self.pool.k[i], self.pool.v[i], tables, upto) if self.exact else causal(i, qkv, bias, cos, sin)
 
         self.model.decode(tokens, positions, attend, self.linear)
 
@@ -107,43 +110,43 @@ class Decoder:
         if self.cpu:
             self.attention.regroup(state)
 
-    def run(self, state, steps, truncated):
-        """`steps` steps; on CUDA each is one graph launch. The rows of `state` must be the same tensors at the same addresses every time."""
-        size = len(state["alive"])
+    def run(self, state, steps, truncated, temperature=None):
+        """`steps` steps; on CUDA each is one graph launch. The rows of `state` must be the same tensors at the same addresses every time.
+
+        truncated: some row has top_p or top_k. temperature: of all rows, in the exact mode.
+        """
+        key = len(state["alive"]), temperature
         if self.graphs is None or truncated:
             for _ in range(steps):
-                self.step(state, truncated)
+                self.step(state, truncated, temperature)
             return
-        if size not in self.graphs:
-            self.graphs[size] = self._record(state)
+        if key not in self.graphs:
+            self.graphs[key] = self._record(state, temperature)
         for _ in range(steps):
-            self.graphs[size].replay()
+            self.graphs[key].replay()
 
-    def _record(self, state):
+    def _record(self, state, temperature):
         """Record a step as a CUDA graph. All rows are dead while it warms up (kernels compile, libraries allocate), so nothing changes."""
         alive = state["alive"].clone()
         state["alive"].zero_()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(state, False)
-            self.step(state, False)
+            self.step(state, False, temperature)
+            self.step(state, False, temperature)
         torch.cuda.current_stream().wait_stream(stream)
         graph, known = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
         with torch.cuda.graph(graph, pool=known.pool() if known else None):  # one memory pool for all: they never run together
-            self.step(state, False)
+            self.step(state, False, temperature)
         state["alive"].copy_(alive)
         return graph
 
-    def step(self, state, truncated):
+    def step(self, state, truncated, temperature=None):
         """Decode one token of every living row, in place: `alive` turns False on a stop token or at the last position."""
-        s, page_size = state, self.pool.page_size
-        alive, positions = s["alive"], s["positions"]
-        page = s["tables"].gather(1, (positions // page_size)[:, None]).squeeze(1)
-        slots = torch.where(alive, page * page_size + positions % page_size, -1)
-        attend = self.attention.step(s, slots) if self.cpu else self._triton_attention(s, slots)
+        s, alive, positions = state, state["alive"], state["positions"]
+        attend = self.attention.step(s) if self.cpu else self._paged_attention(s)
         hidden = self.model.decode(s["tokens"], positions, attend, self.linear)
-        tokens, logprobs = self._draw(hidden, s, positions + 1, truncated)
+        tokens, logprobs = self._draw(hidden, s, positions + 1, truncated, temperature)
         column = (positions + 1 - s["start"])[:, None]
         for out, value in (("out_tokens", tokens), ("out_logprobs", logprobs)):
             s[out].scatter_(1, column, torch.where(alive[:, None], value[:, None], s[out].gather(1, column)))
@@ -152,23 +155,31 @@ class Decoder:
         s["positions"].add_(goes_on)
         s["alive"].copy_(goes_on)
 
-    def _triton_attention(self, s, slots):
-        lengths = torch.where(s["alive"], s["positions"] + 1, 0).int()
+    def _paged_attention(self, s):
+        page_size, positions = self.pool.page_size, s["positions"]
+        page = s["tables"].gather(1, (positions // page_size)[:, None]).squeeze(1)
+        slots = torch.where(s["alive"], page * page_size + positions % page_size, -1)
+        lengths = torch.where(s["alive"], positions + 1, 0).int()
         heads, scale, pool = self.config.num_attention_heads, self.config.head_dim**-0.5, self.pool
 
         def attend(i, qkv, bias, cos, sin):
             q = qkv_rope_write(qkv, bias, cos, sin, pool.k[i], pool.v[i], slots, heads)
+            if self.exact:
+                return attend_to_pages(q, pool.k[i], pool.v[i], s["tables"], lengths)
             return shared_prefix_attention(q, pool.k[i], pool.v[i], s["tables"], lengths, s["prefix"], s["group"], scale).flatten(1)
 
         return attend
 
-    def _draw(self, hidden, s, positions, truncated):
+    def _draw(self, hidden, s, positions, truncated, temperature):
         key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
         if truncated:
             return sample_logits(self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"])[:2]
         if self.cpu:
             return draw(self.linear(hidden, self.model.head_weight).float(), *key)
-        return sample_tokens(hidden, self.model.head_weight, *key)[:2]
+        tokens, logprobs, _ = sample_tokens(hidden, self.model.head_weight, *key, one_tile=self.exact)
+        if self.exact:  # the trainer's own kernel has the last word on the log-prob
+            logprobs, _ = token_logprobs(hidden, self.model.head_weight, tokens, temperature or 1.0)
+        return tokens, logprobs
 
 
 def _ragged(lists):
@@ -203,15 +214,26 @@ def _first_above(masses, uniform):
 
 
 class CpuAttention:
-    """Decode and prefill attention over pages on CPU, bit for bit the same for a sequence whatever it is batched with."""
+    """Decode and prefill attention on CPU, bit for bit the same for a sequence whatever it is batched with.
+
+    Two parts are merged: a group's prompt, gathered from its pages, against the queries of all its samples, and each row's own tokens (from the last prompt
+    token on) in its run of pages, where the runs of all rows are one tensor [kv heads, runs, tokens, head_dim] and nothing is copied.
+    """
 
     def __init__(self, config, pool):
         self.pool, self.kv_heads, self.head_dim = pool, config.num_key_value_heads, config.head_dim
-        self.ratio = config.num_attention_heads // self.kv_heads
-        self.buffers = {}
+        self.ratio, self.tokens = config.num_attention_heads // self.kv_heads, len(pool) * pool.page_size
+        run, buffers = pool.run_pages * pool.page_size, ([p.transpose(0, 1) for p in pages] for pages in (pool.k, pool.v))
+        # Three views of the same memory [kv heads, pages, page_size, head_dim]: by token, by unit, by run.
+        self.flat, self.units, self.runs = [], [], []
+        for layers in buffers:
+            self.flat.append([x.view(-1, self.head_dim) for x in layers])
+            self.units.append([x.view(-1, UNIT * self.head_dim) for x in layers])
+            self.runs.append([x.view(self.kv_heads, -1, self.head_dim)[:, : pool.runs * run].unflatten(1, (pool.runs, run)) for x in layers])
+        self.gathered = [torch.empty(0), torch.empty(0)]
 
     def regroup(self, s):
-        """Index the prompts: one list of units per group, and where each row's queries sit in its group's."""
+        """Index the prompts: units of each group's pages, and where each row's queries sit in its group's."""
         _, group, counts = s["group"].unique_consecutive(return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts
         width = int(counts.max())
@@ -219,76 +241,66 @@ class CpuAttention:
             width += 1
         self.members = (first[:, None] + torch.arange(width)).clamp_(max=len(group) - 1)
         self.place = group * width + torch.arange(len(group)) - first[group]
-        length = s["start"][first] - 1
-        zero = torch.zeros_like(length)
-        self.prompt = self._chunks(s["tables"][first], zero, zero, length - 1)
-        self.prompt_valid = [None if valid is None else valid[group] for _, _, valid in self.prompt]
+        length, tables = s["start"][first] - 1, s["tables"][first]
+        self.prompt = []
+        for start, mask, valid in _chunks(length):
+            unit = torch.arange(start // UNIT, (start + mask.shape[-1]) // UNIT).minimum((length[:, None] - 1).clamp(min=0) // UNIT)
+            self.prompt.append((self._unit_rows(tables, unit), mask[:, None, None], None if valid is None else valid[group]))
 
-    def step(self, s, slots):
-        """attend() of one step, in which each row writes its token to its slot and reads its prompt and its own tokens (from the last prompt token on)."""
-        first, last, places = s["start"] - 1, s["positions"], self._places(slots)
-        own = self._chunks(s["tables"], first // UNIT * UNIT, first, last)
+    def step(self, s):
+        """attend() of one step, in which each row writes its token to its run and reads its prompt and its run."""
+        alive, run = s["alive"], self.pool.run_pages * self.pool.page_size
+        own = s["positions"] - s["start"] + 1
+        places = torch.where(alive, s["slot"] * run + own, self.tokens - 1)  # what dead rows write goes to the spare page
+        places = (torch.arange(self.kv_heads) * self.tokens + places[:, None]).flatten()
+        living = alive.nonzero().squeeze(1)
+        top = int(s["slot"][living].max()) + 1 if len(living) else 1
+        slot = s["slot"].clamp(max=top - 1)
+        by_slot, length = torch.zeros(top, dtype=torch.int64), torch.ones(top, dtype=torch.int64)
+        by_slot[slot[living]], length[slot[living]] = living, own[living] + 1
+        chunks = [(start, mask[None, :, None], None if valid is None else valid[slot]) for start, mask, valid in _chunks(length)]
 
         def attend(i, qkv, bias, cos, sin):
             q = self._rotate_and_write(i, qkv, bias, cos, sin, places).unflatten(1, (self.kv_heads, self.ratio))
-            parts = [(*self._read(i, q, index, mask), valid) for index, mask, valid in own]
+            mine, parts = q[by_slot].transpose(0, 1), []
+            for start, mask, valid in chunks:
+                k, v = (runs[i][:, :top, start : start + mask.shape[-1]] for runs in self.runs)
+                out, lse = flash(mine, k, v, mask)
+                parts.append((out.transpose(0, 1)[slot], lse.transpose(0, 1)[slot], valid))
             shared = q[self.members].transpose(1, 2).flatten(2, 3)
-            for (index, mask, _), valid in zip(self.prompt, self.prompt_valid):
-                out, lse = self._read(i, shared, index, mask)
+            for index, mask, valid in self.prompt:
+                out, lse = flash(shared, *self._gather(i, index, len(mask)), mask)
                 out, lse = (x.unflatten(2, (-1, self.ratio)).transpose(1, 2).flatten(0, 1)[self.place] for x in (out, lse))
                 parts.append((out, lse, valid))
             return merge(parts).flatten(1)
 
         return attend
 
-    def _places(self, slots):
-        """Row of each (token, KV head) in a page tensor seen as [pages * kv heads * page_size, head_dim]; slot -1 goes to the spare last page."""
-        slots = torch.where(slots < 0, len(self.pool.k[0]) * self.pool.page_size - 1, slots)
-        page, offset = slots // self.pool.page_size, slots % self.pool.page_size
-        return ((page[:, None] * self.kv_heads + torch.arange(self.kv_heads)) * self.pool.page_size + offset[:, None]).flatten()
-
     def _rotate_and_write(self, i, qkv, bias, cos, sin, places):
         """kernels.layers.qkv_rope_write with the addresses worked out once for all layers, in a third of the calls."""
         heads = (qkv if bias is None else qkv + bias).view(len(qkv), -1, self.head_dim)
         turned = apply_rope(heads[:, : -self.kv_heads], cos, sin)
-        for pages, new in ((self.pool.k[i], turned), (self.pool.v[i], heads)):
-            pages.view(-1, self.head_dim).index_copy_(0, places, new[:, -self.kv_heads :].flatten(0, 1))
+        self.flat[0][i].index_copy_(0, places, turned[:, -self.kv_heads :].flatten(0, 1))
+        self.flat[1][i].index_copy_(0, places, heads[:, -self.kv_heads :].flatten(0, 1))
         return turned[:, : -self.kv_heads]
 
-    def _chunks(self, tables, base, first, last):
-        """Chunks of tokens first..last, counted from base: [(index of units, additive mask, rows with any token or None for all)]."""
-        chunks, n = [], len(tables)
-        for start in range(0, max(1, int((last - base).max()) + 1), CHUNK):
-            count = min(CHUNK, -(-(int((last - base).max()) + 1 - start) // UNIT) * UNIT) or UNIT
-            token = base[:, None] + start + torch.arange(count)
-            valid = last >= base + start
-            hidden = (token < first[:, None]) | (token > last[:, None])
-            hidden[:, 0] &= valid  # a row with nothing here looks at something, and the result is dropped
-            mask = torch.zeros(n, 1, 1, count).masked_fill_(hidden[:, None, None, :], float("-inf"))
-            units = (token[:, ::UNIT] // UNIT).minimum((last // UNIT).clamp(min=0)[:, None])
-            chunks.append((self._units(tables, units), mask, None if valid.all() else valid))
-        return chunks
-
-    def _units(self, tables, units):
-        """Row of each (sequence, head, unit) in a page tensor seen as [pages * kv heads * page_size / UNIT, UNIT * head_dim]."""
+    def _unit_rows(self, tables, units):
+        """Row of each (sequence, head, unit) in `self.units`."""
         per_page = self.pool.page_size // UNIT
-        page = tables.gather(1, units // per_page).long()
-        rows = (page[:, None, :] * self.kv_heads + torch.arange(self.kv_heads)[:, None]) * per_page + (units % per_page)[:, None, :]
-        return rows.flatten()
+        rows = tables.gather(1, units // per_page).long() * per_page + units % per_page
+        return (torch.arange(self.kv_heads)[:, None] * (self.tokens // UNIT) + rows[:, None, :]).flatten()
 
-    def _gather(self, name, pages, index, sequences):
-        # Into a buffer that is kept: a fresh tensor of megabytes costs more in page faults than the copy itself.
-        flat = pages.view(-1, UNIT * self.head_dim)
-        if name not in self.buffers or len(self.buffers[name]) < len(index):
-            self.buffers[name] = torch.empty(2 * len(index), UNIT * self.head_dim, dtype=pages.dtype)
-        out = self.buffers[name][: len(index)]
-        torch.index_select(flat, 0, index, out=out)
-        return out.view(sequences, self.kv_heads, -1, self.head_dim)
-
-    def _read(self, i, q, index, mask):
-        k = self._gather("k", self.pool.k[i], index, len(mask))
-        v = self._gather("v", self.pool.v[i], index, len(mask))
-        return flash(q, k, v, mask)
+    def _gather(self, i, index, sequences):
+        """Keys and values of layer i as [sequences, kv heads, tokens, head_dim]."""
+        found = []
+        for side, units in enumerate(self.units):
+            # Into a buffer that is kept: a fresh tensor of megabytes costs more in page faults than the copy itself.
+            if len(self.gathered[side]) < len(index):
+                self.gathered[side] = torch.empty(2 * len(index), UNIT * self.head_dim, dtype=units[i].dtype)
+            out = self.gathered[side][: len(index)]
+            torch.index_select(units[i], 0, index, out=out)
+            found.append(out.view(sequences, self.kv_heads, -1, self.head_dim))
+        return found
 
     def prefill(self, lengths, table, slots):
         """attend() for prompts, longest first: queries in blocks of 64 against the keys up to the block's end."""
@@ -296,15 +308,16 @@ class CpuAttention:
         offset = F.pad(lengths.cumsum(0), (1, 0))[:-1]
         token = torch.arange(longest)
         units = (token[None, ::UNIT] // UNIT).minimum((lengths[:, None] - 1) // UNIT)
-        index = self._units(table, units)
+        index = self._unit_rows(table, units)
         source = (offset[:, None] + token.minimum(lengths[:, None] - 1)).flatten()  # padding repeats the last token; its result is dropped
         back = torch.cat([row * longest + torch.arange(n) for row, n in enumerate(lengths.tolist())])
-        places = self._places(slots)
+        places = torch.where(slots < 0, self.tokens - 1, slots)[:, None]
+        places = (torch.arange(self.kv_heads) * self.tokens + places).flatten()
         blocks = [(start, int((lengths > start).sum())) for start in range(0, longest, BLOCK)]
 
         def attend(i, qkv, bias, cos, sin):
             q = self._rotate_and_write(i, qkv, bias, cos, sin, places)
-            k, v = (self._gather(name, pages[i], index, sequences) for name, pages in (("k", self.pool.k), ("v", self.pool.v)))
+            k, v = self._gather(i, index, sequences)
             padded = q[source].view(sequences, longest, *q.shape[1:]).transpose(1, 2)
             out = torch.zeros(sequences, longest, *q.shape[1:], dtype=q.dtype)
             for start, count in blocks:
@@ -320,6 +333,19 @@ class CpuAttention:
 def flash(q, k, v, mask=None):
     """torch's CPU flash attention with its log-sum-exp: q [B, H, M, hd], k and v [B, K, L, hd] -> [B, H, M, hd], [B, H, M]."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+
+
+def _chunks(lengths):
+    """Sequences of `lengths` tokens in chunks: [(first token, additive mask [sequences, tokens], sequences with any token or None for all)]."""
+    chunks = []
+    for start in range(0, max(1, int(lengths.max())), CHUNK):
+        count = min(CHUNK, -(-(int(lengths.max()) - start) // UNIT) * UNIT) or UNIT
+        valid = lengths > start
+        hidden = torch.arange(start, start + count) >= lengths[:, None]
+        hidden[:, 0] &= valid  # a sequence with nothing here looks at something, and the result is dropped
+        mask = torch.zeros(len(lengths), count).masked_fill_(hidden, float("-inf"))
+        chunks.append((start, mask, None if valid.all() else valid))
+    return chunks
 
 
 def causal_block(q, k, v, start):

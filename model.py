@@ -138,6 +138,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.attention, self.linear = causal_attention, F.linear  # exact.py puts others here
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
@@ -154,7 +155,7 @@ class Model(nn.Module):
         With `head`, returns head(hidden, head_weight) instead: log-probs or a fused loss, computed inside the forward so that
         FSDP has the head's weight gathered (kernels/logprob.py). Logits [T, V] never exist here.
         """
-        hidden = self.decode(tokens, positions, causal_attention(self.config, cu_seqlens, parents))
+        hidden = self.decode(tokens, positions, self.attention(self.config, cu_seqlens, parents), self.linear)
         return hidden if head is None else head(hidden, self.head_weight)
 
     def decode(self, tokens, positions, attend, linear=F.linear):
@@ -166,7 +167,7 @@ class Model(nn.Module):
         x, residual = self.embed(tokens), None
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, x, residual, attend, index, cos, sin, use_reentrant=False)
+                x, residual = checkpoint(layer, x, residual, attend, index, cos, sin, linear, use_reentrant=False)
             else:
                 x, residual = layer(x, residual, attend, index, cos, sin, linear)
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
@@ -190,7 +191,7 @@ def causal_attention(config, cu_seqlens, parents=None):
     roots = len(lengths) - (0 if parents is None else len(parents))
     whole = mix(lengths[:roots], lengths[:roots])
     if parents is not None:
-        seen, rows = _seen_by_children(lengths, parents), int(cu_seqlens[roots])
+        seen, rows = seen_by_children(lengths, parents), int(cu_seqlens[roots])
         continued = mix(lengths[roots:], lengths[roots:] + lengths[parents])
 
     def attend(index, qkv, bias, cos, sin):
@@ -203,7 +204,7 @@ def causal_attention(config, cu_seqlens, parents=None):
     return attend
 
 
-def _seen_by_children(lengths, parents):
+def seen_by_children(lengths, parents):
     """Rows of keys that each child segment sees, parent first and then its own, one child after the other."""
     starts = lengths.cumsum(0) - lengths
     first = torch.stack([starts[parents], starts[len(lengths) - len(parents) :]], 1).flatten()

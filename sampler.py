@@ -8,20 +8,16 @@ the last token is prefilled once, its n samples start by decoding that last toke
 reaches max_new_tokens. Rows that leave are refilled from the queue. Every draw depends only on (seed, request id, sample, position).
 """
 
-import os
 import time
 from dataclasses import dataclass, field
 
 import torch
 
 from decode import ROW, UNIT, Decoder, new_state
+from pages import PagePool, StalePageError, free_bytes  # noqa: F401 (StalePageError is part of this module's interface)
 
 PREFILL_TOKENS = 8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
 MEMORY = 0.5  # share of free memory for pages; the rest is for prefill, graphs and, in the same process, training
-
-
-class StalePageError(RuntimeError):
-    """A page written under other weights was about to be read."""
 
 
 @dataclass
@@ -51,51 +47,6 @@ class Completion:
     finish_reason: str  # "stop" or "length"
 
 
-class PagePool:
-    """Pages of keys and values of every layer, [pages, kv heads, page_size, head_dim] each, stamped with the weight version that wrote them."""
-
-    def __init__(self, config, pages, page_size, dtype, device):
-        shape = (pages + 1, config.num_key_value_heads, page_size, config.head_dim)  # the last one takes what dead rows write on CPU
-        self.page_size = page_size
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.clear(pages)
-
-    def __len__(self):
-        return len(self.version)
-
-    def clear(self, pages=None):
-        self.version = [None] * (pages or len(self))
-        self.free = list(range(len(self)))[::-1]
-
-    def take(self, count, version):
-        """Reserve `count` pages for keys and values of weight version `version`."""
-        taken = [self.free.pop() for _ in range(count)]
-        for page in taken:
-            self.version[page] = version
-        return taken
-
-    def give(self, pages):
-        """Hand pages back: what they hold may not be read any more."""
-        for page in pages:
-            self.version[page] = None
-        self.free.extend(reversed(pages))
-
-    def check(self, pages, version):
-        """Refuse to read a page that was not written under weight version `version`."""
-        for page in pages:
-            if self.version[page] != version:
-                raise StalePageError(
-                    f"page {page} holds keys and values of weight version {self.version[page]}, the weights are now version {version}: "
-                    "call load() between two generate() calls, not during one"
-                )
-
-    def copy(self, sources, targets):
-        """Copy whole pages in every layer."""
-        for pages in self.k + self.v:
-            pages[targets] = pages[sources]
-
-
 @dataclass
 class Group:
     """Samples of one request that share the pages of its prompt."""
@@ -104,9 +55,8 @@ class Group:
     index: int  # of the request in the list
     request: Request
     samples: list[int]  # not yet started
-    page_size: int
-    prefix: list[int] = field(default_factory=list)  # shared full pages of prompt[:-1]
-    tail: list[int] = field(default_factory=list)  # at most one page: the prompt's last, not full; each sample gets a copy
+    prefix: list[int] = field(default_factory=list)  # shared pages of prompt[:-1]
+    tail: list[int] = field(default_factory=list)  # at most one page: the prompt's last, not full, where each sample gets a copy
     fresh: bool = True  # not prefilled yet
     running: int = 0
 
@@ -115,31 +65,32 @@ class Group:
         """Tokens that prefill writes. The last prompt token is each sample's first decode step, so prefill needs no lm_head."""
         return len(self.request.prompt) - 1
 
-    @property
-    def prompt_pages(self):
-        return -(-self.cached // self.page_size)
 
-    @property
-    def own_pages(self):
-        """Pages of one sample besides the shared ones. The very last token is drawn but never fed, so it needs no place."""
-        return -(-(self.cached + self.request.max_new_tokens) // self.page_size) - self.cached // self.page_size
+@dataclass
+class Row:
+    """A running sample; `slot` is its run of pages."""
+
+    group: Group
+    sample: int
+    slot: int
 
 
 class Sampler:
     """Samples from `model`, reading its weights in place. Call load() after every weight update."""
 
-    def __init__(self, model, slots=256, page_size=None, pages=None, share_prefix=True):
+    def __init__(self, model, slots=256, page_size=None, pages=None, share_prefix=True, exact=False):
         """slots: samples decoded together. page_size: tokens per page, a multiple of 16. pages: size of the pool; None = what the requests need,
-        within half of the memory that is free. share_prefix=False prefills every sample alone, to measure what sharing gains.
+        within half of the memory that is free. share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's
+        mode with the trainer's arithmetic (exact.py); all requests of a call then have one temperature.
         """
         weight = model.embed.weight
-        self.model, self.config, self.slots, self.share_prefix = model, model.config, slots, share_prefix
-        self.device, self.dtype = weight.device, weight.dtype
-        self.page_size = page_size or (UNIT if self.device.type == "cpu" else 8192 // self.config.head_dim)
+        self.model, self.config, self.slots, self.share_prefix, self.exact = model, model.config, slots, share_prefix, exact
+        self.device, self.dtype, self.cpu = weight.device, weight.dtype, weight.device.type == "cpu"
+        self.page_size = page_size or (UNIT if self.cpu else 8192 // self.config.head_dim)
         if self.page_size % UNIT:
             raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")
         self.pages, self.pool, self.decoder, self.state, self.version, self.checked = pages, None, None, None, 0, 0
-        self.look_every = 1 if self.device.type == "cpu" else 8  # steps between two looks of the host at the rows that ended
+        self.look_every = 1 if self.cpu else 8  # steps between two looks of the host at the rows that ended
         self.stats = {}
 
     def load(self, state=None):
@@ -169,24 +120,28 @@ class Sampler:
 
     def _generate(self, requests, on_done):
         started = time.perf_counter()
-        self.stats = {"tokens": 0, "prefill_tokens": 0, "steps": 0, "row_steps": 0, "prefill_seconds": 0.0}
+        self.stats = {"tokens": 0, "prefill_tokens": 0, "steps": 0, "row_steps": 0, "prefill_seconds": 0.0, "decode_seconds": 0.0}
         groups = self._plan(requests)
         self.done = [[] for _ in requests]
-        truncated = any(r.top_p < 1 or r.top_k > 0 for r in requests)
+        truncated, temperature = any(r.top_p < 1 or r.top_k > 0 for r in requests), self._one_temperature(requests)
         # Longest expected first: what starts last should be short, or a few long rows run alone at the end.
         queue = sorted(groups, key=lambda g: (g.request.expected_tokens or g.request.max_new_tokens, g.cached, -g.number))
         rows, state, ended = [], {name: tensor[:0] for name, tensor in self.state.items()}, False
         while queue or rows:
-            admitted = self._admit(queue, self.slots - len(rows))
+            admitted = self._admit(queue, self.rows - len(rows))
             if admitted:
                 rows, state = self._join(rows, state, admitted)
+            if ended and self.cpu:
+                self._compact(rows, state)
             if admitted or ended:
                 view = self._place(state)
             self._check_versions(rows, admitted)
-            self.decoder.run(view, self.look_every, truncated)
+            before = time.perf_counter()
+            self.decoder.run(view, self.look_every, truncated, temperature)
+            alive = view["alive"][: len(rows)].tolist()
+            self.stats["decode_seconds"] += time.perf_counter() - before
             self.stats["steps"] += self.look_every
             self.stats["row_steps"] += self.look_every * len(rows)
-            alive = view["alive"][: len(rows)].tolist()
             state, ended = {name: tensor[: len(rows)] for name, tensor in view.items()}, not all(alive)
             if ended:
                 self._finish(rows, state, alive, on_done)
@@ -199,25 +154,64 @@ class Sampler:
         for i, request in enumerate(requests):
             _check(i, request, self.config)
         shares = [(i, r, s) for i, r in enumerate(requests) for s in ([range(r.n)] if self.share_prefix else [[j] for j in range(r.n)])]
-        groups = [Group(number, i, r, list(samples), self.page_size) for number, (i, r, samples) in enumerate(shares)]
-        need = max((g.prompt_pages + g.own_pages for g in groups), default=1)
-        self._reserve(groups, need)
-        if need > len(self.pool):
-            worst = max(groups, key=lambda g: g.prompt_pages + g.own_pages)
-            raise ValueError(
-                f"request {worst.index}: a prompt of {len(worst.request.prompt)} tokens with {worst.request.max_new_tokens} new ones needs {need} pages of "
-                f"{self.page_size} tokens and there is room for {len(self.pool)}: shorten it, or give the sampler more pages or memory"
-            )
+        groups = [Group(number, i, r, list(samples)) for number, (i, r, samples) in enumerate(shares)]
+        self._reserve(groups)
         longest = max((r.max_new_tokens for r in requests), default=1)
         widths = {
             "stop_ids": (torch.int64, max((len(r.stop_ids) for r in requests), default=0)),
-            "tables": (torch.int32, max((g.cached // self.page_size + g.own_pages for g in groups), default=1)),
+            "tables": (torch.int32, max((self._prompt_pages(g) for g in groups), default=1) + (1 if self.cpu else self.pool.run_pages)),
             "out_tokens": (torch.int64, longest),
             "out_logprobs": (torch.float32, longest),
         }
         self.decoder.refresh()
         self._make_buffers(widths)
         return groups
+
+    def _one_temperature(self, requests):
+        """The exact mode computes log-probs in the trainer's kernel, which takes one temperature; elsewhere it does not matter."""
+        temperatures = {r.temperature for r in requests} if self.exact else {None}
+        if len(temperatures) > 1:
+            raise ValueError(f"the exact mode samples at one temperature per call, not at {sorted(temperatures)}")
+        return temperatures.pop() if temperatures else None
+
+    def _prompt_pages(self, group):
+        return -(-group.cached // self.page_size)
+
+    def _own_pages(self, group):
+        """Pages of a sample's run: its tokens from the last prompt token on (the very last is drawn but never fed) and, where pages are read by a table, a
+        copy of what the prompt wrote in its last page."""
+        return -(-(group.request.max_new_tokens + (0 if self.cpu else group.cached % self.page_size)) // self.page_size)
+
+    def _reserve(self, groups):
+        """Pages for the whole rollout of as many rows at a time as memory surely has room for: self.rows. The pool is kept while it is large enough."""
+        own = max((self._own_pages(g) for g in groups), default=1)
+        prompts = sorted((self._prompt_pages(g) for g in groups), reverse=True)
+        budget = self.pages or self._affordable_pages()
+        self.rows, prompt_pages = 0, 0
+        for row in range(min(self.slots, sum(len(g.samples) for g in groups))):
+            prompt = prompts[row] if row < len(prompts) else 0  # at worst every row is of another prompt, of the longest ones
+            if (row + 1) * own + prompt_pages + prompt > budget:
+                break
+            self.rows, prompt_pages = row + 1, prompt_pages + prompt
+        if groups and not self.rows:
+            self._refuse(groups, own + prompts[0], budget)
+        old = self.pool
+        if not old or self.rows > old.runs or own > old.run_pages or prompt_pages > old.prompt_pages:
+            size = [self.rows, own, prompt_pages]
+            larger = [max(size[0], old.runs), max(own, old.run_pages), max(prompt_pages, old.prompt_pages)] if old else size
+            size = larger if larger[0] * larger[1] + larger[2] <= budget else size
+            self.pool = self.decoder = old = None  # free the old pool before the new one is made
+            self.pool = PagePool(self.config, *size, self.page_size, self.dtype, self.device, self.cpu)
+            self.decoder = Decoder(self.model, self.pool, self.cpu, self.exact)
+        self.pool.clear()  # no page survives a call, and a rollout that was interrupted leaves none behind
+
+    def _refuse(self, groups, need, room):
+        prompt, new = max(len(g.request.prompt) for g in groups), max(g.request.max_new_tokens for g in groups)
+        worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g)).index
+        raise ValueError(
+            f"request {worst} can never fit: a prompt of {prompt} tokens and {new} new ones need {need} pages of {self.page_size} tokens and there is room "
+            f"for {room}: shorten it, or give the sampler more pages or memory"
+        )
 
     def _make_buffers(self, widths):
         """Row buffers, kept from call to call while they are wide enough: CUDA graphs hold their addresses."""
@@ -228,18 +222,6 @@ class Sampler:
         self.state = new_state(self.decoder.pad(self.slots), {n: (dtype, max(width, old[n])) for n, (dtype, width) in widths.items()}, self.device)
         self.decoder.graphs = {} if self.decoder.graphs is not None else None
 
-    def _reserve(self, groups, need):
-        """Keep the page pool when it is large enough, else make one. Pages never survive a call: a rollout that was interrupted leaves none behind."""
-        own = max((g.own_pages for g in groups), default=1)
-        prompts = sorted((g.prompt_pages for g in groups), reverse=True)[: self.slots]
-        wanted = min(self.slots, sum(len(g.samples) for g in groups)) * own + sum(prompts)  # with these no row ever waits for memory
-        pages = self.pages or max(1, min(wanted, self._affordable_pages()))
-        if self.pool is None or len(self.pool) < pages:
-            self.pool = self.decoder = None  # free the old pool before the new one is made
-            self.pool = PagePool(self.config, pages, self.page_size, self.dtype, self.device)
-            self.decoder = Decoder(self.model, self.pool)
-        self.pool.clear()
-
     def _affordable_pages(self):
         """Pages in the share of memory that the sampler may take; the pool in use counts as free."""
         c = self.config
@@ -247,23 +229,19 @@ class Sampler:
         return int((free_bytes(self.device) // page_bytes + (len(self.pool) if self.pool else 0)) * MEMORY)
 
     def _admit(self, queue, rows_free):
-        """Start samples from the end of the queue while rows and pages last, prefilling prompts that are new: [(group, sample, own pages)]."""
+        """Start samples from the end of the queue while rows last, prefilling prompts that are new -> [Row]."""
         admitted, fresh = [], []
         while queue and rows_free > 0:
             group = queue[-1]
-            pages_free = len(self.pool.free) - group.prompt_pages * group.fresh
-            count = min(rows_free, len(group.samples), pages_free // group.own_pages)
-            if count <= 0:
-                break
             if group.fresh:
-                pages = self.pool.take(group.prompt_pages, self.version)
-                full = group.cached // self.page_size
+                pages = self.pool.take(self._prompt_pages(group), self.version)
+                full = len(pages) if self.cpu else group.cached // self.page_size
                 group.prefix, group.tail, group.fresh = pages[:full], pages[full:], False
                 fresh.append(group)
-            started, group.samples = group.samples[:count], group.samples[count:]
-            admitted += [(group, sample, self.pool.take(group.own_pages, self.version)) for sample in started]
-            group.running += count
-            rows_free -= count
+            started, group.samples = group.samples[:rows_free], group.samples[rows_free:]
+            admitted += [Row(group, sample, self.pool.take_run(self.version)) for sample in started]
+            group.running += len(started)
+            rows_free -= len(started)
             if not group.samples:
                 queue.pop()
         self._prefill([g for g in fresh if g.cached])
@@ -286,26 +264,41 @@ class Sampler:
 
     def _copy_tails(self, admitted):
         """Give every new sample its own copy of its prompt's last, not full page, to go on writing in."""
-        copies = [(group.tail[0], own[0]) for group, _, own in admitted if group.tail]
+        copies = [(row.group.tail[0], self.pool.run(row.slot)[0]) for row in admitted if row.group.tail]
         if copies:
-            self.pool.copy(*torch.tensor(copies, device=self.device).T)
-        for group in {g.number: g for g, _, _ in admitted}.values():
+            self.pool.copy(copies)
+        for group in {row.group.number: row.group for row in admitted}.values():
             if not group.samples:
                 self.pool.give(group.tail)
                 group.tail = []
 
     def _join(self, rows, state, admitted):
         """Add new rows and sort by group, so that the samples of a group are neighbours."""
-        new = [_row_values(group, sample) for group, sample, _ in admitted]
+        new = [_row_values(row, self.page_size) for row in admitted]
         fields = {name: torch.tensor([values[name] for values in new], dtype=dtype) for name, dtype in ROW.items()}
-        fields["stop_ids"] = _filled([list(g.request.stop_ids) for g, _, _ in admitted], state["stop_ids"], -1)
-        fields["tables"] = _filled([g.prefix + own for g, _, own in admitted], state["tables"], 0)
+        fields["stop_ids"] = _filled([list(row.group.request.stop_ids) for row in admitted], state["stop_ids"], -1)
+        fields["tables"] = _filled([row.group.prefix + ([] if self.cpu else self.pool.run(row.slot)) for row in admitted], state["tables"], 0)
         for name in ("out_tokens", "out_logprobs"):
             fields[name] = torch.zeros(len(new), state[name].shape[1], dtype=state[name].dtype)
         joined = {name: torch.cat([state[name], fields[name].to(self.device)]) for name in state}
         rows = rows + admitted
-        order = sorted(range(len(rows)), key=lambda i: rows[i][0].number)
+        order = sorted(range(len(rows)), key=lambda i: rows[i].group.number)
         return [rows[i] for i in order], _select(joined, torch.tensor(order, device=self.device))
+
+    def _compact(self, rows, state):
+        """CPU attention reads the runs up to the last living one: when a third of them are empty, move the last rows to the front."""
+        count, copies = len(rows), []
+        if max((row.slot for row in rows), default=0) + 1 < 1.5 * count + 4:
+            return
+        for row, tokens in zip(rows, (state["positions"] - state["start"] + 1).tolist()):
+            if row.slot >= count:  # then a run below `count` is free, and take_run gives the lowest
+                pages = self.pool.run(row.slot)
+                target = self.pool.take_run(self.pool.version[pages[0]])
+                copies += zip(pages[: -(-tokens // self.page_size)], self.pool.run(target))
+                self.pool.give_run(row.slot)
+                row.slot = target
+        self.pool.copy(copies)
+        state["slot"] = torch.tensor([row.slot for row in rows])
 
     def _place(self, state):
         """Copy living rows to the fixed buffers, with dead copies of the last one up to a size that the decoder runs."""
@@ -321,9 +314,8 @@ class Sampler:
 
     def _check_versions(self, rows, admitted):
         """Every page about to be read is of the present weights: new rows always, all rows when the version has changed."""
-        changed = rows if self.version != self.checked else admitted
-        for group, _, own in changed:
-            self.pool.check(group.prefix + own, self.version)
+        for row in rows if self.version != self.checked else admitted:
+            self.pool.check(row.group.prefix + self.pool.run(row.slot), self.version)
         self.checked = self.version
 
     def _finish(self, rows, state, alive, on_done):
@@ -333,40 +325,29 @@ class Sampler:
         s = _select({name: state[name] for name in columns}, torch.tensor(ended, device=self.device))
         counts = (s["positions"] + 2 - s["start"]).tolist()
         for i, count, tokens, logprobs in zip(ended, counts, s["out_tokens"].tolist(), s["out_logprobs"].tolist()):
-            group, sample, own = rows[i]
+            group = rows[i].group
             reason = "stop" if tokens[count - 1] in group.request.stop_ids else "length"
             done = self.done[group.index]
-            done.append(Completion(group.index, sample, tokens[:count], logprobs[:count], reason))
+            done.append(Completion(group.index, rows[i].sample, tokens[:count], logprobs[:count], reason))
             self.stats["tokens"] += count
-            self._release(group, own)
+            self._leave(rows[i])
             if on_done and len(done) == group.request.n:
                 on_done(group.index, sorted(done, key=lambda c: c.sample))
 
-    def _release(self, group, own):
-        self.pool.give(own)
-        group.running -= 1
-        if not group.running and not group.samples:
-            self.pool.give(group.prefix)
+    def _leave(self, row):
+        self.pool.give_run(row.slot)
+        row.group.running -= 1
+        if not row.group.running and not row.group.samples:
+            self.pool.give(row.group.prefix)
 
 
-def free_bytes(device):
-    """Memory that can be had now: what CUDA says is free, Linux's MemAvailable, elsewhere half of what is installed."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _row_values(group, sample):
+def _row_values(row, page_size):
     """The one-number columns of a new row (decode.ROW)."""
-    r = group.request
+    r, cached = row.group.request, row.group.cached
     return {
-        "tokens": r.prompt[-1], "positions": group.cached, "start": group.cached + 1, "last": group.cached + r.max_new_tokens, "group": group.number,
-        "prefix": len(group.prefix) * group.page_size, "temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k, "seed": r.seed,
-        "request": r.id, "sample": sample, "alive": True,
+        "tokens": r.prompt[-1], "positions": cached, "start": cached + 1, "last": cached + r.max_new_tokens, "group": row.group.number, "slot": row.slot,
+        "prefix": len(row.group.prefix) * page_size, "temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k, "seed": r.seed, "request": r.id,
+        "sample": row.sample, "alive": True,
     }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ import lora
 import model as model_file
 import sft
 from eval import evaluate
+from exact import make_exact
 from kernels.logprob import fused_policy_loss
 from logs import RunLog
 from metrics import loss_metrics, progress, rollout_metrics
@@ -99,7 +100,7 @@ def loss_of(run, batch):
         return batch.weights[rows] * grpo.token_loss(s, logprobs, entropy, batch, rows)
 
     def head(hidden, weight):
-        return fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss, s.temperature, per_token=s.loss != "gspo")
+        return fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss, s.temperature, per_token=s.loss != "gspo" and not s.exact)
 
     loss, logprobs, entropy = run.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
     return loss, grpo.measure(s, logprobs, entropy, batch)
@@ -224,6 +225,8 @@ def build(s, folder, language, pool, device, report):
     if s.old_logprobs not in ("sampler", "trainer") or (s.tis and s.old_logprobs == "sampler"):
         raise SystemExit(f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two")
     grpo.advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), s.advantage)
+    if s.exact and (device.type == "cpu" or s.lora_rank):
+        raise SystemExit("--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling")
     problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
     source = warm_start(s, folder, problems, language, device, report)
@@ -234,10 +237,12 @@ def build(s, folder, language, pool, device, report):
     sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
     if s.lora_rank:
         lora.attach(model, s.lora_rank, s.lora_alpha or s.lora_rank, s.seed)
+    if s.exact:
+        make_exact(model)
     model = distributed.shard(model, device)
     run = Run(
         s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
-        Sampler(sampler_model, slots=s.slots), judge, problems, held_out,
+        Sampler(sampler_model, slots=s.slots, exact=s.exact), judge, problems, held_out,
     )  # fmt: skip
     if s.kl_coef and not s.lora_rank:
         run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)

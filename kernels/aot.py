@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import TensorDescriptor, advantage, attention, head, layers, sampling, triton
+from kernels import TensorDescriptor, advantage, attention, head, layers, linear, sampling, triton
 
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes of shared memory a block may ask for; the compiler does not check it
@@ -51,6 +51,7 @@ def launch_all(arch):
         if name in ("0.5B", "1.5B"):  # the row kernels of the others are the same code
             launch_layers(width, intermediate, heads, kv_heads, head_dim)
     launch_attention(14, 2, 64, 16, arch)  # the smallest page, where a tile is 16 tokens
+    linear._linear(tensor(256, 1536), tensor(2048, 1536), arch)
     hidden, weight, rows, column = tensor(4096, 1536), tensor(VOCABULARY, 1536), integers(4096), floats(4096)
     head.stats(hidden, weight, rows, 1.0, arch)
     head.gradient(hidden, weight, rows, column, column, column, column, 1.0, arch)

@@ -178,10 +178,10 @@ def _uniforms(seeds, requests, samples, positions):
     return out
 
 
-def _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, arch=None):
+def _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, arch=None, one_tile=False):
     arch = arch or architecture(hidden)
     (rows, width), vocabulary, device = hidden.shape, len(weight), hidden.device
-    tile, tiles = TILES["few" if rows <= 64 else "many", arch], triton.cdiv(vocabulary, TILE)
+    tile, tiles = TILES["few" if rows <= 64 and not one_tile else "many", arch], triton.cdiv(vocabulary, TILE)
     uniforms = _uniforms(seeds, requests, samples, positions)
     top, mass, moment, logit = (head.floats(rows, tiles, device=device) for _ in range(4))
     results = (top, mass, moment, torch.empty(rows, tiles, dtype=torch.int32, device=device), logit)
@@ -198,14 +198,16 @@ def _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positi
 # Public functions
 
 
-def sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions):
+def sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, one_tile=False):
     """Draw one token per row from softmax(hidden @ weight.T / temperature): (tokens [B] int64, logprobs [B] fp32, entropy [B] fp32).
 
     hidden [B, D], weight [V, D], temperature [B] fp32 (0 = greedy: the first maximum, log-prob and entropy of the untempered distribution), and the
-    draw's key: seeds, requests, samples, positions [B] int64. No logits reach memory on CUDA (bf16 or fp16, D a multiple of 64).
+    draw's key: seeds, requests, samples, positions [B] int64. No logits reach memory on CUDA (bf16 or fp16, D a multiple of 64). one_tile: the same
+    tile for every number of rows, so that a row's last bits do not depend on it.
     """
-    run = _sample_tokens if head.fits(hidden) else sample_tokens_reference
-    return run(hidden, weight, temperature, seeds, requests, samples, positions)
+    if head.fits(hidden):
+        return _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, one_tile=one_tile)
+    return sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions)
 
 
 def _truncate(logits, top_p, top_k):

@@ -1,0 +1,91 @@
+"""The key-value cache of the sampler: pages, who holds them, and which weights wrote them."""
+
+import heapq
+import os
+
+import torch
+
+
+class StalePageError(RuntimeError):
+    """A page written under other weights was about to be read."""
+
+
+class PagePool:
+    """Keys and values of every layer as pages [pages, kv heads, page_size, head_dim], stamped with the weight version that wrote them.
+
+    The first `runs` x `run_pages` pages are runs, one for each row's own tokens; the rest holds prompts. On CPU the tensors lie in memory heads first, so
+    that a run is one piece and all runs are one strided tensor, read without a copy.
+    """
+
+    def __init__(self, config, runs, run_pages, prompt_pages, page_size, dtype, device, heads_first):
+        self.runs, self.run_pages, self.page_size, self.prompt_pages = runs, run_pages, page_size, prompt_pages
+        count = runs * run_pages + prompt_pages + 1  # the last one takes what dead rows write on CPU
+        self.k, self.v = [], []
+        for layers in (self.k, self.v):
+            for _ in range(config.num_hidden_layers):
+                shape = (config.num_key_value_heads, count) if heads_first else (count, config.num_key_value_heads)
+                pages = torch.zeros(*shape, page_size, config.head_dim, dtype=dtype, device=device)
+                layers.append(pages.transpose(0, 1) if heads_first else pages)
+        self.clear()
+
+    def __len__(self):
+        return len(self.version)
+
+    def clear(self):
+        self.version = [None] * len(self.k[0])
+        self.free_runs = list(range(self.runs))  # a heap: the lowest first
+        self.free = list(range(self.runs * self.run_pages, len(self) - 1))
+
+    def run(self, slot):
+        """Pages of a run."""
+        return list(range(slot * self.run_pages, (slot + 1) * self.run_pages))
+
+    def take_run(self, version):
+        """Reserve the lowest free run for keys and values of weight version `version` -> its number."""
+        slot = heapq.heappop(self.free_runs)
+        self.version[slot * self.run_pages : (slot + 1) * self.run_pages] = [version] * self.run_pages
+        return slot
+
+    def give_run(self, slot):
+        """Hand a run back: what it holds may not be read any more."""
+        heapq.heappush(self.free_runs, slot)
+        self.version[slot * self.run_pages : (slot + 1) * self.run_pages] = [None] * self.run_pages
+
+    def take(self, count, version):
+        """Reserve `count` pages for a prompt."""
+        taken = [self.free.pop() for _ in range(count)]
+        for page in taken:
+            self.version[page] = version
+        return taken
+
+    def give(self, pages):
+        for page in pages:
+            self.version[page] = None
+        self.free.extend(pages)
+
+    def check(self, pages, version):
+        """Refuse to read a page that was not written under weight version `version`."""
+        for page in pages:
+            if self.version[page] != version:
+                raise StalePageError(
+                    f"page {page} holds keys and values of weight version {self.version[page]}, the weights are now version {version}: "
+                    "call load() between two generate() calls, not during one"
+                )
+
+    def copy(self, copies):
+        """Copy whole pages in every layer; copies: [(from, to)]."""
+        sources, targets = torch.tensor(copies, dtype=torch.int64, device=self.k[0].device).view(-1, 2).T
+        for pages in self.k + self.v:
+            pages[targets] = pages[sources]
+
+
+def free_bytes(device):
+    """Memory that this process can have now: what CUDA says is free; on CPU its rank's share of Linux's MemAvailable, elsewhere of half of what is installed."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as lines:
+            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
