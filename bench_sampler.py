@@ -19,6 +19,9 @@ import resource
 import statistics
 import tempfile
 import time
+from dataclasses import replace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py has it: threads that spin would count as work
 
 import torch
 
@@ -79,6 +82,8 @@ def bench_checkpoint(options):
     ours = Sampler(model_file.load(options.model, DTYPE, DEVICE).requires_grad_(False), slots=64)
     peer = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPE).to(DEVICE).eval()
     cases = question_cases(ChatTokenizer(options.model), options.new, options.data)
+    warm = [replace(cases["16"][0], max_new_tokens=2)]  # weights are packed, allocators filled, kernels compiled
+    ours.generate(warm), generate_with(peer, warm)
     print(f"{'sequences':>10} {'ours tok/s':>12} {'generate tok/s':>15} {'ratio':>7} {'ratio of CPU s':>15}   (medians of {options.rounds}, taken in turn)")
     rows = []
     for name in options.cases.split(","):

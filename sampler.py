@@ -78,9 +78,9 @@ class Row:
 class Sampler:
     """Samples from `model`, reading its weights in place. Call load() after every weight update."""
 
-    def __init__(self, model, slots=256, page_size=None, pages=None, share_prefix=True, exact=False):
-        """slots: samples decoded together. page_size: tokens per page, a multiple of 16. pages: size of the pool; None = what the requests need,
-        within half of the memory that is free. share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's
+    def __init__(self, model, slots=256, page_size=None, memory=None, share_prefix=True, exact=False):
+        """slots: samples decoded together. page_size: tokens per page, a multiple of 16. memory: most bytes of keys and values; None = half of
+        what is free when they are first needed. Never more than the requests need; with less, fewer samples run together. share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's
         mode with the trainer's arithmetic (exact.py); all requests of a call then have one temperature.
         """
         weight = model.embed.weight
@@ -89,7 +89,9 @@ class Sampler:
         self.page_size = page_size or (UNIT if self.cpu else 8192 // self.config.head_dim)
         if self.page_size % UNIT:
             raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")
-        self.pages, self.pool, self.decoder, self.state, self.version, self.checked = pages, None, None, None, 0, 0
+        c = self.config
+        self.page_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.page_size * self.dtype.itemsize
+        self.memory, self.pool, self.decoder, self.state, self.version, self.checked = memory, None, None, None, 0, 0
         self.look_every = 1 if self.cpu else 8  # steps between two looks of the host at the rows that ended
         self.stats = {}
 
@@ -186,7 +188,7 @@ class Sampler:
         """Pages for the whole rollout of as many rows at a time as memory surely has room for: self.rows. The pool is kept while it is large enough."""
         own = max((self._own_pages(g) for g in groups), default=1)
         prompts = sorted((self._prompt_pages(g) for g in groups), reverse=True)
-        budget = self.pages or self._affordable_pages()
+        budget = self._affordable_pages() - 1  # the pool's spare page
         self.rows, prompt_pages = 0, 0
         for row in range(min(self.slots, sum(len(g.samples) for g in groups))):
             prompt = prompts[row] if row < len(prompts) else 0  # at worst every row is of another prompt, of the longest ones
@@ -210,7 +212,7 @@ class Sampler:
         worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g)).index
         raise ValueError(
             f"request {worst} can never fit: a prompt of {prompt} tokens and {new} new ones need {need} pages of {self.page_size} tokens and there is room "
-            f"for {room}: shorten it, or give the sampler more pages or memory"
+            f"for {room}: shorten it, or give the sampler more memory"
         )
 
     def _make_buffers(self, widths):
@@ -223,10 +225,14 @@ class Sampler:
         self.decoder.graphs = {} if self.decoder.graphs is not None else None
 
     def _affordable_pages(self):
-        """Pages in the share of memory that the sampler may take; the pool in use counts as free."""
-        c = self.config
-        page_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.page_size * self.dtype.itemsize
-        return int((free_bytes(self.device) // page_bytes + (len(self.pool) if self.pool else 0)) * MEMORY)
+        """Pages in the memory that the sampler may take; the pool in use counts as free."""
+        if self.memory is not None:
+            return int(self.memory // self.page_bytes)
+        return int((free_bytes(self.device) // self.page_bytes + (len(self.pool) if self.pool else 0)) * MEMORY)
+
+    def held_bytes(self):
+        """Keys and values in memory now, whether or not a rollout runs."""
+        return len(self.pool) * self.page_bytes if self.pool else 0
 
     def _admit(self, queue, rows_free):
         """Start samples from the end of the queue while rows last, prefilling prompts that are new -> [Row]."""

@@ -59,6 +59,7 @@ class Settings:
     token_budget: int = setting(16384, "most tokens in one micro-batch of one rank")
     share_prompts: bool = setting(True, "compute a prompt once for all completions of its group in the update")
     gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    sampler_gb: float = setting(0.0, "most GB of keys and values on one rank, held while training runs too; 0 = half of what is free at the start")
     exact: bool = setting(False, "on a GPU: sampler and trainer do the same arithmetic, log-probs equal to the last bit (exact.py); slower")
     slots: int = setting(256, "sequences sampled at the same time on one rank")
     eval_every: int = setting(100, "steps between evaluations on held-out problems; 0 = only before and after")

@@ -130,6 +130,7 @@ def train_step(run, step):
     }
     if run.device.type == "cuda":
         times["perf/peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        times["perf/sampler_mem_gb"] = run.sampler.held_bytes() / 1e9  # keys and values, kept through the update
     return metrics, times, [sample_row(run, x) for x in samples[: s.logged_samples]]
 
 
@@ -242,7 +243,7 @@ def build(s, folder, language, pool, device, report):
     model = distributed.shard(model, device)
     run = Run(
         s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
-        Sampler(sampler_model, slots=s.slots, exact=s.exact), judge, problems, held_out,
+        Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact), judge, problems, held_out,
     )  # fmt: skip
     if s.kl_coef and not s.lora_rank:
         run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # multiprocessor and hide each other's epilogue, 168 at 128 threads three.
 REGISTERS = {
     ("stats_kernel", 90): 128, ("gradient_kernel", 90): 128, ("draw_kernel", 90): 168, ("decode_kernel", 90): 144, ("prefix_kernel", 90): 232,
-    ("stats_kernel", 80): 192, ("gradient_kernel", 80): 192, ("draw_kernel", 80): 240, ("decode_kernel", 80): 144, ("prefix_kernel", 80): 240,
+    ("linear_kernel", 80): 168, ("stats_kernel", 80): 192, ("gradient_kernel", 80): 192, ("draw_kernel", 80): 240, ("decode_kernel", 80): 144, ("prefix_kernel", 80): 240,
 }  # fmt: skip
 ROW_KERNEL_REGISTERS = 128
 # Instruction that proves tensor cores: HGMMA is Hopper's WGMMA, HMMA the older kind, which a 16-row decode tile uses on both.
-TENSOR_CORES = {"stats_kernel": "HGMMA", "gradient_kernel": "HGMMA", "draw_kernel": "HGMMA", "prefix_kernel": "HGMMA", "decode_kernel": "HMMA"}
+TENSOR_CORES = {"stats_kernel": "HGMMA", "gradient_kernel": "HGMMA", "draw_kernel": "HGMMA", "prefix_kernel": "HGMMA", "decode_kernel": "HMMA", "linear_kernel": "HGMMA"}
 
 
 @pytest.fixture(scope="module")
@@ -54,5 +54,5 @@ def test_matrix_products_run_on_tensor_cores_and_load_asynchronously(compiled):
     for row in compiled:
         if row["kernel"] in TENSOR_CORES:
             assert row[TENSOR_CORES[row["kernel"]] if row["arch"] == 90 else "HMMA"] > 0, row
-            tma = row["arch"] == 90 and row["kernel"] in ("stats_kernel", "gradient_kernel", "draw_kernel")
+            tma = row["arch"] == 90 and row["kernel"] in ("stats_kernel", "gradient_kernel", "draw_kernel", "linear_kernel")
             assert row["UTMALDG" if tma else "LDGSTS"] > 0, row

@@ -64,11 +64,13 @@ def test_logprobs_are_the_trainers_beyond_one_attention_chunk(model):
     assert values(Sampler(model, slots=2, page_size=64).generate(asked)) == values(groups)
 
 
+PAGE_BYTES = 2 * 2 * 2 * 32 * 16 * 4  # keys and values, layers, KV heads, head dim, tokens, fp32
+
 VARIANTS = {
     "one slot": dict(slots=1),
     "few slots": dict(slots=7),
     "large pages": dict(page_size=64),
-    "few pages": dict(slots=48, pages=40),
+    "little memory": dict(slots=48, memory=40 * PAGE_BYTES),
     "no sharing": dict(share_prefix=False),
 }
 
@@ -186,15 +188,35 @@ def test_top_k_and_top_p(model):
 
 
 def test_groups_are_handed_over_as_they_finish(model):
+    """So that rewards overlap sampling: half of the groups are with the judge before half of the steps are done."""
     asked, seen = requests(n=3), []
     sampler = Sampler(model, slots=5)
-    groups = sampler.generate(asked, on_done=lambda i, completions: seen.append((i, completions)))
-    assert sorted(i for i, _ in seen) == list(range(len(asked)))
-    assert all(values([completions]) == values([groups[i]]) for i, completions in seen)
+    groups = sampler.generate(asked, on_done=lambda i, completions: seen.append((i, completions, sampler.stats["steps"])))
+    assert sorted(i for i, *_ in seen) == list(range(len(asked)))
+    assert all(values([completions]) == values([groups[i]]) for i, completions, _ in seen)
+    assert seen[len(seen) // 2 - 1][2] < 0.6 * sampler.stats["steps"] and seen[-1][2] == sampler.stats["steps"]
     assert sampler.stats["tokens"] == sum(len(c.tokens) for g in groups for c in g)
     assert sorted(sampler.pool.free_runs) == list(range(sampler.pool.runs)) and len(sampler.pool.free) == sampler.pool.prompt_pages
     static = sum(max(len(c.tokens) for c in g) for g in groups)  # steps of a batch that waits for its longest
     assert sampler.stats["steps"] < 0.8 * static
+
+
+def test_memory_is_what_the_requests_need_or_what_is_allowed(model, monkeypatch):
+    """24 rows of 3 pages and 6 prompt pages at most each; never a share of what happens to be free; held until release()."""
+    asked = requests(n=3)
+    prompts = sum(-(-(len(r.prompt) - 1) // 16) for r in asked)
+    sampler = Sampler(model)
+    expected = values(sampler.generate(asked))
+    assert sampler.held_bytes() == (24 * 3 + prompts + 1) * PAGE_BYTES
+    allowed = Sampler(model, memory=31 * PAGE_BYTES)
+    assert values(allowed.generate(asked)) == expected and allowed.rows == 5  # 5 x 3 pages and the prompts of 6, 5, 3, 1 and 1
+    assert allowed.held_bytes() <= allowed.memory
+    scarce = Sampler(model)
+    monkeypatch.setattr("sampler.free_bytes", lambda device: 60 * PAGE_BYTES - scarce.held_bytes())
+    for _ in range(2):
+        assert values(scarce.generate(asked)) == expected and scarce.rows == 4 and scarce.held_bytes() <= 30 * PAGE_BYTES
+    scarce.release()
+    assert scarce.held_bytes() == 0
 
 
 def test_new_weights_are_used_and_old_pages_refused(model):
@@ -219,7 +241,7 @@ def test_what_cannot_run_is_refused_with_a_sentence(model):
         with pytest.raises(ValueError, match=match):
             (sampler or Sampler(model)).generate([dataclasses.replace(requests(lengths=(40,))[0], **changes)])
 
-    refused("need 6 pages of 16 tokens and there is room for 4", Sampler(model, pages=4))
+    refused("need 6 pages of 16 tokens and there is room for 4", Sampler(model, memory=5 * PAGE_BYTES))
     refused("longer than the model's 2048 positions", max_new_tokens=2020)
     refused("empty prompt", prompt=[])
     refused("outside the model's vocabulary of 331", prompt=[1, 331])

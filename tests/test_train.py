@@ -133,6 +133,8 @@ def test_sampler_and_trainer_agree_and_a_run_leaves_readable_files(straight):
     for row in rows(straight):
         assert row["sampling/sampling_logp_difference/max"] < 1e-5  # DESIGN.md invariant 1, in the loop
         assert row["grad_norm"] > 0 and row["step"] == rows(straight).index(row) + 1
+    for row in rows(straight, "times.jsonl"):  # what sampling did not hide of the programs' time
+        assert 0 <= row["time/reward"] < row["time/step"] and row["time/generate"] > 0
     assert json.loads((straight / "config.json").read_text())["task"] == "sums"
     assert (straight / "source" / "train.py").exists() and len(rows(straight, "samples.jsonl")) == 4 * 8
     assert model_file.load(straight / "checkpoints" / "step_4").config.num_hidden_layers == 5
