@@ -1,0 +1,491 @@
+"""Code translation with a hidden unit test as the reward (OORL, arXiv 2505.12723): problems, prompts, and the judge.
+
+A problem has a source function (Python or C++), a target language drawn for it, and input/output cases that belong to no language. In a language whose
+TOML has a [call] table the model writes a function `f`, which is called with each case's arguments as literals of that language; in any other it writes
+a program that reads them from standard input. What comes out is compared here: neither prompt nor sandbox ever sees an expected output.
+
+Problems of the user's own (SYNTHETIC-1, APPS ...) are JSON lines, given by --translate_data; README has the form.
+"""
+
+import ast
+import concurrent.futures
+import math
+import os
+import random
+import re
+from dataclasses import dataclass, replace
+
+from proposals import call_files, outcomes
+from literals import read_one
+from rewards import Parsed, Verdict
+from sandbox import Job
+from sandbox.languages import load_language
+from tasks import find_data, read_jsonl
+from values import Map, Symbol, write
+
+SETS = ("multipl_t", "transcoder_gfg", "mbxp", "exercism")
+HELD_OUT = 0.1  # share of problems kept for evaluation, by their id
+CALLS, RUNS = 10, 4  # cases per problem: calls are one process together, standard input takes a process (and a compilation) each
+TRANSLATABLE = {"python": "Python", "cpp": "C++"}
+
+# Exercism's own language-neutral cases (problem-specifications) by exercise: the properties for which the Python track's example is a function that
+# takes a case's inputs in their order and passes every case (test_translate.py runs them all). Examples with classes have no such function.
+EXERCISM = """
+acronym:abbreviate all-your-base:rebase alphametics:solve anagram:find_anagrams armstrong-numbers:is_armstrong_number
+atbash-cipher:decode,encode binary-search:find bob:response book-store:total bottle-song:recite camicia:simulate_game
+change:find_fewest_coins collatz-conjecture:steps darts:score difference-of-squares:difference_of_squares,square_of_sum,sum_of_squares
+eliuds-eggs:egg_count flatten-array:flatten flower-field:annotate forth:evaluate game-of-life:tick grains:square hamming:distance
+house:recite isbn-verifier:is_valid isogram:is_isogram knapsack:maximum_value largest-series-product:largest_product leap:leap_year
+list-ops:append,concat,length,reverse markdown:parse matching-brackets:is_paired minesweeper:annotate nth-prime:prime ocr-numbers:convert
+pangram:is_pangram pascals-triangle:rows perfect-numbers:classify poker:best_hands prime-factors:factors protein-translation:proteins
+rail-fence-cipher:decode,encode raindrops:convert rectangles:rectangles resistor-color:color_code resistor-color-duo:value
+rna-transcription:to_rna roman-numerals:roman rotational-cipher:rotate run-length-encoding:decode,encode satellite:tree_from_traversals
+say:say scrabble-score:score series:slices sieve:primes spiral-matrix:spiral_matrix square-root:square_root tournament:tally
+triangle:equilateral,isosceles,scalene twelve-days:recite variable-length-quantity:decode,encode wordy:answer
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hidden test: args and expected (plain JSON values), or stdin and stdout."""
+
+    args: tuple | None = None
+    expected: object = None
+    stdin: str | None = None
+    stdout: str | None = None
+
+
+@dataclass(frozen=True)
+class Translation:
+    id: str  # "translate/mbxp/11/python"
+    source_language: str  # python, cpp
+    question: str  # the source program, as the model and the log see it
+    entry: str  # its function; "" for a whole program that reads standard input
+    cases: tuple
+    target: str = ""  # name of the language to write
+    task: str = "translate"
+    answer: None = None
+    steps: tuple = ()
+
+
+# ---- data ----
+
+
+def load(split, targets, data=None, path="", count=None, seed=0):
+    """list[Translation] for the target languages (Language objects), one drawn for each problem by `seed` among those that can say its cases.
+
+    path: JSON lines of the user's instead of the built-in sets. Every tenth problem by id is held out for split "test". What overlaps MultiPL-E
+    (its name, MBPP id, or 13 words in a row of a prompt or canonical solution) is dropped. ValueError with a sentence when nothing is left.
+    """
+    problems = read_problems(path) if path else built_in(data)
+    benchmark = Benchmark(data)
+    kept = [p for p in problems if not benchmark.contains(p) and held_out(p.id) == (split == "test")]
+    drawn = []
+    for p in kept:
+        fits = [t for t in targets if t.name != p.source_language and form(p, t)]
+        if fits:
+            drawn.append(Translation(**{**vars(p), "target": random.Random(f"{seed}/{p.id}").choice(fits).name}))
+    if not drawn:
+        raise ValueError(f"no problem of {path or ', '.join(SETS)} can be translated to {', '.join(t.name for t in targets)}: check --lang and --translate_data")
+    if count is None or count >= len(drawn):
+        return drawn
+    return [drawn[i] for i in sorted(random.Random(seed).sample(range(len(drawn)), count))]
+
+
+def held_out(id):
+    """The same for every source language of a problem, so that a held-out function is in no training prompt."""
+    return random.Random(id.rpartition("/")[0] or id).random() < HELD_OUT
+
+
+def built_in(data=None):
+    """Problems of the four sets that are at hand, in a fixed order."""
+    found = {name: reader(data) for name, reader in READERS.items()}
+    if not any(found.values()):
+        raise ValueError(f"no translation data: put {', '.join(SETS)} under --data, RARECODE_DATA or ../shared/data, or give --translate_data FILE")
+    return [p for problems in found.values() for p in problems]
+
+
+def read_problems(path):
+    """The user's JSON lines: {"id", "source", "source_language", "tests", "entry" (with args)}, tests of {"args", "expected"} or {"stdin", "stdout"}."""
+    return [p for p in read_jsonl(path, _user_row)]
+
+
+def _user_row(index, row):
+    cases = tuple(_case(test) for test in row["tests"])
+    calls = [c for c in cases if c.stdin is None]
+    if not cases or (calls and len(calls) != len(cases)):
+        raise ValueError("tests must all be {args, expected} or all {stdin, stdout}, at least one")
+    if calls and not row.get("entry"):
+        raise ValueError("tests with args need entry, the name of the source's function")
+    if row["source_language"] not in TRANSLATABLE:
+        raise ValueError(f"source_language is {row['source_language']!r}: use {' or '.join(TRANSLATABLE)}")
+    return Translation(f"user/{row.get('id', index)}/{row['source_language']}", row["source_language"], row["source"], row.get("entry", ""), cases)
+
+
+def _case(test):
+    if "stdin" in test:
+        return Case(stdin=str(test["stdin"]), stdout=str(test["stdout"]))
+    return Case(args=tuple(test["args"]), expected=test["expected"])
+
+
+def _multipl_t(data):
+    def read(_, row):
+        if not (row["python"] and row["python_verified"] and row["io_tests"]):
+            return None
+        cases = tuple(map(_case, row["io_tests"]))
+        return Translation(f"translate/multipl_t/{row['name']}/python", "python", without_docstrings(row["python"]), row["entry_point"], cases)
+
+    return _rows("multipl_t/python_to_rkt_ml_lua.jsonl", read, data)
+
+
+def _transcoder_gfg(data):
+    def read(_, row):
+        languages = [name for name in TRANSLATABLE if name in row["functions"]] if row.get("io_tests") else []
+        cases = tuple(map(_case, row["io_tests"] or ()))
+        return [Translation(f"translate/gfg/{row['name']}/{n}", n, row["functions"][n].strip(), "f_gold", cases) for n in languages]
+
+    return [p for problems in _rows("transcoder_gfg/gfg.jsonl", read, data) for p in problems]
+
+
+def _mbxp(data):
+    """MBPP's functions in Python and C++ (MBXP), less the ids that MultiPL-E tests on; cases from MBPP's assertions."""
+    evaluated = set(_rows("multipl_e/v3/mbpp-py-reworded.jsonl", lambda _, row: int(row["name"].split("_")[1]), data))
+    if not evaluated:
+        return []  # without MultiPL-E's list of ids nobody can say what may be trained on
+    rows = {}
+    for language, name in (("python", "mbpp"), ("cpp", "mbcpp")):
+        for number, row in _rows(f"mbxp/{name}_release_v1.jsonl", lambda _, row: (int(row["task_id"].split("/")[1]), row), data):
+            if number not in evaluated and row["canonical_solution"]:
+                rows.setdefault(number, {})[language] = row
+    problems = []
+    for number, by_language in rows.items():
+        cases = _asserted(by_language["python"]["test"]) if "python" in by_language else ()
+        for language, row in by_language.items() if cases else ():
+            source = row["prompt"] + row["canonical_solution"]
+            source = without_docstrings(source) if language == "python" else re.sub(r"/\*.*?\*/\s*", "", source, flags=re.DOTALL)
+            problems.append(Translation(f"translate/mbxp/{number}/{language}", language, source.strip(), row["entry_point"], cases))
+    return problems
+
+
+def _asserted(text):
+    """Cases of "assert candidate(args) == expected" lines whose values are literals; () when one is not."""
+    cases = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assert):
+            try:
+                call, expected = node.test.left, node.test.comparators[0]
+                values = [_plain(ast.literal_eval(v)) for v in (*call.args, expected)]
+                cases.append(Case(args=tuple(values[:-1]), expected=values[-1]))
+            except (ValueError, AttributeError, IndexError):
+                return ()
+    return tuple(cases)
+
+
+def _plain(value):
+    """A Python literal as JSON: tuples as lists. ValueError for sets, complex numbers and bytes."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {k: _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise ValueError
+
+
+def _exercism(data):
+    """Exercises with language-neutral cases, from the Python track's examples."""
+    specifications = dict(_rows("exercism/problem-specifications.jsonl", lambda _, row: (row["slug"], row["canonical_data"]), data))
+    names = {slug: properties.split(",") for slug, properties in (word.split(":") for word in EXERCISM.split())}
+    problems = []
+    for slug, source in _rows("exercism/python.jsonl", lambda _, row: (row["slug"], "\n".join(row["example"].values())), data):
+        for name in names.get(slug, ()):
+            cases = exercism_cases(specifications[slug], name)
+            problems.append(Translation(f"translate/exercism/{slug}.{name}/python", "python", without_docstrings(source), name, cases))
+    return problems
+
+
+def exercism_cases(canonical, name):
+    """Cases of one property (as a Python name) that expect a value, not an error."""
+    cases, waiting = [], list(canonical.get("cases", []))
+    while waiting:
+        case = waiting.pop(0)
+        waiting = case.get("cases", []) + waiting
+        if re.sub(r"(?<!^)(?=[A-Z])", "_", case.get("property", "")).lower() == name and not (isinstance(case["expected"], dict) and "error" in case["expected"]):
+            cases.append(Case(args=tuple(case["input"].values()), expected=case["expected"]))
+    return tuple(cases)
+
+
+READERS = {"multipl_t": _multipl_t, "transcoder_gfg": _transcoder_gfg, "mbxp": _mbxp, "exercism": _exercism}
+
+
+def _rows(name, read, data):
+    path = find_data(name, data)
+    return [row for row in read_jsonl(path, read) if row is not None] if path else []
+
+
+def without_docstrings(source):
+    """Python text without docstrings: they may hold examples, and examples are tests."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    lines = source.splitlines()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if not isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) or not body or ast.get_docstring(node, clean=False) is None:
+            continue
+        first = body[0]
+        kept = " " * first.col_offset + "pass" if len(body) == 1 else None
+        lines[first.lineno - 1 : first.end_lineno] = [kept] + [None] * (first.end_lineno - first.lineno)
+    return "\n".join(line for line in lines if line is not None)
+
+
+class Benchmark:
+    """What MultiPL-E tests, as far as it is at hand: names, and every 13 words in a row of prompts and canonical solutions."""
+
+    WORDS = 13
+
+    def __init__(self, data=None):
+        prompts = [r for f in ("humaneval", "mbpp") for r in _rows(f"multipl_e/v3/{f}-py-reworded.jsonl", lambda _, row: (row["name"], row["prompt"]), data)]
+        solved = _rows("humaneval/HumanEval.jsonl", lambda _, row: row["prompt"] + row["canonical_solution"], data)
+        self.names = {_bare(name.split("_", 2)[2]) for name, _ in prompts}
+        self.grams = {gram for text in [p for _, p in prompts] + solved for gram in grams(text, self.WORDS)}
+
+    def contains(self, problem):
+        title = problem.id.split("/")[2 if problem.id.startswith("translate/") else 1]
+        return bool({_bare(problem.entry), _bare(title)} & self.names) or not self.grams.isdisjoint(grams(problem.question, self.WORDS))
+
+
+def _bare(name):
+    return name.replace("_", "").lower()
+
+
+def grams(text, n):
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+# ---- cases in a target language ----
+
+
+def form(problem, language):
+    """How a problem's cases are put to a target: "call" (literals, [call] table), "stdin", or None when the language cannot say them."""
+    if problem.cases[0].stdin is not None:
+        return "stdin"
+    if "values" in language.call and "main" in language.call and all(_writable(v, language) for c in problem.cases[:CALLS] for v in (*c.args, c.expected)):
+        return "call" if all(c.args for c in problem.cases) else None
+    return "stdin" if all(_line(v) is not None for c in problem.cases[:RUNS] for v in (*c.args, c.expected)) else None
+
+
+def _writable(value, language):
+    try:
+        write(value, language)
+        return True
+    except ValueError:
+        return False
+
+
+def _line(value):
+    """A value as one line of standard input or output: 3, 2.5, true, text as it is, a flat list with one space between; None when it cannot be one."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value) if abs(value) < 2**53 else None
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return value if value.strip() == value and value.isprintable() and value else None
+    if not isinstance(value, list) or any(isinstance(v, (list, str)) and (not isinstance(v, str) or not v or re.search(r"\s", v)) for v in value):
+        return None
+    parts = [_line(v) for v in value]
+    return None if None in parts else " ".join(parts)
+
+
+CALL_PROMPT = """Translate this {source} code to {title}.
+
+```{source_fence}
+{question}
+```
+
+Write the {title} counterpart of `{entry}` and call it `f`: same arguments in the same order, same result. {rules}
+Hidden tests call it. {shape}"""
+STDIN_PROMPT = """Translate this {source} code to {title}.
+
+```{source_fence}
+{question}
+```
+
+Write a {title} program that {task}. Hidden tests run it. {shape}"""
+READS_ARGUMENTS = """reads the arguments of `{entry}` from standard input, one per line and in their order, and prints its result. \
+Numbers and text stand as they are, truth values are true or false, and a list is its elements with one space between"""
+SHAPE = "Answer with exactly one ```{fence} code block that holds the whole {title} code, and nothing after it."
+
+
+def messages(problem):
+    """The chat that asks for a translation. Expected outputs and inputs of the tests are not in it."""
+    target = load_language(problem.target)
+    words = {
+        "source": TRANSLATABLE[problem.source_language], "source_fence": problem.source_language, "question": problem.question,
+        "title": target.title, "entry": problem.entry, "rules": target.call.get("rules", ""), "shape": SHAPE.format(fence=target.fence[0], title=target.title),
+    }  # fmt: skip
+    if form(problem, target) == "call":
+        return [{"role": "user", "content": CALL_PROMPT.format(**words)}]
+    task = READS_ARGUMENTS.format(**words) if problem.entry else "does the same: it reads the same standard input and prints the same"
+    return [{"role": "user", "content": STDIN_PROMPT.format(**words, task=task)}]
+
+
+# ---- the judge ----
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A translation whose tests are running. future: done when all of them are."""
+
+    problem: Translation
+    sample: int
+    text: str
+    parsed: Parsed
+    nonce: str
+    jobs: list
+    future: concurrent.futures.Future | None
+
+
+def parse(text, language):
+    """The code of a completion and whether its form is right: exactly one fenced block, marked with the language, nothing after it."""
+    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", text, re.DOTALL | re.MULTILINE)
+    right = len(blocks) == 1 and text.count("```") == 2 and text.rstrip().endswith("```") and blocks[0][0].strip().lower() in language.fence
+    code = blocks[-1][1].strip("\n") if blocks else ""
+    return Parsed("", code, "", right and bool(code.strip()))
+
+
+class TranslateJudge:
+    """Binary reward: 1 when the form is right, the program compiles and every hidden case passes; submit() and collect() as rewards.Judge.
+
+    random_reward: the control, a fair coin per (seed, problem, sample).
+    """
+
+    def __init__(self, pool, random_reward=False, seed=0):
+        self.pool, self.random_reward, self.seed = pool, random_reward, seed
+
+    def submit(self, problem, text, sample=0):
+        language = load_language(problem.target)
+        parsed, nonce = parse(text, language), os.urandom(12).hex()
+        jobs = [self.pool.submit(job) for job in case_jobs(problem, language, parsed.code, nonce)] if parsed.code.strip() else []
+        return Submission(problem, sample, text, parsed, nonce, jobs, _when_all_are_done(jobs) if jobs else None)
+
+    def collect(self, submissions, deadline=None):
+        """Verdicts in order; what is not done `deadline` seconds from now is a sandbox error (nan), never a 0."""
+        concurrent.futures.wait([s.future for s in submissions if s.future], timeout=deadline)
+        return [self._verdict(s) for s in submissions]
+
+    def _verdict(self, s):
+        status, passed = self._outcome(s)
+        correct = bool(passed) and all(passed)
+        share = sum(passed) / len(passed) if passed else 0.0
+        reward = float(correct and s.parsed.format_ok)
+        if status == "sandbox_error" and s.parsed.format_ok:
+            reward = share = math.nan
+        components = {"correct": reward, "format": float(s.parsed.format_ok), "tests_passed": share}
+        if self.random_reward:
+            reward = float(random.Random(f"{self.seed}/{s.problem.id}/{s.sample}").random() < 0.5)
+        return Verdict(
+            problem=s.problem.id, reward=reward, components=components, correct=correct, status=status, value=f"{sum(passed)}/{len(s.problem.cases)}",
+            program=s.parsed.code, parsed=s.parsed, constant=False, leaked=False,
+        )  # fmt: skip
+
+    def _outcome(self, s):
+        """(status, [passed] per case that was run): the first status that is not ok speaks for all."""
+        if not s.jobs:
+            return "no_program", []
+        results = [job.result() if job.done() else None for job in s.jobs]
+        statuses = [r.status if r else "sandbox_error" for r in results]
+        status = "sandbox_error" if "sandbox_error" in statuses else next((x for x in statuses if x != "ok"), "ok")
+        if status != "ok":
+            return status, []
+        language = load_language(s.problem.target)
+        if form(s.problem, language) == "call":
+            cases = s.problem.cases[:CALLS]
+            printed = outcomes(results[0], s.nonce, len(cases))
+            return status, [kind == "value" and _value_passes(text, c.expected, language) for (kind, text), c in zip(printed, cases)]
+        wanted = [c.stdout if c.stdout is not None else _line(c.expected) for c in s.problem.cases[: len(results)]]
+        return status, [same_output(r.stdout.decode(errors="replace"), text) for r, text in zip(results, wanted)]
+
+
+def case_jobs(problem, language, code, nonce):
+    """The sandbox jobs that try a program on its cases: one for all calls, or one for each standard input. No expected value is in them."""
+    if form(problem, language) == "call":
+        free = replace(language, call={**language.call, "banned": []})  # self-play bans what makes programs random; here re.compile is welcome
+        return [Job(language.name, call_files(free, code, [list(c.args) for c in problem.cases[:CALLS]], nonce))]
+    lines = lambda c: c.stdin if c.stdin is not None else "".join(f"{_line(v)}\n" for v in c.args)
+    cases = problem.cases if problem.cases[0].stdin is not None else problem.cases[:RUNS]
+    return [Job(language.name, {language.file: code + "\n"}, stdin=lines(c).encode()) for c in cases[:CALLS]]
+
+
+def _when_all_are_done(jobs):
+    """A Future that is done when all of them are."""
+    whole, left = concurrent.futures.Future(), [len(jobs)]
+
+    def one_less(_):
+        left[0] -= 1
+        if left[0] == 0:
+            whole.set_result(None)
+
+    for job in jobs:
+        job.add_done_callback(one_less)
+    return whole
+
+
+def _value_passes(text, expected, language):
+    try:
+        return same_value(read_one(text, language), expected)
+    except ValueError:
+        return False
+
+
+def same_value(value, expected):
+    """A value of some language equals a case's JSON value: numbers by value (floats within 1e-6), lists, vectors and tuples alike, and where a
+    language has one thing for several (nil, empty table) any of them."""
+    if value is None or value is False or value == [] or value == Map(()):
+        if not expected and not isinstance(expected, (int, float, str)) or expected is False:
+            return value is expected or isinstance(expected, type(value)) or value in (None, [], Map(()))
+    if isinstance(expected, bool) or isinstance(value, bool):
+        return value is expected
+    if isinstance(expected, (int, float)):
+        return same_number(value, expected)
+    if isinstance(expected, list):
+        return isinstance(value, (list, tuple)) and len(value) == len(expected) and all(map(same_value, value, expected))
+    if isinstance(expected, dict):
+        found = {k.name if isinstance(k, Symbol) else k: v for k, v in value.items} if isinstance(value, Map) else None
+        return found is not None and found.keys() == expected.keys() and all(same_value(found[k], v) for k, v in expected.items())
+    if isinstance(expected, str):
+        return (value.text if hasattr(value, "text") else value) == expected
+    return value is expected
+
+
+def same_number(value, expected):
+    if not isinstance(value, (int, float)) and not hasattr(value, "numerator"):
+        return False
+    if isinstance(expected, int) and getattr(value, "denominator", 0) == 1:
+        return value == expected
+    return math.isclose(float(value), expected, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def same_output(printed, wanted):
+    """Equal up to white space at line ends, or word by word where words are equal, truth values in any case, or decimals within 1e-6."""
+    clean = lambda text: [line.rstrip() for line in text.rstrip().splitlines()]
+    if clean(printed) == clean(wanted):
+        return True
+    words = [[line.split() for line in clean(text)] for text in (printed, wanted)]
+    if [len(line) for line in words[0]] != [len(line) for line in words[1]]:
+        return False
+    return all(_same_word(a, b) for left, right in zip(*words) for a, b in zip(left, right))
+
+
+def _same_word(printed, wanted):
+    if printed == wanted or (wanted in ("true", "false") and printed.lower() == wanted):
+        return True
+    if not all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", w) for w in (printed, wanted)):
+        return False
+    if re.fullmatch(r"[-+]?\d+", printed) and re.fullmatch(r"[-+]?\d+", wanted):
+        return int(printed) == int(wanted)
+    return math.isclose(float(printed), float(wanted), rel_tol=1e-6, abs_tol=1e-9)
