@@ -14,17 +14,21 @@ def loss_metrics(collected, on_policy):
         return {"loss": 0.0}
     total = lambda rows, key: sum(sums[key] for _, (sums, _) in rows)
     mean = lambda rows, key: total(rows, key) / total(rows, "tokens")
-    return {
+    found = {
         "loss": sum(loss for loss, _ in everyone),
         "clip_ratio/low_mean": mean(everyone, "clip_low"),
         "clip_ratio/high_mean": mean(everyone, "clip_high"),
-        "sampling/sampling_logp_difference/mean": mean(first, "difference"),
-        "sampling/sampling_logp_difference/max": max(gap for _, (_, gap) in first),
-        "sampling/importance_sampling_ratio/mean": mean(first, "ratio"),
-        "sampling/k3_kl": mean(first, "k3"),
         "policy/entropy": mean(everyone, "entropy"),  # of the whole distribution, where the loss was computed
         **{f"kl/{k}": mean(everyone, f"ref_{k}") for k in ("k1", "k2", "k3") if f"ref_{k}" in everyone[0][1][0]},
     }
+    if first:  # none when the first update had no rollout with signal, GEPO's groups alone
+        found |= {
+            "sampling/sampling_logp_difference/mean": mean(first, "difference"),
+            "sampling/sampling_logp_difference/max": max(gap for _, (_, gap) in first),
+            "sampling/importance_sampling_ratio/mean": mean(first, "ratio"),
+            "sampling/k3_kl": mean(first, "k3"),
+        }
+    return found
 
 
 def rollout_metrics(pairs, samples, stop_ids):

@@ -36,16 +36,20 @@ def accumulate(model, sequences, loss_of, token_budget, device, share_prompts=Fa
     loss_of(batch) -> (loss, anything). The loss must already carry the global denominator (batch.weights). Ranks may hold
     different amounts of work, none included: the number of passes is agreed, and an idle rank runs an empty one.
     """
-    groups = micro_batches(sequences, token_budget, share_prompts)
-    passes = distributed.largest(len(groups))
+    return accumulate_parts(model, micro_batches(sequences, token_budget, share_prompts), loss_of, device, share_prompts)
+
+
+def accumulate_parts(model, parts, loss_of, device, share_prompts=False):
+    """accumulate() over micro-batches (lists of sequences) that the caller made."""
+    passes = distributed.largest(len(parts))
     results = []
     for i in range(passes):
         if hasattr(model, "set_requires_gradient_sync"):
             model.set_requires_gradient_sync(i == passes - 1)
-        loss, extra = loss_of(pack(groups[i] if i < len(groups) else EMPTY, device, share_prompts))
+        loss, extra = loss_of(pack(parts[i] if i < len(parts) else EMPTY, device, share_prompts))
         # FSDP2 averages gradients over ranks; our loss already carries the global denominator, so undo the average.
         (loss * distributed.world_size()).backward()
-        if i < len(groups):
+        if i < len(parts):
             results.append((float(loss.detach()), extra))
     return results
 

@@ -26,6 +26,7 @@ import torch
 
 import checkpoint
 import distributed
+import gepo
 import grpo
 import lora
 import model as model_file
@@ -63,14 +64,17 @@ class Run:
     problems: list
     held_out: list
     reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
+    groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
 
 
 def update(run, step, sequences):
     """All optimizer steps of one rollout -> metrics. Sequences without advantage have no gradient and are not computed (unless KL or entropy
-    give them one), but their tokens stay in the denominator. When no rank has any signal, the weights stay as they are."""
-    s, first_update, rate, norm, collected, on_policy = run.settings, run.updates, 0.0, 0.0, [], []
+    give them one), but their tokens stay in the denominator. When no rank has any signal, the weights stay as they are. With --gepo every
+    update also takes its share of the step's groups of IR, at weight s.gepo beside RL's 1."""
+    s, first_update, rate, norm, collected, on_policy, off_policy = run.settings, run.updates, 0.0, 0.0, [], [], {}
+    groups = gepo.step_groups(run.groups, s, step) if s.gepo else []
     for pass_number in range(s.epochs * s.minibatches):
         # Every minibatches-th group of the whole step, so that the cut does not depend on the number of ranks.
         part = [q for q in sequences if q.group % s.minibatches == pass_number % s.minibatches]
@@ -80,16 +84,19 @@ def update(run, step, sequences):
         for i, sequence in enumerate(part):
             sequence.weight = weights[start + i]
         active = [q for q in part if q.advantage != 0.0 or s.kl_coef or s.entropy_coef]
-        if distributed.largest(len(active)) == 0:
+        preferences = groups[pass_number :: s.epochs * s.minibatches]
+        if distributed.largest(len(active)) == 0 and not preferences:
             continue
         results = accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device, s.share_prompts)
         collected += results
         if run.updates == first_update:  # the sampler still has the same weights
             on_policy = results
+        if preferences:
+            off_policy = gepo.add_gradient(run.model, preferences, s, run.device)
         rate = learning_rate(step, s.steps, s.lr, s.warmup, s.schedule)
         norm = take_step(run.model, run.optimizer, rate, s.max_norm)
         run.updates += 1
-    return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected, on_policy)}
+    return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected, on_policy), **off_policy}
 
 
 def loss_of(run, batch):
@@ -168,17 +175,22 @@ def refresh_sampler(run):
 def held_out_pass(run):
     """Evaluate on held-out problems, spread over the ranks -> (metrics, every row)."""
     s = run.settings
-    return evaluate(
+    metrics, rows = evaluate(
         run.sampler, run.tokenizer, run.judge, run.held_out,
         prompt=lambda p: prompt_messages(run, p), n=s.eval_samples, temperature=s.eval_temperature, max_new_tokens=s.max_new_tokens, seed=s.seed + 1,
     )  # fmt: skip
+    if s.gepo:
+        metrics.update(gepo.held_out_metrics(run.groups, run.model, s, run.device))
+    return metrics, rows
 
 
 def before_and_after(folder, first, last, started):
     """The newcomer's summary: what changed on the same held-out problems, and three programs that changed for the better."""
     (m0, rows0), (m1, rows1) = first, last
     print(f"\nheld-out problems        before      after\n{'-' * 42}")
-    for key in ("pass@1", "pass@4", "completions/format_frac", "sandbox/wrong_frac", "sandbox/error_frac", "mean_tokens"):
+    for key in ("pass@1", "pass@4", "completions/format_frac", "sandbox/wrong_frac", "sandbox/error_frac", "mean_tokens", "gepo/rank_accuracy", "gepo/winner_std"):
+        if key.startswith("gepo") and key not in m0:
+            continue
         print(f"{key:<23} {m0.get(key, 0.0):>7.3f}   {m1.get(key, 0.0):>8.3f}")
     gained = {a["id"]: (a, b) for a, b in zip(rows0, rows1) if b["correct"] and not a["correct"]}
     for a, b in list(gained.values())[:3]:
@@ -249,6 +261,8 @@ def build(s, folder, language, pool, device, report):
         run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)
     prompt = lambda p: prompt_messages(run, p)
     run.problems = usable(problems, tokenizer, prompt, s.max_prompt_tokens, report)
+    if s.gepo:  # before anything is restored: the reference is the policy that the run starts from
+        run.groups = gepo.prepare(s, tokenizer, run.model, device, folder, report)
     run.held_out = usable(held_out, tokenizer, prompt, s.max_prompt_tokens, lambda *_: None)
     return run
 
@@ -280,7 +294,9 @@ def loop(run, log, first_step, report):
     s = run.settings
     first = last = None
     if first_step == 1:
-        _, first = evaluate_and_log(run, 0, log)
+        before, first = evaluate_and_log(run, 0, log)
+        if s.gepo:
+            log.step(0, {k: v for k, v in before.items() if "gepo" in k}, {})
         report(f"before  pass@1 {first[0]['pass@1']:.3f} on {len(run.held_out)} held-out problems ({s.eval_samples} samples each, temperature {s.eval_temperature})")
     for step in range(first_step, s.steps + 1):
         metrics, times, rows = train_step(run, step)
