@@ -1,18 +1,19 @@
 """HumanEval and MBPP in many languages (MultiPL-E), translation into them, and CrossPLEval's form: rows, prompts, verdicts.
 
 A row's program is prompt + completion + tests, as upstream runs it; how a language's tests end and what counts as a pass
-stands in the [answer.tests] table of its TOML. The tests run in the program's own process, so a pass needs three things: exit 0, a
-random nonce printed after the last test, and upstream's own rule.
+stands in the [answer.tests] table of its TOML. TestJudge says what a pass needs beyond that, and what it cannot know.
 """
 
 import concurrent.futures
+import hmac
+import itertools
 import os
 import random
 import re
 from dataclasses import dataclass, replace
 
 from rewards import Parsed, Submission, Verdict
-from sandbox import Job, Limits
+from sandbox import Job
 from tasks import find_data, language_of, read_jsonl
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
@@ -195,51 +196,142 @@ def _closed_by_tests(row):
 
 
 class TestJudge:
-    """Scores completions of benchmark rows, with the same submit() and collect() as rewards.Judge."""
+    """Scores completions of benchmark rows, with the same submit() and collect() as rewards.Judge.
+
+    The tests run in the program's own process, so whatever they print to prove that they ran, the program could print too. Hence:
+    1. The program ends with 0, keeps upstream's rule, and prints after the last test a random number, of which only two summands
+       stand in its file: leaving early, printing look-alikes or one's own file is not enough.
+    2. A program that passed runs once more, under tests in which the right answers of two tests are exchanged. A right program fails
+       there. One that passes there too is a forger, by whatever means (status "forged"): its verdict does not depend on the tests.
+    What gets through is a program that knows the answers of exactly those tests (two, chosen at random, not among the examples of
+    the prompt where there are others), and one that forges by chance: one time in four at best.
+    """
 
     __test__ = False  # not a pytest class
 
     def __init__(self, pool, language, mode="completion"):
         self.pool, self.language, self.mode = pool, language_of(language), mode
         self.table = tests_table(self.language)
+        self._secret = os.urandom(16)
+        if pool:
+            self._need_library()
+
+    def _need_library(self):
+        """Without its test library every right program would fail, so it is asked for before the first one runs."""
+        if "probe" not in self.table:
+            return
+        result = self.pool.submit(self._job({self.language.file: self.table["probe"]})).result()
+        if result.status not in ("ok", "sandbox_error"):
+            raise ValueError(f"MultiPL-E's {self.language.title} tests need {self.table['library']}, which is not here: {self.table['install']}")
 
     def submit(self, row, text, sample=0):
+        """Start a completion's program under the row's tests. Returns the Submission that collect() takes."""
         source = program(row, text, self.language, self.mode)
-        nonce = os.urandom(12).hex()
-        future = self.pool.submit(self.job(source, nonce, f"{row.id}/{sample}")) if source else None
-        return Submission(row, sample, text, Parsed("", source, "", bool(source)), nonce, future)
+        outcome = concurrent.futures.Future() if source else None  # of (status, passed)
+        if source:
+            self._start(source, f"{row.id}/{sample}", outcome, lambda *first: self._confirm(row, text, outcome, *first))
+        return Submission(row, sample, text, Parsed("", source, "", bool(source)), "", outcome)
 
-    def job(self, source, nonce, id=None):
-        """The sandbox job of a whole program with its tests: the nonce is printed where the last test has passed."""
-        last, printing = self.table.get("last", r"\Z"), self.table["print"].replace("{nonce}", nonce)
-        ended = re.sub(last, lambda _: printing, source.rstrip() + "\n", count=1)
-        run, file = self.table.get("run"), self.table.get("file", self.language.file)
+    def _start(self, source, id, outcome, then):
+        """Run a program with its tests. A thread of the pool sets `outcome` to then(status, passed), unless that is None."""
+        # Numbers per program, not per sample: equal programs stay equal jobs, which the pool's cache runs once.
+        digest = hmac.new(self._secret, source.encode("utf-8", "replace"), "sha256").digest()
+        numbers = [int.from_bytes(part, "big") % 10**14 for part in (digest[:8], digest[8:16])]  # their sum is exact in a double
+
+        def ended(future):
+            try:
+                result = future.result()
+                verdict = then(result.status, result.status == "ok" and self.passes(result, str(sum(numbers))))
+            except Exception as error:  # nobody would see it in this thread, and the outcome would never come
+                outcome.set_exception(error)
+            else:
+                if verdict:
+                    outcome.set_result(verdict)
+
+        self.pool.submit(self.job(source, numbers, id)).add_done_callback(ended)
+
+    def _confirm(self, row, text, outcome, status, passed):
+        """The outcome of a program that failed; for one that passed None, and a run under exchanged answers."""
+        tests = exchange_answers(row, self.table["test"], random.Random(self._secret + text.encode("utf-8", "replace"))) if passed else None
+        if tests is None:
+            return status, passed
+
+        def verdict(status, passed):
+            return (status, False) if status == "sandbox_error" else ("forged", False) if passed else ("ok", True)
+
+        self._start(program(replace(row, tests=tests), text, self.language, self.mode), row.id, outcome, verdict)
+
+    def job(self, source, numbers, id=None):
+        """The sandbox job of a whole program with its tests: the sum of the numbers is printed where the last test has passed."""
+        printing = self.table["print"].replace("{a}", str(numbers[0])).replace("{b}", str(numbers[1]))
+        ended = re.sub(self.table.get("last", r"\Z"), lambda _: printing, source.rstrip() + "\n", count=1)
+        return self._job({self.table.get("file", self.language.file): ended}, id)
+
+    def _job(self, files, id=None):
+        run = self.table.get("run")
         compiles = run and self.language.compile  # such as go test
         limits = replace(self.language.compile_limits if compiles else self.language.limits, cpu=self.table.get("cpu", 15.0), wall=None)
-        return Job(self.language.name, {file: ended}, limits=limits, id=id, run=run)
+        return Job(self.language.name, files, limits=limits, id=id, run=run)
 
     def collect(self, submissions, deadline=None):
+        """Verdicts in order. Programs that are not done `deadline` seconds from now count as sandbox errors (nan)."""
         concurrent.futures.wait([s.future for s in submissions if s.future], timeout=deadline)
         return [self._verdict(submission) for submission in submissions]
 
     def _verdict(self, submission):
-        passed, status = False, "no_program"
+        status, passed = "no_program", False
         if submission.future:
-            result = submission.future.result() if submission.future.done() else None
-            status = result.status if result else "sandbox_error"
-            passed = status == "ok" and self.passes(result, submission.nonce)
+            status, passed = submission.future.result() if submission.future.done() else ("sandbox_error", False)
         reward = float("nan") if status == "sandbox_error" else float(passed)
         return Verdict(
             submission.problem.id, reward, {"correct": reward}, passed, status, None, submission.parsed.code, submission.parsed, False, False
         )
 
-    def passes(self, result, nonce):
-        """Upstream's rule, and the nonce on a line of its own."""
+    def passes(self, result, printed):
+        """Upstream's rule, and what was to be printed, on a line of its own."""
         stdout, stderr = result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
         both = stdout + stderr
         return (
-            nonce in (line.strip() for line in stdout.splitlines())
+            printed in (line.strip() for line in stdout.splitlines())
             and self.table.get("must", "") in both
             and not (self.table.get("must_not") and self.table["must_not"] in both)
             and not (self.table.get("quiet") and stderr.strip())
         )
+
+
+def _nested(depth=8):
+    """Regular expression for text whose round brackets are balanced; strings may hold any."""
+    plain = r'"(?:\\.|[^"\\])*"|' + r"'(?:\\.|[^'\\])*'" + r'|[^()"]'
+    pattern = plain
+    for _ in range(depth):
+        pattern = rf"{plain}|\((?:{pattern})*\)"
+    return f"(?:{pattern})*"
+
+
+NESTED = _nested()
+
+
+def exchange_answers(row, test, rng):
+    """The row's tests with the right answers of two tests exchanged; None where no test is found (none in MultiPL-E's rows).
+
+    test: regular expression of one test, with groups `arguments` and `expected`. Tests that the prompt does not show come first.
+    Where all tests expect the same, one answer's last number is raised by 1.
+    """
+    found = list(re.finditer(test.replace("{nested}", NESTED), row.tests))
+    pairs = [(a, b) for a, b in itertools.combinations(found, 2) if a["expected"] != b["expected"]]
+    hidden = [pair for pair in pairs if not any(match["arguments"].strip() in row.prompt for match in pair)]
+    if pairs:
+        first, second = rng.choice(hidden or pairs)
+        changes = [(first.span("expected"), second["expected"]), (second.span("expected"), first["expected"])]
+    else:
+        numbered = [match for match in found if re.search(r"\d", match["expected"])]
+        changes = [(match.span("expected"), _raised(match["expected"])) for match in numbered[:1]]
+    tests = row.tests
+    for (start, end), text in reversed(changes):
+        tests = tests[:start] + text + tests[end:]
+    return tests if changes else None
+
+
+def _raised(text):
+    """Text with its last number raised by 1."""
+    return re.sub(r"\d+(?=\D*\Z)", lambda match: str(int(match[0]) + 1), text)

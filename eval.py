@@ -228,42 +228,41 @@ def main(arguments=None):
         raise ValueError(f"unknown mode {s.mode!r}: use completion, chat or think")
     cells = [(source, lang) for source in (s.source.split(",") if s.bench == "translate" else [""]) for lang in s.lang.split(",")]
     with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does
-        loaded = [(source, load_language(lang), load_cell(s, source, lang)) for source, lang in cells]
+        loaded = [load_cell(s, pool, source, load_language(lang)) for source, lang in cells]  # what is missing is said before the model loads
         device = distributed.setup()
         folder = find_checkpoint(s.model)
         sampler = Sampler(load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device), slots=s.slots)
         tokenizer = ChatTokenizer(folder)
-        results = [run_cell(s, pool, sampler, tokenizer, source, language, problems) for source, language, problems in loaded]
+        results = [run_cell(s, sampler, tokenizer, *cell) for cell in loaded]
     if distributed.rank() == 0:
         print_matrix(s, cells, results)
         print(json.dumps({"settings": asdict(s), "results": results}))
     distributed.finish()
 
 
-def load_cell(s, source, lang):
+def load_cell(s, pool, source, language):
+    """(source, language, problems, judge, prompt) of one language, and for translate of one source."""
+    if sentence := language.missing():
+        raise ValueError(sentence)
     if s.bench in ("gsm8k", "sums"):
-        return load_problems(s.bench, "test", s.data or None, s.problems or (500 if s.bench == "sums" else None), s.seed)
-    return load_rows(s.bench, lang, s.data or None, s.version, source or s.source, s.problems or None, s.seed)
+        problems = load_problems(s.bench, "test", s.data or None, s.problems or (500 if s.bench == "sums" else None), s.seed)
+        return source, language, problems, Judge(pool, language), lambda p: messages(p, language, s.examples, system=not s.short_prompt)
+    rows = load_rows(s.bench, language, s.data or None, s.version, source or s.source, s.problems or None, s.seed)
+    return source, language, rows, TestJudge(pool, language, s.mode), lambda row: row_prompt(row, language, s.mode)
 
 
-def run_cell(s, pool, sampler, tokenizer, source, language, problems):
+def run_cell(s, sampler, tokenizer, source, language, problems, judge, prompt):
     """Evaluate one language (and source), or go on with it -> its figures, also in results.json."""
     folder = Path(s.out or f"runs/eval/{Path(s.model).name}-{s.bench}") / "-".join(part for part in (source, language.name) if part)
     done = resume(folder, s, source, language)
     numbers = [n for n, p in enumerate(problems) if p.id not in done]
-    if s.bench in ("gsm8k", "sums"):
-        judge = Judge(pool, language)
-        ask = lambda p: messages(p, language, s.examples, system=not s.short_prompt)
-    else:
-        judge = TestJudge(pool, language, s.mode)
-        ask = lambda p: row_prompt(p, language, s.mode)
     title = " ".join(part for part in (s.bench, source, language.name) if part)
     with open(folder / f"partial-{distributed.rank()}.jsonl", "a", encoding="utf-8") as partial:
         partial.write("\n" if partial.tell() else "")  # a kill may have left half a line
         log = Progress(title, partial, len(problems), done)
         if any(distributed.gather([bool(numbers)])):
             evaluate(
-                sampler, tokenizer, judge, [problems[n] for n in numbers], prompt=ask, n=s.samples, temperature=s.temperature,
+                sampler, tokenizer, judge, [problems[n] for n in numbers], prompt=prompt, n=s.samples, temperature=s.temperature,
                 top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_new_tokens, seed=s.seed, numbers=numbers, on_rows=log,
             )  # fmt: skip
     return conclude(folder, problems, title)

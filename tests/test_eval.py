@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import eval as evaluation
 import known_programs
 import model as model_file
 import sft
-from benchmarks import TestJudge, answer_block, load_rows, program, row_prompt
+from benchmarks import TestJudge, answer_block, exchange_answers, load_rows, program, row_prompt
+from forgers import FORGERS
 from rewards import Judge
 from sampler import Sampler
 from sandbox import Pool
@@ -44,6 +46,17 @@ def installed(name):
     if language.missing():
         pytest.skip(language.missing())
     return language
+
+
+def test_judge(pool, language, mode="completion"):
+    """A TestJudge; skips where the language's test library is not installed."""
+    try:
+        return TestJudge(pool, language, mode)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+test_judge.__test__ = False  # not a test
 
 
 # ---- figures ----
@@ -127,14 +140,61 @@ def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
     language = installed(name)
     row = next(r for r in load_rows("humaneval", language) if "HumanEval_53_add" in r.id)
     right, wrong = ADD[language.name], ADD[language.name].replace("+", "-", 1)
-    judge, chat = TestJudge(pool, language), TestJudge(pool, language, "chat")
+    judge, chat = test_judge(pool, language), test_judge(pool, language, "chat")
     whole = f"<think>x</think><answer>```{language.fence[0]}\n{row.prompt}{right}\n{closing(row)}\n```</answer>"
     texts = [right + row.stop_tokens[0] + " never seen (", wrong, QUIT.get(language.name, wrong)]
     submissions = [judge.submit(row, text) for text in texts] + [chat.submit(row, text) for text in (whole, "no code")]
     verdicts = judge.collect(submissions, 300)
-    if re.search(rb"module 'luaunit' not found|Can't locate Test/Deep|test/unit \(LoadError|javatuples does not", submissions[0].future.result().stderr):
-        pytest.skip(f"{name}: the test library that its [answer.tests] table names is not installed")
-    assert [v.correct for v in verdicts] == [True, False, False, True, False], [(v.status, s.future and s.future.result().stderr[-300:]) for v, s in zip(verdicts, submissions)]
+    assert [v.correct for v in verdicts] == [True, False, False, True, False], [v.status for v in verdicts]
+
+
+@needs_data
+@pytest.mark.parametrize("name", sorted({name for name, *_ in FORGERS}))
+def test_forgers_do_not_pass(name, pool):
+    """Neither by reading, leaving or printing, nor by other tests; where the status says so, the second run was needed to find out."""
+    language = installed(name)
+    row = next(r for r in load_rows("humaneval", language) if "HumanEval_53_add" in r.id)
+    judge, mine = test_judge(pool, language, "chat"), [forger[1:] for forger in FORGERS if forger[0] == name]
+    verdicts = judge.collect([judge.submit(row, f"```{language.fence[0]}\n{code}\n```") for _, code, _ in mine], 120)
+    assert [(kind, v.correct, v.status == "forged") for (kind, _, _), v in zip(mine, verdicts)] == [(kind, False, status == "forged") for kind, _, status in mine]
+
+
+@needs_data
+@pytest.mark.parametrize("name", MULTIPL_E)
+def test_answers_can_be_exchanged_in_every_row(name):
+    """So that there is no row whose forgers are not looked for."""
+    language = load_language(name)
+    for row in load_rows("humaneval", language) + load_rows("mbpp", language):
+        tests = exchange_answers(row, language.answer["tests"]["test"], random.Random(0))
+        assert tests and tests != row.tests, row.id
+        if "_34_unique" not in row.id and "_432_median" not in row.id:  # these have one test, or one answer
+            assert sorted(tests) == sorted(row.tests), row.id
+
+
+FAIL = {"cpp": ' throw std::runtime_error("it ran");', "rust": ' panic!("it ran")', "java": ' throw new RuntimeException("it ran");',
+        "go": ' panic("it ran")\n}', "haskell": ' error "it ran"'}  # fmt: skip
+
+
+@needs_data
+@pytest.mark.parametrize("name", FAIL)
+def test_exchanged_tests_compile(name, pool):
+    """Else a forger would seem honest: its second run would not even begin."""
+    language = installed(name)
+    judge, rows = test_judge(pool, language), load_rows("humaneval", language)
+    rows = rows if FULL else rows[3:: len(rows) // 2]
+    exchanged = [replace(row, tests=exchange_answers(row, judge.table["test"], random.Random(row.id))) for row in rows]
+    results = pool.run_all([judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in exchanged])
+    plain = pool.run_all([judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in rows]) if FULL else results
+    silent = [row.id for row, r, p in zip(rows, results, plain) if b"it ran" not in r.stderr + r.stdout and (not FULL or b"it ran" in p.stderr + p.stdout)]
+    print(f"{name}: {len(rows) - len(silent)} of {len(rows)} rows' exchanged tests compile as the row's own do; not: {silent}")
+    assert not silent
+
+
+def test_a_missing_test_library_is_named(pool):
+    language = installed("lua")
+    tests = language.answer["tests"] | {"probe": "require('no_such_library')"}
+    with pytest.raises(ValueError, match=r"^MultiPL-E's Lua tests need luaunit, which is not here: apt-get install lua-unit"):
+        TestJudge(pool, replace(language, answer=language.answer | {"tests": tests}))
 
 
 def closing(row):
