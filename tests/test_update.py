@@ -71,19 +71,26 @@ def test_gradient_is_the_same_when_a_prompt_is_computed_once_for_its_group(token
 
 
 def test_gradient_is_the_same_on_two_ranks_one_of_them_nearly_idle(tmp_path):
-    """2 ranks with FSDP2 over gloo; rank 0 has one sequence, rank 1 eight in many micro-batches: nobody waits for ever."""
+    """2 ranks with FSDP2 over gloo; rank 0 has one sequence, rank 1 eight in many micro-batches: nobody waits for ever.
+
+    And with the mixed precision of GPUs a layer gets bf16 hidden states, but the rotary tables in fp32, as the sampler has them."""
     whole = gradient(sequences(), 10_000)
     torch.save(whole, tmp_path / "whole.pt")
     program = f"""
 import sys, torch
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
 import distributed, model as model_file
-from test_update import CONFIG, gradient, sequences
+from test_update import CONFIG, gradient, pack, sequences
 device = distributed.setup()
 work = sequences()[:1] if distributed.rank() == 0 else sequences()[1:]
 got = gradient(work, 12, model=distributed.shard(model_file.random_model(CONFIG, 1, std=0.3), device))
 for name, expected in torch.load({str(tmp_path / "whole.pt")!r}).items():
     torch.testing.assert_close(distributed.full(got[name]), expected, atol=2e-6, rtol=1e-4)
+mixed = distributed.shard(model_file.random_model(CONFIG, 1), device, distributed.MIXED)
+mixed.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.extend(x.dtype for x in inputs if torch.is_tensor(x)))
+seen, batch = [], pack(sequences()[:1])
+mixed(batch.tokens, batch.positions, batch.cu_seqlens)
+assert seen == [torch.bfloat16, torch.float32, torch.float32], seen
 distributed.finish()
 print("equal")
 """
