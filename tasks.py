@@ -18,7 +18,6 @@ from pathlib import Path
 
 import sums
 from sandbox.languages import load_language
-from tokenizer import ChatTokenizer, train_bpe  # noqa: F401  (moved there; goes when nobody imports them from here)
 
 REPO = Path(__file__).resolve().parent
 GSM8K_URL = (

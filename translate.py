@@ -247,13 +247,16 @@ class Benchmark:
 
     def __init__(self, data=None):
         prompts = [r for f in ("humaneval", "mbpp") for r in _rows(f"multipl_e/v3/{f}-py-reworded.jsonl", lambda _, row: (row["name"], row["prompt"]), data)]
-        solved = _rows("humaneval/HumanEval.jsonl", lambda _, row: row["prompt"] + row["canonical_solution"], data)
+        files = ["humaneval/HumanEval.jsonl", *(f"humaneval_x/humaneval_{code}.jsonl" for code in ("cpp", "go", "java", "js", "rust"))]
+        solved = [text for file in files for text in _rows(file, lambda _, row: row["prompt"] + row["canonical_solution"], data)]
         self.names = {_bare(name.split("_", 2)[2]) for name, _ in prompts}
         self.grams = {gram for text in [p for _, p in prompts] + solved for gram in grams(text, self.WORDS)}
 
     def contains(self, problem):
         title = problem.id.split("/")[2 if problem.id.startswith("translate/") else 1]
-        return bool({_bare(problem.entry), _bare(title)} & self.names) or not self.grams.isdisjoint(grams(problem.question, self.WORDS))
+        defined = re.findall(r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{", problem.question)  # helpers too: is_palindrome is a problem of its own
+        names = {_bare(name) for name in (problem.entry, title, *map("".join, defined))}
+        return bool(names & self.names) or not self.grams.isdisjoint(grams(problem.question, self.WORDS))
 
 
 def _bare(name):
