@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = bool(os.environ.get("SANDBOX_FULL"))
 BEST = available_level(probe())[0]
 needs_kernel = pytest.mark.skipif(BEST == "portable", reason="no kernel isolation on this machine")
-SHORT = ["--scale", "0.35"]
+SHORT = ["--scale", "0.3"]
 
 
 def attack(*arguments, user=None, before=()):

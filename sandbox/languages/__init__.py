@@ -101,8 +101,8 @@ def _stage(language, command, limits):
         "program": os.path.realpath(found[name]) if name in found else name,
         "argv": [found.get(name, name), *(_fill(word, found) for word in command[1:])],
         "environment": ENVIRONMENT | environment,
-        "read": [*SYSTEM_READ, *_places(isolation.get("read", ())), *read],
-        "execute": [*LOADERS, *_places(isolation.get("execute", ())), *execute],
+        "read": [*SYSTEM_READ, *_places(tuple(isolation.get("read", ()))), *read],
+        "execute": [*LOADERS, *_places(tuple(isolation.get("execute", ()))), *execute],
         "run_work": language.compile is not None,
         "cpu": limits.cpu,
         "wall": 4 * limits.cpu + 2 if limits.wall is None else limits.wall,
@@ -122,6 +122,7 @@ def _fill(text, found):
     return re.sub(path, lambda match: os.path.normpath(os.path.realpath(found[match[1]]) + match[2]) if match[1] in found else match[0], text)
 
 
+@functools.cache
 def _places(patterns):
     """Real paths of patterns such as /usr/lib/llvm-*/bin and of tools by name, as far as they are here."""
     places = [place for pattern in patterns for place in (glob.glob(pattern) if "/" in pattern else [shutil.which(pattern)])]
@@ -151,6 +152,7 @@ def _open_to_all(path):
     return os.geteuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in Path(path).parents)
 
 
+@functools.cache
 def _home(program):
     """Folders that an interpreter outside the system's own places needs to read: the one that holds its bin folder, but never a home."""
     folder = os.path.dirname(program)
@@ -159,6 +161,7 @@ def _home(program):
     return [program] if system or Path.home().is_relative_to(prefix) else [prefix]
 
 
+@functools.cache
 def _script(program):
     """A script also needs to execute the interpreter in its first line, and what lies beside it."""
     with open(program, "rb") as file:
