@@ -1,6 +1,8 @@
 """The sandbox with its real interpreters: languages, statuses, pool."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,18 @@ def test_a_batch_has_one_deadline(pool):
     results = pool.run_all(loops, deadline=0.5)
     assert [r.id for r in results] == list(range(10)) and {r.status for r in results} == {"sandbox_error"}
     assert pool.run_all([Job("lua", {"main.lua": "print(1)"})])[0].status == "ok"
+
+
+@pytest.mark.parametrize("column, header", list(enumerate(["x86_64-linux-gnu/asm/unistd_64.h", "asm-generic/unistd.h"])), ids=["x86_64", "aarch64"])
+def test_system_call_numbers_are_those_of_the_kernels_headers(column, header):
+    """The aarch64 table has not run on a machine; this much can be said of it here."""
+    path = Path("/usr/include") / header
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: apt-get install linux-libc-dev")
+    right = {name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", path.read_text())}
+    from sandbox import syscalls
+
+    table = {name: row[column] for name, row in (syscalls._DENIED | syscalls._OTHER).items()}
+    assert {name: number for name, number in table.items() if number is not None and right.get(name, number) != number} == {}
+    assert {name for name in right if name in table and table[name] is None} == set()
+    assert len(set(table) & set(right)) > 90
