@@ -1,0 +1,75 @@
+"""Small synthetic (program, input, output) triples in a language, in the prompts' own form: the warm start of a tiny model, and held-out
+input/output prediction problems. A model of one million parameters can neither propose nor solve anything without.
+
+The kinds of programs are those below; a language's TOML ([call.demos]) says how each is written.
+"""
+
+import random
+import zlib
+
+from prompts import block, propose_prompt, solve_prompt
+from proposals import PAIRS, TASKS, Entry, Puzzle, input_text
+from values import write
+
+# name: (inputs by a generator, output). k and l are the program's constants.
+KINDS = {
+    "add": (lambda r: [r.randint(0, 20)], lambda k, l, a: a + k),
+    "affine": (lambda r: [r.randint(0, 9)], lambda k, l, a: a * k + l),
+    "square": (lambda r: [r.randint(0, 9)], lambda k, l, a: a * a + k),
+    "two": (lambda r: [r.randint(0, 9), r.randint(0, 9)], lambda k, l, a, b: a + b * k),
+    "front": (lambda r: [_digits(r)], lambda k, l, a: [k] + a),
+    "reverse": (lambda r: [_digits(r)], lambda k, l, a: a[::-1] + [k]),
+    "shift": (lambda r: [_digits(r)], lambda k, l, a: [x + k for x in a]),
+    "above": (lambda r: [_digits(r)], lambda k, l, a: [x for x in a if x > k]),
+    "total": (lambda r: [_digits(r)], lambda k, l, a: sum(a) + k),
+}
+
+
+def _digits(rng):
+    return [rng.randint(0, 9) for _ in range(rng.randint(1, 4))]
+
+
+def triple(split, seed, index, language, pairs=1):
+    """Entry number `index` of a split; no program of one split is in the other (every fifth, by a hash of its source, is a test program)."""
+    rng = random.Random(f"{split}/{seed}/{index}")
+    program, wanted = "", split == "test"
+    while not program or (zlib.crc32(program.encode()) % 5 == 0) != wanted:
+        name = rng.choice([n for n in KINDS if n in language.call["demos"]])
+        k, l = rng.randint(1, 9), rng.randint(0, 9)
+        program = language.call["demos"][name].replace("{k}", str(k)).replace("{l}", str(l)).strip("\n")
+    inputs_of, function = KINDS[name]
+    arguments = [inputs_of(rng) for _ in range(pairs)]
+    inputs = tuple(input_text(a, language) for a in arguments)
+    outputs = tuple(write(function(k, l, *a), language) for a in arguments)
+    return Entry(program, inputs, outputs, name if pairs > 1 else "")
+
+
+def demonstrations(language, count, seed, references, short):
+    """[(prompt, completion)]: the six prompts in turn, answered rightly with train triples. `references` as in the training run."""
+    return [_demonstration(language, index, seed, references, short) for index in range(count)]
+
+
+def _demonstration(language, index, seed, references, short):
+    task, solve = TASKS[index % 3], index // 3 % 2
+    entry = triple("train", seed, index, language, PAIRS if task == "induction" else 1)
+    if solve:
+        puzzle = Puzzle("", task, entry)
+        name, text = {"deduction": ("output", entry.outputs[0]), "abduction": ("input", entry.inputs[0]), "induction": (language.fence[0], entry.program)}[task]
+        return solve_prompt(puzzle, language, short), completion(block(name, text))
+    if task == "induction":
+        answer = "\n".join([*(block("input", i) for i in entry.inputs), block("message", entry.message)])
+        return propose_prompt(task, language, [entry], short=short), completion(answer)
+    rng = random.Random(f"references/{seed}/{index}")
+    others = [triple("train", seed, rng.randrange(10**6), language) for _ in range(rng.randint(1, max(1, references)))]
+    return propose_prompt(task, language, others, short=short), completion(f"{block(language.fence[0], entry.program)}\n{block('input', entry.inputs[0])}")
+
+
+def completion(answer):
+    return f"ok</think>\n<answer>\n{answer}\n</answer>"
+
+
+def held_out(language, count, seed=0):
+    """Puzzles from test triples, deduction and abduction in turn (induction too, every third)."""
+    kinds = [TASKS[i % 3] for i in range(count)]
+    entries = [triple("test", seed, i, language, PAIRS if kind == "induction" else 1) for i, kind in enumerate(kinds)]
+    return [Puzzle(f"triples/{kind}/{i}", kind, entry) for i, (kind, entry) in enumerate(zip(kinds, entries))]
