@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from literals import read
-from proposals import PAIRS, TASKS, Entry, Refused, check, input_text, normalised
+from literals import read, read_one
+from proposals import PAIRS, TASKS, Entry, Puzzle, Refused, check, input_text, normalised
 from tasks import read_jsonl
+from values import write
 
 
 class Buffer:
@@ -87,6 +88,29 @@ def _seed(row, language):
     except ValueError:
         return tasks, Refused("input_no_value")
     return tasks, Entry(program, canonical, (), row.get("message", ""))
+
+
+def load_puzzles(path, task, language):
+    """Input or output prediction (CRUXEval's form) from a file of programs with inputs and outputs -> (list[Puzzle], rows left out because
+    a value is no literal that values.py has)."""
+    rows = read_jsonl(path, lambda _, row: _known(row, language)) if not str(path).endswith("selfplay.json") else _stored(path)
+    whole = [(i, e) for i, e in enumerate(rows) if isinstance(e, Entry)]
+    return [Puzzle(f"crux/{task}/{i}", task, e, e.program) for i, e in whole], len(rows) - len(whole)
+
+
+def _stored(path):
+    found = json.loads(Path(path).read_text("utf-8"))
+    return [entry_of(row) for row in found["deduction"]]
+
+
+def _known(row, language):
+    _, entry = _seed({**row, "inputs": [row["input"]] if "input" in row else row["inputs"][:1]}, language)
+    if isinstance(entry, Refused):
+        return entry
+    try:
+        return replace(entry, outputs=(write(read_one(row["output"] if "output" in row else row["outputs"][0], language), language),))
+    except ValueError:
+        return Refused("no_value")
 
 
 def add_seeds(buffers, path, runner, count, deadline):

@@ -41,8 +41,10 @@ def optimizer_tensors(model, optimizer):
     return {f"{key}/{name}": distributed.full(state[key]).cpu() for name, state in states if state for key in MOMENTS}
 
 
-def save(folder, step, model, optimizer, state, tokenizer_from, keep):
+def save(folder, step, model, optimizer, state, tokenizer_from, keep, texts=None):
     """Write checkpoints/step_N with everything a resume needs; keep the newest `keep`. A collective: every rank calls it.
+
+    texts: {file name: text} of the task's own (self-play's buffers).
 
     A full disk raises OSError after the temporary folder is gone; earlier checkpoints are untouched, and an old one is
     only removed once its successor is whole.
@@ -52,7 +54,7 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep):
     problem = None
     if distributed.rank() == 0:
         try:
-            _write(Path(folder), step, model, weights, adapters, moments, state, tokenizer_from)
+            _write(Path(folder), step, model, weights, adapters, moments, state, tokenizer_from, texts or {})
             for old in sorted_checkpoints(folder)[keep:]:
                 shutil.rmtree(old)
         except OSError as error:
@@ -61,7 +63,7 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep):
         raise problem
 
 
-def _write(folder, step, model, weights, adapters, moments, state, tokenizer_from):
+def _write(folder, step, model, weights, adapters, moments, state, tokenizer_from, texts):
     temporary, final = folder / f".step_{step}.tmp", folder / f"step_{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -70,6 +72,8 @@ def _write(folder, step, model, weights, adapters, moments, state, tokenizer_fro
             lora.save(adapters, model, temporary, tokenizer_from)
         save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        for name, text in texts.items():
+            (temporary / name).write_text(text, "utf-8")
         manifest = {p.name: [p.stat().st_size, _crc(p)] for p in sorted(temporary.iterdir())}
         (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for path in (*temporary.iterdir(), temporary):

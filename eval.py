@@ -4,6 +4,7 @@
     python eval.py --model DIR --bench gsm8k --lang prolog,lisp --samples 4 --temperature 0.1 --top_p 0.95 --top_k 50
     python eval.py --model DIR --bench humaneval --lang racket --samples 20 --temperature 0.2 --top_p 0.95
     python eval.py --model DIR --bench translate --source python,cpp --lang racket,lua,julia --mode chat
+    python eval.py --model DIR --bench crux --lang racket --programs FILE           input and output prediction, as in CRUXEval
     python eval.py --compare runs/eval/A runs/eval/B                                 paired, problem by problem
 
 Every program and verdict goes to OUT/samples.jsonl; the same command goes on where a killed evaluation was. evaluate() is what
@@ -28,14 +29,18 @@ from types import SimpleNamespace
 import torch
 
 import distributed
+import triples
 from benchmarks import BENCHMARKS, TestJudge, load_rows, row_prompt
+from buffers import load_puzzles
 from model import find_checkpoint, load
+from prompts import solve_prompt
+from proposals import SolveJudge
 from rewards import Judge, shares
 from sampler import Request, Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import add_flags, setting
-from tasks import load_problems, messages
+from tasks import find_data, load_problems, messages
 from tokenizer import ChatTokenizer
 
 # ---- in the loop ----
@@ -53,7 +58,7 @@ def evaluate(
     """
     numbered = distributed.share(list(zip(range(len(problems)) if numbers is None else numbers, problems)))
     requests = [
-        Request(_ids(tokenizer, prompt(p)), n, max_new_tokens, temperature, top_p, top_k, stop_ids=tokenizer.stop_ids, seed=seed, id=number)
+        Request(prompt_ids(tokenizer, prompt(p)), n, max_new_tokens, temperature, top_p, top_k, stop_ids=tokenizer.stop_ids, seed=seed, id=number)
         for number, p in numbered
     ]
     waiting, rows = {}, [None] * len(requests)
@@ -77,7 +82,7 @@ def evaluate(
     return summary(rows), rows
 
 
-def _ids(tokenizer, prompt):
+def prompt_ids(tokenizer, prompt):
     return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
 
 
@@ -194,7 +199,7 @@ class EvalSettings:
     """Settings of one evaluation."""
 
     model: str = setting("", "checkpoint folder or hub id")
-    bench: str = setting("gsm8k", f"gsm8k, sums, {', '.join(BENCHMARKS)}")
+    bench: str = setting("gsm8k", f"gsm8k, sums, crux, {', '.join(BENCHMARKS)}")
     lang: str = setting("prolog", "language, or several with commas")
     source: str = setting("python", "translate: source language (python, cpp, java, javascript, go, rust), or several with commas")
     data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
@@ -206,8 +211,9 @@ class EvalSettings:
     top_k: int = setting(0, "0 = all")
     max_new_tokens: int = setting(512, "longest completion")
     examples: int = setting(1, "gsm8k: worked examples in the prompt: 0, 1 or 5")
-    short_prompt: bool = setting(False, "gsm8k: leave the long instructions out (for models trained without them)")
+    short_prompt: bool = setting(False, "gsm8k, crux: leave the long instructions out (for models trained without them)")
     mode: str = setting("completion", "humaneval, mbpp, translate: completion (base models), chat (instruct) or think (self-play models)")
+    programs: str = setting("", "crux: JSON lines of code, input, output, or a checkpoint's selfplay.json (default: cruxeval for Python, else built-in triples)")
     version: str = setting("v3", "MultiPL-E's data: v3 or v0.4")
     seed: int = setting(0, "decides every sampled token, and the subset")
     slots: int = setting(256, "sequences sampled at once")
@@ -226,7 +232,8 @@ def main(arguments=None):
         parser.error("--model is needed: a checkpoint folder or a hub id")
     if s.mode not in ("completion", "chat", "think"):
         raise ValueError(f"unknown mode {s.mode!r}: use completion, chat or think")
-    cells = [(source, lang) for source in (s.source.split(",") if s.bench == "translate" else [""]) for lang in s.lang.split(",")]
+    sources = {"translate": s.source.split(","), "crux": ["output", "input"]}.get(s.bench, [""])
+    cells = [(source, lang) for source in sources for lang in s.lang.split(",")]
     with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does
         loaded = [load_cell(s, pool, source, load_language(lang)) for source, lang in cells]  # what is missing is said before the model loads
         device = distributed.setup()
@@ -247,8 +254,25 @@ def load_cell(s, pool, source, language):
     if s.bench in ("gsm8k", "sums"):
         problems = load_problems(s.bench, "test", s.data or None, s.problems or (500 if s.bench == "sums" else None), s.seed)
         return source, language, problems, Judge(pool, language), lambda p: messages(p, language, s.examples, system=not s.short_prompt)
+    if s.bench == "crux":
+        puzzles = crux_puzzles(s, {"output": "deduction", "input": "abduction"}[source], language)
+        return source, language, puzzles, SolveJudge(pool, language), lambda p: solve_prompt(p, language, s.short_prompt)
     rows = load_rows(s.bench, language, s.data or None, s.version, source or s.source, s.problems or None, s.seed)
     return source, language, rows, TestJudge(pool, language, s.mode), lambda row: row_prompt(row, language, s.mode)
+
+
+def crux_puzzles(s, task, language):
+    """Input (abduction) or output (deduction) prediction on --programs, on CRUXEval (Python), or on the built-in triples."""
+    path = s.programs or (find_data("cruxeval/cruxeval.jsonl", s.data or None) if language.name == "python" else None)
+    if path:
+        puzzles, left_out = load_puzzles(path, task, language)
+        print(f"{path}: {len(puzzles)} problems; {left_out} left out, whose input or output is no literal", file=sys.stderr)
+    else:
+        puzzles = triples.held_out(language, s.problems or 200, s.seed, tasks=(task,))
+    chosen = random.Random(s.seed).sample(range(len(puzzles)), s.problems) if 0 < s.problems < len(puzzles) else range(len(puzzles))
+    if not puzzles:
+        raise ValueError(f"{path} has no program with an input and output that are literals of {language.name}")
+    return [puzzles[i] for i in sorted(chosen)]
 
 
 def run_cell(s, sampler, tokenizer, source, language, problems, judge, prompt):

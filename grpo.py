@@ -11,7 +11,7 @@ from kernels.advantage import MOMENTS, group_advantages
 from kernels.advantage import policy_loss as clipped_loss_and_moments
 
 
-def advantages(rewards, group_ids, kind="grpo"):
+def advantages(rewards, group_ids, kind="grpo", lengths=None):
     """rewards [N] (nan = the sandbox could not judge: masked), group_ids [N] sorted -> advantages [N]; exactly 0 where all
     rewards of a group are equal, and for masked rewards.
 
@@ -19,7 +19,11 @@ def advantages(rewards, group_ids, kind="grpo"):
     mean (Dr. GRPO, 2503.20783): r - mean                         rewards 1 0 0 1 -> 0.5 -0.5 -0.5 0.5
     rloo (2402.14740): r - mean of the others = G/(G-1) (r-mean)  rewards 1 0 0 1 -> 0.667 -0.667 -0.667 0.667
     batch (Lite-PPO, 2508.08221): (r - group mean) / std of the batch
+    trr++ (Absolute Zero, 2505.03335): (r - mean) / sqrt(var + 1e-8) over the TOKENS of a group, one group per (task, role); lengths [N] are
+          the completions' token counts                           rewards 1 0 of 1 and 3 tokens: mean 0.25, var 0.25 -> 1.5 -0.5
     """
+    if kind == "trr++":
+        return group_advantages(rewards, group_ids, kind="whiten", eps=1e-8, lengths=lengths)
     return group_advantages(rewards, group_ids, kind=kind)
 
 

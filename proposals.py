@@ -1,7 +1,6 @@
 """Self-play's dealings with programs: completions -> checked proposals, completions -> judged answers.
 
-A proposal is run twice in processes of their own, the second time with its inputs in reverse order, before it may enter a
-buffer; every refusal has one of the REASONS below and is counted. Values go in and out as data (values.py, literals.py), so no text of
+A proposal is run in two processes of its own before it may enter a buffer; every refusal has one of the REASONS below and is counted. Values go in and out as data (values.py, literals.py), so no text of
 the model but its program stands in a program, and the right answer of a puzzle is in no process at all.
 """
 
@@ -243,8 +242,8 @@ def wait(started, deadline=None):
 def check(runner, proposals, deadline=None):
     """[Entry without outputs, or Refused] -> [Entry with outputs, or Refused], each run in two processes of its own.
 
-    The second starts when every first one has ended, with the inputs in reverse order: a clock, a counter kept between calls or an
-    address shows as a difference. Then all outputs pass through the identity function, and must come back as they were.
+    The second starts when every first one has ended, and calls f twice on every input, in reverse order first: a clock, a counter kept
+    between calls or an address shows as a difference. Then all outputs pass through the identity function, and must come back as they were.
     """
     language = runner.language
     calls = [[read(text, language) for text in p.inputs] if isinstance(p, Entry) else None for p in proposals]
@@ -252,14 +251,14 @@ def check(runner, proposals, deadline=None):
     wait(first, deadline)
     time.sleep(1 - time.time() % 1)  # so that even a clock of whole seconds shows
     values = [_values(runner, s) if s else p for p, s in zip(proposals, first)]
-    second = [runner.start(p.program, c[::-1], 2) if isinstance(v, list) else None for p, c, v in zip(proposals, calls, values)]
+    second = [runner.start(p.program, c[::-1] + c, 2) if isinstance(v, list) else None for p, c, v in zip(proposals, calls, values)]
     wait(second, deadline)
     for i, started in enumerate(second):
         if started:
             again = _values(runner, started)
             if isinstance(again, Refused):
                 values[i] = again if str(again) == "sandbox_error" else Refused("not_deterministic")
-            elif not all(same(a, b, language) for a, b in zip(values[i], again[::-1])):
+            elif not all(same(a, b, language) for a, b in zip(values[i][::-1] + values[i], again)):
                 values[i] = Refused("not_deterministic")
     returned = round_trip(runner, [v for value in values if isinstance(value, list) for v in value], deadline)
     return [_checked(p, value, returned, language) for p, value in zip(proposals, values)]

@@ -32,8 +32,8 @@ def problem_at(run, number):
     return run.problems[order[number % count]]
 
 
-def prompt_messages(run, problem):
-    return messages(problem, run.language, examples=run.settings.examples, system=not run.settings.short_prompt)
+def prompt_messages(s, language, problem):
+    return messages(problem, language, examples=s.examples, system=not s.short_prompt)
 
 
 def rollout(run):
@@ -59,7 +59,7 @@ def draw(run, count):
     numbered = distributed.share([(n, problem_at(run, n)) for n in range(run.drawn, run.drawn + count)])
     run.drawn += count
     limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
-    requests = [Request(tokenizer.encode_chat(prompt_messages(run, p)), id=n, **limits) for n, p in numbered]
+    requests = [Request(tokenizer.encode_chat(prompt_messages(s, run.language, p)), id=n, **limits) for n, p in numbered]
     pending = [[] for _ in requests]
 
     def start_programs(i, completions):

@@ -25,7 +25,7 @@ from sampler import Request
 
 REWARDS = ("eq3", "eq4", "switch", "blend")
 ROLES = ("propose", "solve")
-SEED_ROUNDS = 40  # of --prompts proposals each; a model that gives too few valid ones by then goes on with what there is
+SEED_ROUNDS, IDLE_ROUNDS = 40, 4  # most rounds of --prompts seed proposals, and how many may give nothing new before the model goes on with what there is
 STEP = 1 << 24  # request numbers of a step; seeding comes before all steps, in negative numbers
 
 
@@ -190,7 +190,7 @@ def store(play, proposed):
 
 def play_step(run, step):
     """This rank's samples of a step, proposers' and solvers' -> (list[Sample], seconds waited for programs, metrics)."""
-    play, s = run.play, run.settings
+    play = run.play
     proposed = propose(play, step, proposal_list(play, step))
     accuracies = learnability(play, step, proposed)
     added = store(play, proposed)
@@ -266,6 +266,13 @@ def play_metrics(play, everyone, accuracies, added):
 # ---- seeds ----
 
 
+def fill(play, checkpoint, report):
+    """The buffers of a checkpoint, the same on every rank, or new seeds when there is none."""
+    if checkpoint is None:
+        return seed(play, report)
+    play.buffers.from_text(distributed.broadcast((checkpoint / "selfplay.json").read_text("utf-8") if distributed.rank() == 0 else None))
+
+
 def seed(play, report):
     """Fill the empty buffers: the identity function, then the rows of --seeds, or what the model itself proposes from it; no gradient."""
     s, call = play.settings, play.language.call
@@ -282,17 +289,20 @@ def seed(play, report):
 
 def seed_itself(play, tasks, report):
     """Rounds of proposals from what is there. Deduction and abduction start from the same programs."""
-    count, counts = play.settings.seed_problems, {}
+    count, counts, idle = play.settings.seed_problems, {}, 0
     for round_number in range(SEED_ROUNDS):
-        if all(len(play.buffers[task]) >= count for task in tasks):
+        before = len(play.buffers[tasks[0]])
+        if before >= count or idle == IDLE_ROUNDS:
             break
         step = -1 - round_number - (SEED_ROUNDS if tasks == ("induction",) else 0)
         proposed = propose(play, step, proposal_list(play, step, tasks))
-        for _, entry in distributed.gather([(p.task, e) for p, _, _, e in proposed]):
-            counts[str(entry) if isinstance(entry, Refused) else "ok"] = counts.get(str(entry) if isinstance(entry, Refused) else "ok", 0) + 1
+        for entry in distributed.gather([e for *_, e in proposed]):
+            reason = str(entry) if isinstance(entry, Refused) else "ok"
+            counts[reason] = counts.get(reason, 0) + 1
             for task in tasks if isinstance(entry, Entry) else ():
                 if len(play.buffers[task]) < count:
                     play.buffers[task].add(entry)
+        idle = idle + 1 if len(play.buffers[tasks[0]]) == before else 0
     lengths = ", ".join(f"{len(play.buffers[task])} {task}" for task in tasks)
     report(f"seeds by the model itself, round {round_number + 1}: {lengths} of {count}; proposals: {dict(sorted(counts.items()))}")
     if len(play.buffers[tasks[0]]) == 0:

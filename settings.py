@@ -19,7 +19,7 @@ def setting(default, text):
 class Settings:
     """Every setting of a run. Flags, --help and recipes (TOML) come from here."""
 
-    task: str = setting("gsm8k", "problems to train on: sums (built in) or gsm8k")
+    task: str = setting("gsm8k", "problems to train on: sums (built in), gsm8k or selfplay (none: the model makes its own)")
     lang: str = setting("prolog", "language to write, any name in sandbox/languages/")
     model: str = setting("Qwen/Qwen2.5-Coder-1.5B-Instruct", "checkpoint folder or hub id; 'tiny' builds and warm-starts a 1M-parameter model")
     data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
@@ -84,6 +84,15 @@ class Settings:
     sandbox: str = setting("kernel", "weakest isolation level to accept: kernel or namespaces; portable is not a sandbox")
     wandb: str = setting("auto", "auto (online with a key, else offline), online, offline or off")
     logged_samples: int = setting(8, "rollouts per step written to samples.jsonl")
+    propose_reward: str = setting("switch", "selfplay: eq3, eq4, switch (eq3, then eq4) or blend (from one to the other by the solver's accuracy)")
+    propose_switch: int = setting(64, "selfplay: last step of eq3 with --propose_reward switch")
+    learn_samples: int = setting(8, "selfplay: answers that tell how learnable a proposal is, sampled at the training temperature")
+    references: int = setting(6, "selfplay: earlier programs that a proposer sees")
+    composite: float = setting(0.0, "selfplay: share of proposals that must build on one or two earlier programs")
+    buffer_size: int = setting(16384, "selfplay: most entries of each of the three buffers; the oldest go first")
+    seed_problems: int = setting(256, "selfplay: entries of each buffer before the first step, proposed by the model itself")
+    seeds: str = setting("", "selfplay: files to take seeds from instead, with commas: JSON lines with snippet, input(s), or a checkpoint's selfplay.json")
+    eval_bench: str = setting("triples", "selfplay: what is evaluated in the loop: triples (built-in input/output prediction), humaneval or mbpp")
     warm_start_steps: int = setting(0, "supervised steps (of 16 problems) of the built-in tiny model before reinforcement learning")
     warm_start_mistakes: float = setting(0.0, "share of those demonstrations with a typical mistake of the language (sft.py)")
 

@@ -22,6 +22,7 @@ import torch
 
 import distributed
 import model as model_file
+import triples
 from batches import Sequence
 from kernels.logprob import token_logprobs
 from optimizer import accumulate, learning_rate, make_optimizer, take_step
@@ -35,7 +36,7 @@ from tokenizer import ChatTokenizer, train_bpe
 class WarmStart:
     """Settings of a supervised warm start."""
 
-    task: str = setting("gsm8k_steps", "problems with steps: sums or gsm8k_steps")
+    task: str = setting("gsm8k_steps", "problems with steps: sums or gsm8k_steps; or selfplay: synthetic triples in its six prompts")
     lang: str = setting("prolog", "language to render programs in")
     model: str = setting("tiny", "checkpoint folder or hub id; 'tiny' builds a 1M-parameter model with its own BPE")
     out: str = setting("runs/warm_start", "folder for the trained checkpoint; must not exist")
@@ -43,6 +44,7 @@ class WarmStart:
     problems: int = setting(0, "use only the first so many problems; 0 = all")
     examples: int = setting(0, "worked examples in the prompt: 0, 1 or 5")
     short_prompt: bool = setting(False, "leave the long instructions out")
+    references: int = setting(6, "selfplay: most earlier programs in a proposer's prompt")
     steps: int = setting(300, "optimizer steps")
     batch: int = setting(64, "problems per step, over all ranks")
     lr: float = setting(1e-5, "peak learning rate (cosine to 0 after the warm-up)")
@@ -64,6 +66,10 @@ def tiny_config(vocab_size):
 def make_tiny(problems, language, prompt, folder, seed):
     """A random tiny model and a byte-level BPE trained on the task's own text, written to `folder`."""
     texts = [text for p in problems[:4000] for text in (p.question, solution(p, language), *(m["content"] for m in prompt(p)))]
+    make_tiny_from(texts, folder, seed)
+
+
+def make_tiny_from(texts, folder, seed):
     train_bpe(texts, 768, folder)
     config = tiny_config(ChatTokenizer(folder).vocab_size)
     # Random weights of deviation 0.02, right for large models, are too small at width 128: after 400 steps the loss was 0.27, with 0.08 0.16.
@@ -116,19 +122,27 @@ def supervised_loss(model, batch):
 
 
 def run(s, problems, language, device, report=print):
-    """Warm-start s.model on the problems and write the checkpoint to s.out (a collective)."""
+    """Warm-start s.model on the problems (selfplay: none are needed) and write the checkpoint to s.out (a collective)."""
+    if s.task == "selfplay":
+        problems = triples.demonstrations(language, s.problems or 6000, s.seed, s.references, s.short_prompt)
     out = Path(s.out)
     prompt = lambda p: messages(p, language, examples=s.examples, system=not s.short_prompt)
     source = out.with_name(out.name + ".init") if s.model == "tiny" else model_file.find_checkpoint(s.model)
     if s.model == "tiny" and distributed.rank() == 0:
-        make_tiny(problems, language, prompt, source, s.seed)
+        if s.task == "selfplay":
+            make_tiny_from([text for pair in problems[:4000] for text in pair], source, s.seed)
+        else:
+            make_tiny(problems, language, prompt, source, s.seed)
     distributed.barrier()
     tokenizer = ChatTokenizer(source)
     model = model_file.load(source)
     config = model.config
     model.gradient_checkpointing = s.gradient_checkpointing
     model = distributed.shard(model, device)
-    sequences = encode(problems, language, tokenizer, prompt, s.mistakes, s.seed)
+    if s.task == "selfplay":
+        sequences = [Sequence(tokenizer.encode(text), [*tokenizer.encode(answer), tokenizer.stop_ids[0]]) for text, answer in problems]
+    else:
+        sequences = encode(problems, language, tokenizer, prompt, s.mistakes, s.seed)
     train_supervised(model, make_optimizer(model, beta2=s.beta2), sequences, s, device, report)
     weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
     if distributed.rank() == 0:
@@ -146,7 +160,7 @@ def main():
         raise SystemExit(f"{s.out} exists: give another --out, or remove it")
     language = load_language(s.lang)
     device = distributed.setup()
-    problems = load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
+    problems = [] if s.task == "selfplay" else load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
     report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
     run(s, problems, language, device, report)
     report(f"wrote {s.out}")

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -30,8 +31,9 @@ import gepo
 import grpo
 import lora
 import model as model_file
+import selfplay
 import sft
-from eval import evaluate
+from eval import evaluate, prompt_ids
 from exact import make_exact
 from kernels.logprob import fused_policy_loss
 from logs import RunLog
@@ -63,10 +65,12 @@ class Run:
     judge: Judge
     problems: list
     held_out: list
+    ask: Callable  # the prompt of a held-out problem
     reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
+    play: selfplay.Play | None = None  # --task selfplay
 
 
 def update(run, step, sequences):
@@ -116,10 +120,10 @@ def loss_of(run, batch):
 def train_step(run, step):
     """One whole step -> (metrics, seconds by phase, rows for samples.jsonl)."""
     s, started = run.settings, time.perf_counter()
-    samples, waited = rollout(run)
+    samples, waited, played = selfplay.play_step(run, step) if run.play else (*rollout(run), {})
     after_rollout = time.perf_counter()
-    counted = set_advantages(run, samples)
-    metrics = rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), s.samples, run.tokenizer.stop_ids)
+    counted = (selfplay.set_advantages if run.play else set_advantages)(run, samples)
+    metrics = played | rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), s.samples, run.tokenizer.stop_ids)
     score_again(run, counted)
     after_scores = time.perf_counter()
     metrics.update(update(run, step, counted))
@@ -177,7 +181,7 @@ def held_out_pass(run):
     s = run.settings
     metrics, rows = evaluate(
         run.sampler, run.tokenizer, run.judge, run.held_out,
-        prompt=lambda p: prompt_messages(run, p), n=s.eval_samples, temperature=s.eval_temperature, max_new_tokens=s.max_new_tokens, seed=s.seed + 1,
+        prompt=run.ask, n=s.eval_samples, temperature=s.eval_temperature, max_new_tokens=s.max_new_tokens, seed=s.seed + 1,
     )  # fmt: skip
     if s.gepo:
         metrics.update(gepo.held_out_metrics(run.groups, run.model, s, run.device))
@@ -215,7 +219,7 @@ def warm_start(s, folder, problems, language, device, report):
     if not distributed.broadcast(out.exists()):
         supervised = sft.WarmStart(
             task=s.task, lang=s.lang, out=str(out), examples=s.examples, short_prompt=s.short_prompt,
-            steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed, mistakes=s.warm_start_mistakes,
+            references=s.references, steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed, mistakes=s.warm_start_mistakes,
         )  # fmt: skip
         sft.run(supervised, problems, language, device, report)
     return out
@@ -223,7 +227,7 @@ def warm_start(s, folder, problems, language, device, report):
 
 def usable(problems, tokenizer, prompt, limit, report):
     """Drop problems whose prompt is longer than the limit; say how many."""
-    kept = [p for p in problems if len(tokenizer.encode_chat(prompt(p))) <= limit]
+    kept = [p for p in problems if len(prompt_ids(tokenizer, prompt(p))) <= limit]
     if len(kept) < len(problems):
         report(f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}")
     if not kept:
@@ -233,15 +237,13 @@ def usable(problems, tokenizer, prompt, limit, report):
 
 def build(s, folder, language, pool, device, report):
     """Load problems, model, optimizer, sampler and judge. What can be wrong in the settings is tried before the warm start."""
-    judge = make_judge(s, pool, language)
+    problems, held_out, judge, ask = load_task(s, language, pool)
     grpo.token_weights(s.loss, [1], s.max_new_tokens)
     if s.old_logprobs not in ("sampler", "trainer") or (s.tis and s.old_logprobs == "sampler"):
         raise SystemExit(f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two")
     grpo.advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), s.advantage)
     if s.exact and (device.type == "cpu" or s.lora_rank):
         raise SystemExit("--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling")
-    problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
-    held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
     source = warm_start(s, folder, problems, language, device, report)
     model = model_file.load(source)
     tokenizer = ChatTokenizer(source)
@@ -255,16 +257,28 @@ def build(s, folder, language, pool, device, report):
     model = distributed.shard(model, device)
     run = Run(
         s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
-        Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact), judge, problems, held_out,
+        Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact), judge, problems, held_out, ask,
     )  # fmt: skip
     if s.kl_coef and not s.lora_rank:
         run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)
-    prompt = lambda p: prompt_messages(run, p)
-    run.problems = usable(problems, tokenizer, prompt, s.max_prompt_tokens, report)
     if s.gepo:  # before anything is restored: the reference is the policy that the run starts from
         run.groups = gepo.prepare(s, tokenizer, run.model, device, folder, report)
-    run.held_out = usable(held_out, tokenizer, prompt, s.max_prompt_tokens, lambda *_: None)
+    if s.task == "selfplay":
+        run.play = selfplay.Play(s, language, pool, run.sampler, tokenizer)
+    else:
+        run.problems = usable(problems, tokenizer, ask, s.max_prompt_tokens, report)
+    run.held_out = usable(held_out, tokenizer, ask, s.max_prompt_tokens, lambda *_: None)
     return run
+
+
+def load_task(s, language, pool):
+    """(problems, held-out problems, their judge, the prompt of a problem) of --task."""
+    if s.task == "selfplay":
+        return [], *selfplay.held_out(s, language, pool)
+    judge = make_judge(s, pool, language)
+    problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
+    held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
+    return problems, held_out, judge, lambda p: prompt_messages(s, language, p)
 
 
 def make_judge(s, pool, language):
@@ -280,7 +294,8 @@ def make_judge(s, pool, language):
 
 def save_checkpoint(run, step, log):
     state = {"updates": run.updates, "drawn": run.drawn, "wandb_id": log.wandb_id, "seed": run.settings.seed}
-    checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep)
+    texts = {"selfplay.json": run.play.buffers.to_text()} if run.play else {}
+    checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep, texts)
 
 
 def evaluate_and_log(run, step, log):
@@ -324,6 +339,8 @@ def start(s, resume, why, pool, language, device):
     state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "drawn": 0, "wandb_id": None}
     run.updates, run.drawn = state["updates"], state["drawn"]
     refresh_sampler(run)
+    if run.play:
+        selfplay.fill(run.play, found, report)
     log = RunLog(folder, asdict(s), distributed.rank() == 0, state["step"] if resume else None, s.wandb, state["wandb_id"])
     try:
         first, last = loop(run, log, state["step"] + 1, report)

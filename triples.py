@@ -68,8 +68,8 @@ def completion(answer):
     return f"ok</think>\n<answer>\n{answer}\n</answer>"
 
 
-def held_out(language, count, seed=0):
-    """Puzzles from test triples, deduction and abduction in turn (induction too, every third)."""
-    kinds = [TASKS[i % 3] for i in range(count)]
+def held_out(language, count, seed=0, tasks=TASKS):
+    """Puzzles from test triples, the tasks in turn."""
+    kinds = [tasks[i % len(tasks)] for i in range(count)]
     entries = [triple("test", seed, i, language, PAIRS if kind == "induction" else 1) for i, kind in enumerate(kinds)]
-    return [Puzzle(f"triples/{kind}/{i}", kind, entry) for i, (kind, entry) in enumerate(zip(kinds, entries))]
+    return [Puzzle(f"triples/{kind}/{i}", kind, entry, entry.program) for i, (kind, entry) in enumerate(zip(kinds, entries))]
