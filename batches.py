@@ -16,7 +16,7 @@ class Sequence:
     prompt: list[int]
     tokens: list[int]
     logprobs: list[float] | None = None
-    advantage: float = 0.0
+    advantage: float | list[float] = 0.0  # of all tokens, or one for each
     group: int = 0
     weight: float = 1.0
     old_logprobs: list[float] | None = None
@@ -71,7 +71,7 @@ def pack(sequences, device="cpu", share_prompts=False):
         sampler_logprobs=known(lambda s: s.logprobs),
         old_logprobs=known(lambda s: s.old_logprobs or s.logprobs),
         ref_logprobs=known(lambda s: s.ref_logprobs),
-        advantages=per_token([s.advantage for s in sequences]),
+        advantages=known(lambda s: s.advantage if isinstance(s.advantage, list) else [s.advantage] * len(s.tokens)),
         weights=per_token([s.weight for s in sequences]),
     )
     return Batch(**{name: None if value is None else value.to(device) for name, value in batch.items()})

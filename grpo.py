@@ -27,6 +27,49 @@ def advantages(rewards, group_ids, kind="grpo", lengths=None):
     return group_advantages(rewards, group_ids, kind=kind)
 
 
+def check_advantage(kind):
+    """ValueError with a sentence for an unknown --advantage."""
+    if kind not in ("reinforce++", "reinforce++_baseline"):
+        advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), kind)
+
+
+def reinforce_advantages(rewards, lengths, group_ids, baseline=False, kl=None, coef=0.0):
+    """REINFORCE++ (2501.03262): token t of sample i has the return r_i - coef * sum_{u >= t} k1_iu, whitened over ALL tokens of the step.
+
+    rewards (nan: masked), lengths, group_ids: one per sample; kl: per sample its tokens' k1 = log pi_old - log pi_ref, or None -> per sample a
+    list with one advantage per token. baseline: r_i less its group's mean first (REINFORCE++-baseline; several samples per prompt); without
+    a KL a group of equal rewards then stays at exactly 0, though whitening would move it. (x - mean) / (std + 1e-8), sample std over tokens.
+    Rewards 1 of 1 token and 0 of 3: mean 0.25, std 0.5 -> 1.5 and -0.5 three times. Rewards 0, 0 of 2 and 1 tokens, k1 0.2 0.1 and -0.3, coef 1:
+    returns -0.3 -0.1 0.3, mean -0.033, std 0.306 -> -0.873 -0.218 1.091.
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    index = torch.unique(torch.as_tensor(group_ids), return_inverse=True)[1]
+    judged = ~rewards.isnan()
+    flat = _equal_groups(rewards, judged, index if baseline else torch.zeros_like(index))
+    values = rewards.masked_fill(~judged, 0.0)
+    if baseline:
+        count = torch.bincount(index[judged], minlength=int(index.max()) + 1).clamp(min=1)
+        values = values - (torch.zeros(len(count), dtype=values.dtype).index_add_(0, index, values) / count)[index]
+    lengths = torch.as_tensor(lengths)
+    returns = torch.repeat_interleave(values, lengths)
+    if kl is not None:
+        returns = returns - coef * torch.cat([torch.tensor(row, dtype=torch.float64).flip(0).cumsum(0).flip(0) for row in kl])
+    used = torch.repeat_interleave(judged, lengths)
+    if used.sum() < 2:
+        return [[0.0] * n for n in lengths.tolist()]
+    whitened = (returns - returns[used].mean()) / (returns[used].std() + 1e-8)
+    zero = ~used if kl is not None else ~used | torch.repeat_interleave(flat, lengths)
+    return [row.tolist() for row in whitened.masked_fill(zero, 0.0).split(lengths.tolist())]
+
+
+def _equal_groups(rewards, judged, index):
+    """True where every judged reward of the sample's group is the same number, by exact comparison."""
+    count = int(index.max()) + 1
+    low = torch.full((count,), float("inf"), dtype=rewards.dtype).scatter_reduce_(0, index, rewards.masked_fill(~judged, float("inf")), "amin")
+    high = torch.full((count,), float("-inf"), dtype=rewards.dtype).scatter_reduce_(0, index, rewards.masked_fill(~judged, float("-inf")), "amax")
+    return (low >= high)[index]
+
+
 def token_weights(loss, lengths, max_tokens):
     """lengths: completion lengths of ALL sequences of the step, on all ranks -> the weight of each one's tokens.
 
@@ -107,7 +150,7 @@ def reference_kl(logprobs, old_logprobs, ref_logprobs):
 def token_loss(s, logprobs, entropy, batch, rows=slice(None)):
     """What one token adds to the loss before its weight: the policy loss, the KL to the reference, the entropy bonus (settings s)."""
     loss = policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows, s.tis)
-    if s.kl_coef:
+    if s.kl_coef and not s.advantage.startswith("reinforce"):  # REINFORCE++ has it in the reward
         loss = loss + s.kl_coef * reference_kl(logprobs, batch.old_logprobs[rows], batch.ref_logprobs[rows])
     return loss - s.entropy_coef * entropy if s.entropy_coef else loss
 

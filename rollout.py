@@ -8,6 +8,7 @@ import torch
 
 import distributed
 import grpo
+import translate
 from batches import Sequence
 from rewards import Verdict
 from sampler import Completion, Request
@@ -33,6 +34,8 @@ def problem_at(run, number):
 
 
 def prompt_messages(s, language, problem):
+    if s.task == "translate":
+        return translate.messages(problem)
     return messages(problem, language, examples=s.examples, system=not s.short_prompt)
 
 
@@ -108,10 +111,23 @@ def set_advantages(run, samples):
     rewards, groups = ([value(x) for x in samples] for value in (lambda x: x.verdict.reward, lambda x: x.sequence.group))
     by_rank = distributed.gather([(rewards, groups)])
     everyone = torch.tensor([r for part, _ in by_rank for r in part], dtype=torch.float32)
-    values = grpo.advantages(everyone, torch.tensor([g for _, part in by_rank for g in part]), s.advantage).tolist()
+    ids = torch.tensor([g for _, part in by_rank for g in part])
+    if s.advantage.startswith("reinforce"):
+        values = reinforce(s, everyone, ids, samples)
+    else:
+        values = grpo.advantages(everyone, ids, s.advantage).tolist()
     start = sum(len(part) for part, _ in by_rank[: distributed.rank()])
     for x, value in zip(samples, values[start:]):
         x.sequence.advantage = value
     kept = groups_with_signal(samples) if s.dynamic_sampling else set(groups)
     cut = lambda q: s.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
     return [x.sequence for x in samples if x.verdict.reward == x.verdict.reward and x.sequence.group in kept and not cut(x.sequence)]
+
+
+def reinforce(s, rewards, groups, samples):
+    """REINFORCE++ advantages of the samples of all ranks, whitened together: one number a token, the KL to the reference in the reward."""
+    lengths = distributed.gather([len(x.completion.tokens) for x in samples])
+    kl = None
+    if s.kl_coef:
+        kl = distributed.gather([[a - b for a, b in zip(x.sequence.old_logprobs or x.sequence.logprobs, x.sequence.ref_logprobs)] for x in samples])
+    return grpo.reinforce_advantages(rewards, lengths, groups, s.advantage == "reinforce++_baseline", kl, s.kl_coef)

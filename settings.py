@@ -19,8 +19,8 @@ def setting(default, text):
 class Settings:
     """Every setting of a run. Flags, --help and recipes (TOML) come from here."""
 
-    task: str = setting("gsm8k", "problems to train on: sums (built in), gsm8k or selfplay (none: the model makes its own)")
-    lang: str = setting("prolog", "language to write, any name in sandbox/languages/")
+    task: str = setting("gsm8k", "problems to train on: sums (built in), gsm8k, translate or selfplay (none: the model makes its own)")
+    lang: str = setting("prolog", "language to write, any name in sandbox/languages/; translate draws one of several, as lua,racket,java, for each problem")
     model: str = setting("Qwen/Qwen2.5-Coder-1.5B-Instruct", "checkpoint folder or hub id; 'tiny' builds and warm-starts a 1M-parameter model")
     data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
     name: str = setting("", "name of the run: everything goes to runs/NAME (default: task, language and time)")
@@ -36,7 +36,7 @@ class Settings:
     reward: str = setting("correct=1", "components of rewards.py with weights, as correct=2,wrong=-1; 'random' is the control that must not learn")
     format_gate: bool = setting(True, "no reward without the right format (published sets add a format reward instead: false)")
     loss: str = setting("dapo", "grpo, dr_grpo, dapo, gspo or cispo (grpo.py)")
-    advantage: str = setting("grpo", "grpo, mean, rloo or batch (grpo.py)")
+    advantage: str = setting("grpo", "grpo, mean, rloo, batch, reinforce++ or reinforce++_baseline (grpo.py)")
     clip_low: float = setting(0.2, "lower clip of the ratio")
     clip_high: float = setting(0.28, "upper clip of the ratio (DAPO's clip-higher)")
     old_logprobs: str = setting("sampler", "log-probs that the ratio starts from: sampler (free) or trainer (one more forward pass)")
@@ -48,6 +48,7 @@ class Settings:
     dynamic_sampling: int = setting(0, "most rounds of new prompts in place of groups whose rewards are all equal (DAPO); 0 = off")
     overlong_buffer: int = setting(0, "soft penalty on the last so many tokens before max_new_tokens, down to -1 (DAPO); 0 = off")
     mask_truncated: bool = setting(False, "leave completions that hit max_new_tokens out of the loss")
+    translate_data: str = setting("", "translate: JSON lines of your own problems (README) instead of the built-in sets")
     gepo: float = setting(0.0, "weight of the GEPO loss on LLVM-IR groups beside the RL loss, whose weight is 1 (gepo.py); 0 = off")
     gepo_data: str = setting(".data/gepo/groups.jsonl", "groups that python gepo.py build made")
     gepo_batch: int = setting(8, "groups per step, over all ranks")
@@ -128,6 +129,8 @@ def parse_settings(arguments, description):
 
 def default_recipe(given):
     """The user's own command needs no recipe: with a GPU it is the first paper's run, without one the built-in small run."""
+    if given.get("task") == "translate":
+        return RECIPES / "oorl.toml", "OORL's code translation"
     if given.get("model", "tiny") != "tiny" or given.get("task", "sums") != "sums":
         return RECIPES / "gsm8k.toml", "you named a model or a task"
     if torch.cuda.is_available() and not {"model", "task"} & set(given):

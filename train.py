@@ -33,6 +33,7 @@ import lora
 import model as model_file
 import selfplay
 import sft
+import translate
 from eval import evaluate, prompt_ids
 from exact import make_exact
 from kernels.logprob import fused_policy_loss
@@ -65,7 +66,7 @@ class Run:
     judge: Judge
     problems: list
     held_out: list
-    ask: Callable  # the prompt of a held-out problem
+    ask: Callable | None = None  # the prompt of a held-out problem
     reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
     updates: int = 0
@@ -87,7 +88,7 @@ def update(run, step, sequences):
         start = sum(len(rank) for rank in lengths[: distributed.rank()])
         for i, sequence in enumerate(part):
             sequence.weight = weights[start + i]
-        active = [q for q in part if q.advantage != 0.0 or s.kl_coef or s.entropy_coef]
+        active = [q for q in part if has_signal(q) or s.kl_coef or s.entropy_coef]
         preferences = groups[pass_number :: s.epochs * s.minibatches]
         if distributed.largest(len(active)) == 0 and not preferences:
             continue
@@ -101,6 +102,10 @@ def update(run, step, sequences):
         norm = take_step(run.model, run.optimizer, rate, s.max_norm)
         run.updates += 1
     return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected, on_policy), **off_policy}
+
+
+def has_signal(sequence):
+    return any(sequence.advantage) if isinstance(sequence.advantage, list) else sequence.advantage != 0.0
 
 
 def loss_of(run, batch):
@@ -122,9 +127,13 @@ def train_step(run, step):
     s, started = run.settings, time.perf_counter()
     samples, waited, played = selfplay.play_step(run, step) if run.play else (*rollout(run), {})
     after_rollout = time.perf_counter()
+    kl_in_reward = s.kl_coef and s.advantage.startswith("reinforce")  # then the reference speaks first
+    if kl_in_reward:
+        score_again(run, [x.sequence for x in samples])
     counted = (selfplay.set_advantages if run.play else set_advantages)(run, samples)
     metrics = played | rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), s.samples, run.tokenizer.stop_ids)
-    score_again(run, counted)
+    if not kl_in_reward:
+        score_again(run, counted)
     after_scores = time.perf_counter()
     metrics.update(update(run, step, counted))
     after_update = time.perf_counter()
@@ -147,8 +156,10 @@ def train_step(run, step):
 
 def sample_row(run, x):
     """One line of samples.jsonl."""
-    c, v = x.completion, x.verdict
-    facts = {"problem": x.problem.id, "sample": c.sample, "reward": v.reward, "advantage": x.sequence.advantage, "status": v.status, "value": v.value}
+    c, v, advantage = x.completion, x.verdict, x.sequence.advantage
+    if isinstance(advantage, list):  # REINFORCE++: its mean over the tokens
+        advantage = sum(advantage) / len(advantage)
+    facts = {"problem": x.problem.id, "sample": c.sample, "reward": v.reward, "advantage": advantage, "status": v.status, "value": v.value}
     return {**facts, "text": run.tokenizer.decode(c.tokens)}
 
 
@@ -204,7 +215,7 @@ def before_and_after(folder, first, last, started):
 
 def new_folder(s):
     """runs/NAME for a new run; a name that exists is refused, so that nothing is overwritten."""
-    name = s.name or f"{s.task}-{s.lang}-{datetime.now():%m%d-%H%M%S}"
+    name = s.name or f"{s.task}-{s.lang.replace(',', '-')}-{datetime.now():%m%d-%H%M%S}"
     folder = Path("runs") / distributed.broadcast(name)
     if distributed.broadcast(folder.exists()):
         raise SystemExit(f"{folder} exists: go on with it by --resume {folder}, or choose another --name")
@@ -241,7 +252,7 @@ def build(s, folder, language, pool, device, report):
     grpo.token_weights(s.loss, [1], s.max_new_tokens)
     if s.old_logprobs not in ("sampler", "trainer") or (s.tis and s.old_logprobs == "sampler"):
         raise SystemExit(f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two")
-    grpo.advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), s.advantage)
+    grpo.check_advantage(s.advantage)
     if s.exact and (device.type == "cpu" or s.lora_rank):
         raise SystemExit("--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling")
     source = warm_start(s, folder, problems, language, device, report)
@@ -275,10 +286,13 @@ def load_task(s, language, pool):
     """(problems, held-out problems, their judge, the prompt of a problem) of --task."""
     if s.task == "selfplay":
         return [], *selfplay.held_out(s, language, pool)
+    ask = lambda p: prompt_messages(s, language, p)
+    if s.task == "translate":
+        return *translate.load_both(s), translate.make_judge(s, pool), ask
     judge = make_judge(s, pool, language)
     problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
-    return problems, held_out, judge, lambda p: prompt_messages(s, language, p)
+    return problems, held_out, judge, ask
 
 
 def make_judge(s, pool, language):
@@ -333,7 +347,7 @@ def start(s, resume, why, pool, language, device):
     started = time.perf_counter()
     report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
     folder = resume or new_folder(s)
-    report(f"settings from {why}; task {s.task}, language {language.title}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
+    report(f"settings from {why}; task {s.task}, language {s.lang}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
     run = build(s, folder, language, pool, device, report)
     found = distributed.broadcast(checkpoint.newest(folder / "checkpoints") if resume and distributed.rank() == 0 else None)
     state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "drawn": 0, "wandb_id": None}
@@ -352,9 +366,12 @@ def start(s, resume, why, pool, language, device):
 
 def main(arguments=None):
     s, resume, why = parse_settings(arguments, __doc__)
-    language = load_language(s.lang)
-    if problem := language.missing():
-        raise SystemExit(problem)
+    languages = [load_language(name) for name in s.lang.split(",")]
+    if len(languages) > 1 and s.task != "translate":
+        raise SystemExit(f"--lang {s.lang}: only --task translate draws from several languages; name one")
+    language, missing = languages[0], list(filter(None, (x.missing() for x in languages)))
+    if missing:
+        raise SystemExit("\n".join(missing))
     with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does: the trainer itself never forks
         start(s, resume, why, pool, language, distributed.setup())
     distributed.finish()

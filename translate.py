@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import warnings
 from dataclasses import dataclass, replace
 
 from proposals import call_files, outcomes
@@ -92,6 +93,15 @@ def load(split, targets, data=None, path="", count=None, seed=0):
     return [drawn[i] for i in sorted(random.Random(seed).sample(range(len(drawn)), count))]
 
 
+def load_both(s):
+    """(problems to train on, held-out problems) for train.py's settings: --lang names the targets, with commas."""
+    if s.model == "tiny":
+        raise ValueError("the built-in tiny model knows no source code: give --task translate a pretrained --model")
+    targets = [load_language(name) for name in s.lang.split(",")]
+    where = dict(data=s.data or None, path=s.translate_data)
+    return load("train", targets, **where, seed=s.seed), load("test", targets, **where, count=s.eval_problems, seed=0)
+
+
 def held_out(id):
     """The same for every source language of a problem, so that a held-out function is in no training prompt."""
     return random.Random(id.rpartition("/")[0] or id).random() < HELD_OUT
@@ -117,6 +127,8 @@ def _user_row(index, row):
         raise ValueError("tests must all be {args, expected} or all {stdin, stdout}, at least one")
     if calls and not row.get("entry"):
         raise ValueError("tests with args need entry, the name of the source's function")
+    if not isinstance(row["source"], str) or not row["source"].strip():
+        raise ValueError("source must be the text of a program")
     if row["source_language"] not in TRANSLATABLE:
         raise ValueError(f"source_language is {row['source_language']!r}: use {' or '.join(TRANSLATABLE)}")
     return Translation(f"user/{row.get('id', index)}/{row['source_language']}", row["source_language"], row["source"], row.get("entry", ""), cases)
@@ -226,9 +238,10 @@ def _rows(name, read, data):
 def without_docstrings(source):
     """Python text without docstrings: they may hold examples, and examples are tests."""
     try:
-        tree = ast.parse(source)
-    except SyntaxError:
-        return source
+        with warnings.catch_warnings(action="ignore"):  # '\\d' in a plain string, which other people's code is full of
+            tree = ast.parse(source)
+    except SyntaxError:  # mixed tabs and spaces, or an older Python
+        return re.sub(r"^[ \t]*(\"{3}|'{3}).*?\1[ \t]*\n?", "", source, flags=re.DOTALL | re.MULTILINE)
     lines = source.splitlines()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -249,7 +262,7 @@ class Benchmark:
         prompts = [r for f in ("humaneval", "mbpp") for r in _rows(f"multipl_e/v3/{f}-py-reworded.jsonl", lambda _, row: (row["name"], row["prompt"]), data)]
         files = ["humaneval/HumanEval.jsonl", *(f"humaneval_x/humaneval_{code}.jsonl" for code in ("cpp", "go", "java", "js", "rust"))]
         solved = [text for file in files for text in _rows(file, lambda _, row: row["prompt"] + row["canonical_solution"], data)]
-        self.names = {_bare(name.split("_", 2)[2]) for name, _ in prompts}
+        self.names = {_bare(name.split("_", 2)[2]) for name, _ in prompts} - {"f"}  # HumanEval 106 is called f, which says nothing
         self.grams = {gram for text in [p for _, p in prompts] + solved for gram in grams(text, self.WORDS)}
 
     def contains(self, problem):
@@ -340,6 +353,13 @@ def messages(problem):
 # ---- the judge ----
 
 
+def make_judge(s, pool):
+    """--reward as a TranslateJudge: correct=1 or random."""
+    if s.reward not in ("correct=1", "random"):
+        raise SystemExit(f"--reward {s.reward}: translate has one reward, correct=1 (form, compilation and all tests), or random")
+    return TranslateJudge(pool, s.reward == "random", s.seed)
+
+
 @dataclass(frozen=True)
 class Submission:
     """A translation whose tests are running. future: done when all of them are."""
@@ -371,6 +391,7 @@ class TranslateJudge:
         self.pool, self.random_reward, self.seed = pool, random_reward, seed
 
     def submit(self, problem, text, sample=0):
+        """Start the tests of a completion's program at once. Returns the Submission that collect() takes."""
         language = load_language(problem.target)
         parsed, nonce = parse(text, language), os.urandom(12).hex()
         jobs = [self.pool.submit(job) for job in case_jobs(problem, language, parsed.code, nonce)] if parsed.code.strip() else []

@@ -34,6 +34,25 @@ def test_groups_without_variance_are_exactly_zero(kind):
     assert values[3] > 0 > values[4] and values[5] == 0.0  # a reward the sandbox could not give is masked, the others count
 
 
+def test_reinforce_plus_plus_equals_hand_computed_numbers():
+    """Whitening over tokens: a sample of three tokens counts three times. The KL is a reward of every token, summed from there to the end."""
+    close = lambda found, expected: torch.testing.assert_close(torch.tensor(sum(found, [])), torch.tensor(expected), atol=1e-3, rtol=0)
+    close(grpo.reinforce_advantages([1.0, 0.0], [1, 3], [0, 1]), [1.5, -0.5, -0.5, -0.5])
+    close(grpo.reinforce_advantages([0.0, 0.0], [2, 1], [0, 1], kl=[[0.2, 0.1], [-0.3]], coef=1.0), [-0.873, -0.218, 1.091])
+    # baseline: rewards less the group's mean (0.5 and 0.25): 0.5 -0.5 | 0.75 -0.25 -0.25 -0.25, mean 0 and std 0.5 over six tokens
+    close(grpo.reinforce_advantages([1, 0, 1, 0, 0, 0.0], [1] * 6, [0, 0, 1, 1, 1, 1], baseline=True), [1, -1, 1.5, -0.5, -0.5, -0.5])
+    # without the baseline groups do not matter; a masked sample is exactly 0 and moves nobody
+    close(grpo.reinforce_advantages([1.0, NAN, 0.0], [1, 5, 3], [0, 0, 1]), [1.5, 0, 0, 0, 0, 0, -0.5, -0.5, -0.5])
+
+
+def test_reinforce_plus_plus_has_exact_zeros():
+    assert grpo.reinforce_advantages([0.1, 0.1, 0.1], [2, 1, 3], [0, 0, 1]) == [[0.0] * 2, [0.0], [0.0] * 3]
+    flat, _, signal, _ = grpo.reinforce_advantages([1.0, 1.0, 1.0, 0.0], [2, 1, 1, 4], [0, 0, 1, 1], baseline=True)
+    assert flat == [0.0, 0.0] and signal[0] > 0
+    batch = pack([Sequence([1], [2, 3], advantage=[0.5, -1.0]), Sequence([1], [4], advantage=2.0)])
+    assert batch.advantages.tolist() == [0.5, -1.0, 2.0]
+
+
 def test_a_masked_reward_does_not_move_its_group():
     with_gap = grpo.advantages(torch.tensor([1.0, 0.0, 0.0, NAN]), torch.zeros(4, dtype=torch.long))
     without = grpo.advantages(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.long))
