@@ -5,7 +5,7 @@ PY      = $(VENV)/bin/python
 SUDO    = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
 # What the test suite runs on; tests of an interpreter that is missing are skipped by name. Large: racket 412 MB, ocaml 448 MB.
-TEST_PACKAGES = swi-prolog-nox sbcl lua5.4 lua-unit guile-3.0 perl libtest-deep-perl clang-14 llvm-14 g++ nodejs r-base-core racket ocaml-nox
+TEST_PACKAGES = swi-prolog-nox sbcl lua5.4 lua-unit guile-3.0 perl libtest-deep-perl ruby ruby-test-unit libjavatuples-java clang-14 llvm-14 g++ nodejs r-base-core racket ocaml-nox
 
 .PHONY: train test bench environment prolog interpreters
 train: environment prolog

@@ -3,6 +3,7 @@
     python eval.py --model DIR --bench gsm8k --lang prolog                          greedy pass@1
     python eval.py --model DIR --bench gsm8k --lang prolog,lisp --samples 4 --temperature 0.1 --top_p 0.95 --top_k 50
     python eval.py --model DIR --bench humaneval --lang racket --samples 20 --temperature 0.2 --top_p 0.95
+    python eval.py --model DIR --bench mbpp --lang racket,julia --mode think        a self-play model, asked as it was trained
     python eval.py --model DIR --bench translate --source python,cpp --lang racket,lua,julia --mode chat
     python eval.py --model DIR --bench crux --lang racket --programs FILE           input and output prediction, as in CRUXEval
     python eval.py --compare runs/eval/A runs/eval/B                                 paired, problem by problem
@@ -110,17 +111,16 @@ def row(problem, completion, text, verdict):
 
 
 def summary(rows):
-    """pass@1 with its 95 % interval, pass@k for k = 2, 4, ... up to the samples of a problem, any-of-n and all-of-n, lengths, and
-    the shares of rewards.shares."""
+    """pass@k with its 95 % interval for k = 1, 2, 4, ... up to the samples of a problem, any-of-n and all-of-n, lengths, and the
+    shares of rewards.shares."""
     outcomes = per_problem(rows)
     if not outcomes:
         raise ValueError("nothing could be judged: every sample ended in a sandbox error (python -m sandbox doctor says why)")
-    rates = [sum(o) / len(o) for o in outcomes.values()]
-    low, high = interval(rates)
-    found = {"pass@1": statistics.fmean(rates), "pass@1_low": low, "pass@1_high": high}
-    fewest = min(len(o) for o in outcomes.values())
-    for k in (2**i for i in range(1, fewest.bit_length())):
-        found[f"pass@{k}"] = statistics.fmean(pass_at_k(len(o), sum(o), k) for o in outcomes.values())
+    fewest, found = min(len(o) for o in outcomes.values()), {}
+    for k in (2**i for i in range(fewest.bit_length())):
+        rates = [pass_at_k(len(o), sum(o), k) for o in outcomes.values()]
+        low, high = interval(rates)
+        found |= {f"pass@{k}": statistics.fmean(rates), f"pass@{k}_low": low, f"pass@{k}_high": high}
     if fewest > 1:
         found["any_of_n"] = statistics.fmean(any(o) for o in outcomes.values())
         found["all_of_n"] = statistics.fmean(all(o) for o in outcomes.values())
@@ -144,7 +144,7 @@ def pass_at_k(n, c, k):
 
     pass_at_k(4, 1, 2) = 1 - 3/6 = 0.5.
     """
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
 def interval(rates, z=1.96):

@@ -126,6 +126,8 @@ def test_two_ranks_sample_and_learn_the_same(straight, tmp_path):
     for one, two in zip(rows(straight), rows(tmp_path / "runs/two")):
         assert {k: one[k] for k in exact} == {k: two[k] for k in exact}
         assert two["loss"] == pytest.approx(one["loss"], abs=1e-5) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    judged = [rows(folder, "eval/step_0.jsonl") for folder in (straight, tmp_path / "runs/two")]
+    assert len(judged[0]) >= 4 and judged[0] == judged[1]  # the evaluation before training, every program of it
 
 
 @needs_prolog
