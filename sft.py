@@ -36,7 +36,7 @@ from tokenizer import ChatTokenizer, train_bpe
 class WarmStart:
     """Settings of a supervised warm start."""
 
-    task: str = setting("gsm8k_steps", "problems with steps: sums or gsm8k_steps; or selfplay: synthetic triples in its six prompts")
+    task: str = setting("gsm8k_steps", "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts)")
     lang: str = setting("prolog", "language to render programs in")
     model: str = setting("tiny", "checkpoint folder or hub id; 'tiny' builds a 1M-parameter model with its own BPE")
     out: str = setting("runs/warm_start", "folder for the trained checkpoint; must not exist")

@@ -21,6 +21,7 @@ import known_programs
 import model as model_file
 import sft
 import translate
+import triples
 from benchmarks import SOURCES, TestJudge, answer_block, exchange_answers, load_rows, program, row_prompt
 from forgers import FORGERS
 from rewards import Judge
@@ -28,7 +29,7 @@ from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
 from settings import Settings
-from tasks import load_problems, messages, solution
+from tasks import Problem, load_problems, messages, solution
 from tokenizer import ChatTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -314,8 +315,12 @@ TRAINING = {  # every --task of train.py and sft.py: the words in a row at which
     "gsm8k": (8, lambda: load_problems("gsm8k", "train")),
     "gsm8k_steps": (8, lambda: load_problems("gsm8k_steps", "train")),
     "translate": (13, lambda: translate.load("train", [load_language(name) for name in language_names()])),  # code repeats itself sooner than prose
-    "selfplay": (8, lambda: []),  # no data set: programs of the model's own
+    "selfplay": (8, lambda: [Problem(f"triples/{n}", "selfplay", " ".join(d), None) for n, d in enumerate(demonstrations())]),  # of its warm start
 }
+
+
+def demonstrations():
+    return [d for name in ("racket", "julia", "lua", "python") for d in triples.demonstrations(load_language(name), 300, 0, 6, False)]
 
 
 def test_no_training_task_is_forgotten():
