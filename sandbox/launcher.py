@@ -236,16 +236,17 @@ class Launcher:
 
     def serve(self):
         """Job after job until the trainer is gone (True), or until something failed that a fresh launcher may not suffer from (False)."""
-        while (job := receive(self.channel)) is not None:
-            try:
-                reply = self.run(job)
-            except Exception as error:
-                send(self.channel, {"status": "sandbox_error", "stderr": f"{type(error).__name__}: {error}"})
-                return False
-            if reply is None:  # the trainer went away during the job
-                return True
-            clear(self.folder)
-            send(self.channel, reply)
+        with contextlib.suppress(OSError):  # of the socket: the trainer is gone
+            while (job := receive(self.channel)) is not None:
+                try:
+                    reply = self.run(job)
+                    clear(self.folder)
+                except Exception as error:
+                    send(self.channel, {"status": "sandbox_error", "stderr": f"{type(error).__name__}: {error}"})
+                    return False
+                if reply is None:  # the trainer went away during the job
+                    break
+                send(self.channel, reply)
         return True
 
     def run(self, job):
@@ -295,7 +296,8 @@ class Launcher:
         report.close()
         for descriptor in (source, out[1], err[1]):
             os.close(descriptor)
-        send(self.channel, {"started": pid})
+        with contextlib.suppress(OSError):  # the trainer is gone: the Program notices
+            send(self.channel, {"started": pid})
         disk = None if self.bounded or self.level == "portable" else Disk(self.folder, WORK_BYTES, WORK_FILES)
         program = Program(pid, stage, (out[0], err[0]), heard, disk, started)
         program.wait(self.channel)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.languages import load_language
 from sandbox.probe import available_level, probe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +25,8 @@ needs_kernel = pytest.mark.skipif(BEST == "portable", reason="no kernel isolatio
 SHORT = ["--scale", "0.3"]
 
 
-def attack(*arguments, user=None, before=()):
-    """Run attack.py, as another user if told. Returns its rows; fails the test when a program did harm."""
+def attack(*arguments, user=None, before=(), harmless=True):
+    """Run attack.py, as another user if told. Returns its rows; fails the test when a program did harm, unless that is wanted."""
     folder = Path(tempfile.mkdtemp(prefix="attack-"))
     try:
         shutil.copytree(ROOT / "sandbox", folder / "sandbox")
@@ -41,7 +42,7 @@ def attack(*arguments, user=None, before=()):
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     assert rows and "programs" in rows[-1], ran.stderr[-2000:]
     wrong = [row for row in rows[:-1] if row["faults"]]
-    assert not wrong, json.dumps(wrong, indent=1)[:5000]
+    assert not (wrong and harmless), json.dumps(wrong, indent=1)[:5000]
     return rows
 
 
@@ -91,6 +92,15 @@ def test_honest_programs_are_right_amid_hostile_ones(attacks, level):
         pytest.skip("only in full, where there are user namespaces")
     rows = attack("--level", level, "--soak", "500" if FULL else "60", user=normal_user(2))
     assert rows[-1]["programs"] >= 60
+
+
+def test_the_portable_level_is_no_sandbox(attacks):
+    """What is caught at the other levels is no straw man: without isolation the same programs read and write the answer file."""
+    rows = attack("--level", "portable", "--language", "lua", "--language", "perl", "--only", "files", user=normal_user(4), harmless=False)
+    if load_language("lua").missing():
+        pytest.skip("needs Lua")
+    faults = " ".join(rows[0]["faults"])
+    assert "it got out" in faults and "files changed" in faults and rows[-1]["wrong"] == 1
 
 
 @needs_kernel

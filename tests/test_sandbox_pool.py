@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import wait
@@ -50,17 +52,13 @@ def eventually(condition, seconds=10.0):
 
 
 @pytest.fixture
-def work_root(tmp_path, monkeypatch):
-    """A place of its own for work folders, which must be empty afterwards."""
-    for folder in [tmp_path, *tmp_path.parents]:
-        if folder.owner() == Path("~").expanduser().owner() and folder != Path("/") and os.access(folder, os.W_OK):
-            folder.chmod(folder.stat().st_mode | 0o711)  # programs of root run as users of their own
-        if folder == Path("/tmp"):
-            break
-    import tempfile
-
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+def work_root(monkeypatch):
+    """A place of its own for work folders, which must be empty afterwards. Programs of root run as users of their own, so they must get there."""
+    folder = Path(tempfile.mkdtemp(prefix="work-root-"))
+    folder.chmod(0o711)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_killed_launcher_is_replaced_and_its_job_runs_again(work_root):
@@ -124,6 +122,26 @@ def test_a_killed_trainer_leaves_nothing(work_root):
     process.stdout.close()
     assert eventually(lambda: not alive([*launchers, *running])), running
     assert eventually(lambda: not list(work_root.iterdir())), list(work_root.rglob("*"))
+
+
+def test_a_trainer_killed_at_any_moment_leaves_nothing(work_root):
+    """Before the first job, while a program runs, while a launcher clears up after it."""
+    trainer = (
+        f"import sys, tempfile; sys.path.insert(0, {str(ROOT)!r}); tempfile.tempdir = {str(work_root)!r}\n"
+        "from sandbox import Job, Pool\n"
+        "pool = Pool(workers=3, cache=False)\n"
+        "print(*pool.launcher_pids, flush=True)\n"
+        "files = 'for n = 1, 5000 do io.open(n, \\'w\\'):close() end'\n"
+        "while True: pool.run_all([Job('lua', {'main.lua': files})] * 30)\n"
+    )
+    for moment in range(8):
+        process = subprocess.Popen([sys.executable, "-c", trainer], stdout=subprocess.PIPE, text=True)
+        launchers = [int(word) for word in process.stdout.readline().split()]
+        time.sleep(0.03 * moment)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert eventually(lambda launchers=launchers: not alive(launchers) and not list(work_root.iterdir())), list(work_root.rglob("*"))
 
 
 def test_the_trainer_never_forks(work_root):
