@@ -238,7 +238,7 @@ def _rows(name, read, data):
 def without_docstrings(source):
     """Python text without docstrings: they may hold examples, and examples are tests."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # '\\d' in a plain string, which other people's code is full of
+        with warnings.catch_warnings(action="ignore"):  # '\d' in a plain string, which other people's code is full of
             tree = ast.parse(source)
     except SyntaxError:  # mixed tabs and spaces, or an older Python
         return re.sub(r"^[ \t]*(\"{3}|'{3}).*?\1[ \t]*\n?", "", source, flags=re.DOTALL | re.MULTILINE)
@@ -469,6 +469,8 @@ def _value_passes(text, expected, language):
 def same_value(value, expected):
     """A value of some language equals a case's JSON value: numbers by value (floats within 1e-6), lists, vectors and tuples alike, and where a
     language has one thing for several (nil, empty table) any of them."""
+    if isinstance(value, Symbol) and value.name in ("true", "false"):  # Prolog's
+        value = value.name == "true"
     if value is None or value is False or value == [] or value == Map(()):
         if not expected and not isinstance(expected, (int, float, str)) or expected is False:
             return value is expected or isinstance(expected, type(value)) or value in (None, [], Map(()))
