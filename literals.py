@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from values import MAX_TEXT, Char, Compound, Map, Pair, Set, Symbol, cons, key_of, table_of, write
+from values import LUA_SMALLEST, MAX_TEXT, Char, Compound, Map, Pair, Set, Symbol, cons, key_of, table_of, write
 
 MAX_DEPTH = 30
 
@@ -161,6 +161,8 @@ class _BracketReader(_Reader):
             return _number(text, table)
         if text := self.take(rf"{_NUMBER.pattern}(?![\w.])"):
             return _number(text, table)
+        if table.get("integer_bits") and self.take(re.escape(LUA_SMALLEST)):
+            return -(2**63)
         if "empty_set" in table and self.take(re.escape(table["empty_set"])):
             return Set(())
         for kind in ("map", "set", "list", "tuple"):

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+LUA_SMALLEST = "(-9223372036854775807-1)"  # -2**63: as a numeral it would be the negative of a float
 MAX_TEXT = 2000  # characters of a value; longer ones are refused, never cut
 
 
@@ -109,7 +110,7 @@ def _plain(value, table):
         return word if word is not None else _no(value)
     if isinstance(value, int):
         if table.get("integer_bits") == 64 and value == -(2**63):
-            return "(-9223372036854775807-1)"
+            return LUA_SMALLEST
         return str(value)
     if isinstance(value, Fraction):
         return f"{value.numerator}{table['ratio']}{value.denominator}" if "ratio" in table else _no(value)
