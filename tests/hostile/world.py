@@ -80,11 +80,10 @@ class World:
             content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
             marks = sorted(os.listxattr(path)) if path.exists() else []
             files[str(path)] = (info.st_mode, info.st_uid, info.st_size, info.st_mtime_ns, content, marks)
-        stray = [place for place in ("/dev/shm/hostile", "/tmp/hostile", "/var/tmp/hostile", "/usr/lib/hostile") if os.path.lexists(place)]
         pids = (self.victim.pid, os.getpid())
         return {
             "files": files,
-            "stray files": stray,
+            "stray files": self._stray_files(),
             "victim": Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2] in "SRD" and self.victim.poll() is None,
             "priorities": [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids],
             "affinity": [sorted(os.sched_getaffinity(pid)) for pid in pids],
@@ -92,6 +91,9 @@ class World:
             "IPC objects": ipc_objects(),
             "shared memory": os.path.exists("/proc/sysvipc/shm") and f" {self.memory} " in Path("/proc/sysvipc/shm").read_text(),
         }
+
+    def _stray_files(self):
+        return [place for place in ("/dev/shm/hostile", "/tmp/hostile", "/var/tmp/hostile", "/usr/lib/hostile") if os.path.lexists(place)]
 
     def damage(self):
         """Sentences, empty when nothing was touched."""
@@ -113,6 +115,8 @@ class World:
         os.unlink(self.unix_path)
         libc.shmctl(self.memory, 0, None)
         shutil.rmtree(self.outside, ignore_errors=True)
+        for place in set(self._stray_files()) - set(self.before["stray files"]):  # the portable level keeps nobody from this
+            os.unlink(place)
 
 
 def users(pool):
