@@ -203,7 +203,7 @@ def main(arguments=None):
     if options.step != 0 and load_language("prolog").missing() is None and "kernel" in levels:
         for start in ("cold", "warm"):
             steps[start] = step(options.step or 1024, start == "warm")
-            print(f"step, {start}: " + ", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in steps[start].items()))
+            print(f"step, {start}: " + ", ".join(f"{key} {round(value, 1)}" for key, value in steps[start].items()), flush=True)
     print(json.dumps({"cores": WORKERS, "rows": rows, "targets": checks, "step": steps}))
 
 

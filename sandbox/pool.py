@@ -22,7 +22,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from sandbox.jobs import Job, Result, SandboxError
+from sandbox.jobs import Result, SandboxError
 from sandbox.languages import load_language
 from sandbox.probe import LEVELS, available_level, probe
 

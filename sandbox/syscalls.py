@@ -43,8 +43,8 @@ _DENIED = {
 _OTHER = {
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435), "kill": (62, 129), "tgkill": (234, 131),
     "prlimit64": (302, 261), "setpriority": (141, 140), "sched_setaffinity": (203, 122), "socketpair": (53, 199), "fcntl": (72, 25),
-    "ioctl": (16, 29), "utimensat": (280, 88), "memfd_create": (319, 279), "capset": (126, 91), "seccomp": (317, 277), "landlock_create_ruleset": (444, 444),
-    "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
+    "ioctl": (16, 29), "utimensat": (280, 88), "memfd_create": (319, 279), "capset": (126, 91), "seccomp": (317, 277),
+    "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
 }  # fmt: skip
 
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)

@@ -1,6 +1,7 @@
 """Hostile programs: none gets out, outlives its job, or spoils another's result.
 
-In full (every program at both levels, as root and as a normal user, and 500 mixed jobs): SANDBOX_FULL=1 python -m pytest tests/test_sandbox_hostile.py
+In full (every program at both levels, as root and as a normal user, and 500 mixed jobs):
+SANDBOX_FULL=1 python -m pytest tests/test_sandbox_hostile.py
 """
 
 import json

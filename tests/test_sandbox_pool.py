@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import Job, Limits, Pool, SandboxError
+from sandbox import Job, Limits, Pool, SandboxError, languages
 from sandbox.languages import load_language
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,22 +252,39 @@ def test_job_lines_stream_in_order():
     assert [row["line"] for row in rows if "error" in row] == [5, 6, 7, 8, 9, 10, 11]
 
 
-def test_the_readmes_new_language_works(tmp_path, monkeypatch):
+@pytest.fixture
+def language_folder(tmp_path, monkeypatch):
+    """A folder of languages in place of sandbox/languages/."""
+    monkeypatch.setattr(languages, "FOLDER", tmp_path)
+    load_language.cache_clear()
+    yield tmp_path
+    load_language.cache_clear()
+
+
+def test_doctor_says_what_works_and_how_to_get_what_does_not(language_folder, capsys):
+    text = (ROOT / "sandbox" / "languages" / "lua.toml").read_text()
+    (language_folder / "lua.toml").write_text(text)
+    lacking = text.replace('lua = ["lua5.4", "lua5.3", "lua"]', 'lua = ["klingon"]').replace('debian = "lua5.4"', 'debian = "klingon-nox"')
+    (language_folder / "klingon.toml").write_text(lacking)
+    from sandbox.__main__ import main
+
+    main(["doctor"])
+    said = capsys.readouterr().out
+    assert re.search(r"isolation: (kernel|namespaces)", said) and re.search(r"landlock +ok", said)
+    assert re.search(r"lua +\d+ ms +\d+ ms +Lua 5", said)
+    assert "klingon     missing: klingon not found: apt-get install klingon-nox" in said
+    assert said.rstrip().endswith("for all that is missing: apt-get install --no-install-recommends klingon-nox")
+
+
+def test_the_readmes_new_language_works(language_folder):
     """The README's example of a new language, pasted into a file, passes the test that every language passes."""
     text = (ROOT / "README.md").read_text().partition('title = "Awk"')
     example = (text[1] + text[2]).partition("```")[0]
     assert len(example.strip().splitlines()) <= 10
-    from sandbox import languages
+    (language_folder / "awk.toml").write_text(example)
+    if sentence := load_language("awk").missing():
+        pytest.skip(sentence)
+    from test_sandbox import check_language
 
-    (tmp_path / "awk.toml").write_text(example)
-    monkeypatch.setattr(languages, "FOLDER", tmp_path)
-    load_language.cache_clear()
-    try:
-        if sentence := load_language("awk").missing():
-            pytest.skip(sentence)
-        from test_sandbox import check_language
-
-        with Pool(workers=2) as pool:
-            check_language(pool, "awk")
-    finally:
-        load_language.cache_clear()
+    with Pool(workers=2) as pool:
+        check_language(pool, "awk")
