@@ -108,6 +108,21 @@ def test_the_way_through_the_kernels_draws_the_same_tokens(model):
     assert largest_gap(model, asked, groups) < 1e-5
 
 
+def test_qwen3_takes_both_ways():
+    """Its norms of q and k stand before attention, so that neither way knows of them: same draws alone and together, trainer's log-probs."""
+    model = random_model(dataclasses.replace(CONFIG, model_type="qwen3"), seed=1, std=0.15).requires_grad_(False)
+    for layer in model.layers:  # random norms, or an error in them would not show
+        layer.q_norm.data.uniform_(0.5, 2.0), layer.k_norm.data.uniform_(0.5, 2.0)
+    asked = requests()
+    expected, kernels = Sampler(model).generate(asked), Sampler(model, slots=20, page_size=32)
+    assert largest_gap(model, asked, expected) < 1e-5
+    alone = [Sampler(model, slots=3).generate([r])[0] for r in asked]
+    assert [[(c.tokens, c.logprobs) for c in g] for g in alone] == [[(c.tokens, c.logprobs) for c in g] for g in expected]
+    kernels.cpu, kernels.look_every = False, 3
+    groups = kernels.generate(asked)
+    assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected] and largest_gap(model, asked, groups) < 1e-5
+
+
 def test_samples_do_not_depend_on_order_ranks_or_threads(model):
     asked = requests()
     expected = values(Sampler(model).generate(asked))
