@@ -25,10 +25,10 @@ from tasks import read_jsonl
 LEVELS = ("Oz", "O1", "O2", "O3")
 # Vectorised and unrolled loops are three to five times as long and say nothing new about what a function computes.
 PLAIN_LOOPS = ["-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"]
-TRIES = 4  # edits of each kind that are run for one function
+TRIES = 3  # edits of each kind that are run for one function
 LOSERS = 8  # kept of them, spread over the kinds
 TESTS = 12
-LIMITS = Limits(cpu=0.25, wall=5.0)  # a right one takes 0.03 s of processor time; an edit that loops for ever takes all of it
+LIMITS = Limits(cpu=0.15, wall=5.0)  # a right one takes 0.03 s of processor time; an edit that loops for ever takes all of it
 
 INTEGERS = {
     "char": 8, "signed char": 8, "unsigned char": 8, "short": 16, "unsigned short": 16, "int": 32, "signed": 32, "signed int": 32, "unsigned": 32, "unsigned int": 32,
@@ -251,7 +251,6 @@ class Runner:
 
 def group(unit, pool, vectorize=False, seed=0):
     """One row of the groups file. Skip with the reason when there is no group in the function."""
-    compile_c(unit.c, "O1")
     main_c, tests = driver(unit, seed)
     right, run = winners(unit, vectorize), Runner(pool, main_c)
     outputs = run([w["ir"] for w in right])
@@ -361,7 +360,7 @@ def summary(out, skipped, seconds, report=print):
     report(f"{len(groups)} groups from {len(groups) + sum(reasons.values())} functions in {seconds:.0f} s; {sizes[1]} of them have one winner only, which serves n = 1 alone")
     report("winners per group: " + ", ".join(f"{n}: {count}" for n, count in sorted(sizes.items())))
     for reason, count in reasons.most_common():
-        report(f"{count} functions skipped: {reason}")
+        report(f"skipped, {reason}: {count}")
     for kind in sorted(outcomes):
         report(f"{kind}: kept {kept[kind]}; tried " + ", ".join(f"{o} {c}" for o, c in outcomes[kind].most_common()))
     for kind in sorted({k for k, _ in cheap}):

@@ -165,8 +165,8 @@ def _mbxp(data):
     if not evaluated:
         return []  # without MultiPL-E's list of ids nobody can say what may be trained on
     rows = {}
-    for language, name in (("python", "mbpp"), ("cpp", "mbcpp")):
-        for number, row in _rows(f"mbxp/{name}_release_v1.jsonl", lambda _, row: (int(row["task_id"].split("/")[1]), row), data):
+    for language, name in (("python", "mbpp_release_v1"), ("cpp", "mbcpp_release_v1.2")):
+        for number, row in _rows(f"mbxp/{name}.jsonl", lambda _, row: (int(row["task_id"].split("/")[1]), row), data):
             if number not in evaluated and row["canonical_solution"]:
                 rows.setdefault(number, {})[language] = row
     problems = []
