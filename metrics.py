@@ -61,8 +61,13 @@ def rollout_metrics(pairs, samples, stop_ids):
 
 def progress(step, steps, metrics, times):
     """The line a person reads."""
+    if "buffer/deduction" in metrics:  # self-play
+        stored = sum(metrics[f"buffer/{task}"] for task in ("deduction", "abduction", "induction"))
+        played = f"valid {metrics['propose/valid_frac']:.2f}  solved {metrics['solve/accuracy']:.2f}  stored {stored:.0f}  "
+    else:
+        played = f"pass {metrics['pass_rate']:.3f}  "
     return (
-        f"step {step}/{steps}  reward {metrics['reward']:.3f}  pass {metrics['pass_rate']:.3f}  length {metrics['completions/mean_length']:.0f}  "
+        f"step {step}/{steps}  reward {metrics['reward']:.3f}  {played}length {metrics['completions/mean_length']:.0f}  "
         f"no-signal {metrics['frac_reward_zero_std']:.2f}  entropy {metrics['entropy']:.3f}  grad {metrics['grad_norm']:.2f}  |  "
         f"sample {times['time/generate']:.1f}s  reward +{times['time/reward']:.1f}s  update {times['time/update']:.1f}s"
     )

@@ -250,6 +250,8 @@ def play_metrics(play, everyone, accuracies, added):
             found[f"{role}/reward/{task}"] = mean([v.reward for v in verdicts if v.reward == v.reward])
         found[f"buffer/{task}"] = float(len(play.buffers[task]))
         found[f"buffer/{task}_added"] = float(added[task])
+    rows = [{v.reward for t, r, v in everyone if (t, r) == (task, role) and v.reward == v.reward} for task in TASKS for role in ROLES]
+    found["frac_reward_zero_std"] = mean([len(rewards) < 2 for rewards in rows])  # of the six (task, role)
     proposals = [v for _, role, v in everyone if role == "propose"]
     found["propose/valid_frac"] = mean_accuracy(proposals)
     found["solve/accuracy"] = mean_accuracy([v for _, role, v in everyone if role == "solve"])
