@@ -88,6 +88,7 @@ class Submission:
     parsed: Parsed
     nonce: str
     future: concurrent.futures.Future | None
+    syntax: concurrent.futures.Future | None = None  # the language's own check of the code alone, when a component asks for it
 
 
 @dataclass
@@ -131,11 +132,14 @@ class Judge:
         if parsed.code.strip() and parsed.query.strip():
             files = answer_files(self.language, parsed.code, parsed.query, nonce)
             future = self.pool.submit(Job(self.language.name, files, id=f"{problem.id}/{sample}"))
-        return Submission(problem, sample, text, parsed, nonce, future)
+        syntax = None
+        if "syntax" in self.components and parsed.code.strip():
+            syntax = self.pool.submit(Job(self.language.name, {self.language.file: parsed.code}, run=self.language.check))
+        return Submission(problem, sample, text, parsed, nonce, future, syntax)
 
     def collect(self, submissions, deadline=None):
         """Verdicts in order. Programs that are not done `deadline` seconds from now count as sandbox errors (nan)."""
-        futures = [submission.future for submission in submissions if submission.future]
+        futures = [future for submission in submissions for future in (submission.future, submission.syntax) if future]
         concurrent.futures.wait(futures, timeout=deadline)
         return [self._verdict(submission) for submission in submissions]
 
@@ -144,12 +148,12 @@ class Judge:
         number = parse_number(value) if value is not None else None
         answer, parsed = submission.problem.answer, submission.parsed
         correct = number is not None and same_number(number, answer)
-        facts = Facts(submission.text, parsed, self.language, correct, submission.problem)
+        facts = Facts(submission.text, parsed, self.language, correct, submission.problem, _passed(submission.syntax))
         components = {name: COMPONENTS[name](facts) for name in self.components}
         reward = sum(weight * components[name] for name, weight in self.components.items())
         if self.gate and not parsed.format_ok:
             reward = 0.0
-        elif status == "sandbox_error":
+        elif status == "sandbox_error" or facts.syntax != facts.syntax:
             reward, components = math.nan, dict.fromkeys(components, math.nan)
         if self.random_reward:
             reward = float(random.Random(f"{self.seed}/{submission.problem.id}/{submission.sample}").random() < 0.5)
@@ -166,6 +170,14 @@ class Judge:
             return "sandbox_error", None
         result: Result = submission.future.result()
         return result.status, printed_value(result.stdout, submission.nonce) if result.status == "ok" else None
+
+
+def _passed(future):
+    """1 when a check passed, 0 when it did not or there was nothing to check, nan when the sandbox could not tell."""
+    if future is None:
+        return 0.0
+    status = future.result().status if future.done() else "sandbox_error"
+    return math.nan if status == "sandbox_error" else float(status == "ok")
 
 
 def answer_files(language, code, query, nonce):
@@ -201,6 +213,7 @@ class Facts:
     language: object
     correct: bool
     problem: Problem
+    syntax: float
 
 
 def _tags(facts):
@@ -235,6 +248,7 @@ def _words(text, limit=1000):
 COMPONENTS = {
     "correct": lambda facts: float(facts.correct),
     "wrong": lambda facts: float(not facts.correct),
+    "syntax": lambda facts: facts.syntax,
     "tags": _tags,
     "soft_format": lambda facts: _layout(facts, r"\s*", ""),
     "strict_format": lambda facts: _layout(facts, r"\n", r"\s*$"),

@@ -80,11 +80,16 @@ def draw(run, count):
 
 
 def shaped(verdicts, completions, s):
-    """Verdicts with the soft overlong penalty added to their rewards."""
-    if not s.overlong_buffer:
-        return verdicts
-    penalties = [overlong_penalty(len(c.tokens), s.max_new_tokens, s.overlong_buffer) for c in completions]
-    return [replace(v, reward=v.reward + penalty) for v, penalty in zip(verdicts, penalties)]
+    """Verdicts with what a step or a length adds to their rewards: the syntax mix and the soft overlong penalty. A collective."""
+    rewards = [v.reward for v in verdicts]
+    if s.syntax_mix:
+        syntax = [v.components["syntax"] for v in verdicts]
+        judged = [x for x in distributed.gather(syntax) if x == x]
+        wrong = 1 - sum(judged) / max(1, len(judged))
+        rewards = [wrong * x + (1 - wrong) * r for x, r in zip(syntax, rewards)]
+    if s.overlong_buffer:
+        rewards = [r + overlong_penalty(len(c.tokens), s.max_new_tokens, s.overlong_buffer) for r, c in zip(rewards, completions)]
+    return [replace(v, reward=r) for v, r in zip(verdicts, rewards)]
 
 
 def overlong_penalty(length, limit, buffer):

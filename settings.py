@@ -34,6 +34,7 @@ class Settings:
     max_new_tokens: int = setting(512, "longest completion")
     temperature: float = setting(1.0, "of rollouts; the trainer's log-probs use it too")
     reward: str = setting("correct=1", "components of rewards.py with weights, as correct=2,wrong=-1; 'random' is the control that must not learn")
+    syntax_mix: bool = setting(False, "reward = s * syntax + (1 - s) * reward, s = share of the step's programs with syntax errors (SLMFix); needs syntax=0 in --reward")
     format_gate: bool = setting(True, "no reward without the right format (published sets add a format reward instead: false)")
     loss: str = setting("dapo", "grpo, dr_grpo, dapo, gspo or cispo (grpo.py)")
     advantage: str = setting("grpo", "grpo, mean, rloo, batch, reinforce++ or reinforce++_baseline (grpo.py); selfplay: always trr++")

@@ -297,6 +297,8 @@ def load_task(s, language, pool):
 
 def make_judge(s, pool, language):
     """--reward as a Judge: 'name=weight,...' or 'random'."""
+    if s.syntax_mix and "syntax=" not in s.reward:
+        raise SystemExit("--syntax_mix needs the syntax check: --reward correct=1,syntax=0")
     if s.reward == "random":
         return Judge(pool, language, random_reward=True, seed=s.seed)
     try:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import math
 import os
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 
 import rewards
 from rewards import Judge, parse, parse_number, same_number, shares
+from rollout import shaped
+from sampler import Completion
 from sandbox import Pool, Result
 from sandbox.languages import language_names, load_language
+from settings import Settings
 from tasks import Problem, completion, load_problems, solution, worked_example
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -237,3 +241,19 @@ def test_hacking_shows_in_the_shares(pool):
         sums = [solution(p, name) for p in load_problems("sums", "train", count=50)]
         facts = [rewards.Facts(t, parse(t, name), language, True, problem) for t in [*sums, completion("r", constants[name], "solve()", name)]]
         assert [rewards.is_constant(f) for f in facts] == [False] * 50 + [True], name
+
+
+@pytest.mark.parametrize("language", [name for name in ("prolog", "lisp", "julia") if not load_language(name).missing()])
+def test_syntax_is_judged_apart_and_mixed_in_by_the_share_of_programs_that_lack_it(pool, language):
+    """SLMFix: two of three programs parse, so the weight of syntax is 1/3."""
+    problem = next(p for p in load_problems("sums", "train", count=5) if len(p.steps) > 1)
+    right = solution(problem, language)
+    cut = right.replace("\n</code>", " (((\n</code>")
+    judge = Judge(pool, language, {"correct": 1.0, "syntax": 0.0})
+    verdicts = judge_all(judge, [(problem, text) for text in (right, right.replace(")", ") ", 1), cut)])
+    assert [v.components["syntax"] for v in verdicts] == [1, 1, 0]  # Prolog runs a file with one broken clause all the same
+    assert verdicts[0].correct and verdicts[1].correct
+    completions = [Completion(0, i, [1], [0.0], "stop") for i in range(3)]
+    rewarded = [replace(v, reward=r) for v, r in zip(verdicts, (0.0, 1.0, 0.0))]
+    assert [v.reward for v in shaped(rewarded, completions, Settings(syntax_mix=True))] == pytest.approx([1 / 3, 1.0, 0.0])
+    assert [v.reward for v in shaped(rewarded, completions, Settings())] == [0.0, 1.0, 0.0]
