@@ -36,27 +36,38 @@ def _sync(path):
 
 
 def optimizer_tensors(model, optimizer):
-    """Full AdamW moments, 'exp_avg/NAME' -> tensor. A collective."""
-    states = ((name, optimizer.state.get(p)) for name, p in model.named_parameters())
-    return {f"{key}/{name}": distributed.full(state[key]).cpu() for name, state in states if state for key in MOMENTS}
+    """(name, whole tensor) of AdamW's moments, 'exp_avg/NAME'. A collective."""
+    for name, p in model.named_parameters():
+        if state := optimizer.state.get(p):
+            yield from ((f"{key}/{name}", distributed.full(state[key])) for key in MOMENTS)
 
 
-def save(folder, step, model, optimizer, state, tokenizer_from, keep, texts=None):
-    """Write checkpoints/step_N with everything a resume needs; keep the newest `keep`. A collective: every rank calls it.
+def on_rank_0(tensors):
+    """{name: tensor on the CPU} on rank 0 and nothing on the others, which only take part: eight copies of a 7B model would fill a machine's memory."""
+    kept = {}
+    for name, tensor in tensors:
+        if distributed.rank() == 0:
+            kept[name] = tensor.cpu()
+    return kept
+
+
+def save(folder, step, model, optimizer, state, tokenizer_from, keep, best=None, texts=None):
+    """Write checkpoints/step_N with everything a resume needs; keep the newest `keep`, and the one of step `best`. A collective: every rank calls it.
 
     texts: {file name: text} of the task's own (self-play's buffers).
 
     A full disk raises OSError after the temporary folder is gone; earlier checkpoints are untouched, and an old one is
     only removed once its successor is whole.
     """
-    weights, adapters = {name: whole.cpu() for name, whole in lora.merged(model)}, lora.tensors(model)
-    moments = optimizer_tensors(model, optimizer)
+    weights, adapters = on_rank_0(lora.merged(model)), lora.tensors(model)
+    moments = on_rank_0(optimizer_tensors(model, optimizer))
     problem = None
     if distributed.rank() == 0:
         try:
             _write(Path(folder), step, model, weights, adapters, moments, state, tokenizer_from, texts or {})
             for old in sorted_checkpoints(folder)[keep:]:
-                shutil.rmtree(old)
+                if old.name != f"step_{best}":
+                    shutil.rmtree(old)
         except OSError as error:
             problem = error
     if problem := distributed.broadcast(problem):  # every rank stops together, none waits in a collective for a dead one

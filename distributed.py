@@ -42,6 +42,39 @@ def local_world_size():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def first_on_node():
+    """One rank per machine, for files that every machine needs and whose folder may or may not be shared."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def restarted():
+    """torchrun --max_restarts has started this process again after a rank died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def stop_together(problem):
+    """End on every rank when any has a problem (a sentence, or None), with that sentence: a rank that left alone would keep the others
+    waiting in a collective."""
+    found = [f"rank {i}: {p}" if world_size() > 1 else p for i, p in enumerate(gather([problem])) if p]
+    if found:
+        raise SystemExit(found[0])
+
+
+def mirror(folder):
+    """Copy rank 0's folder of small files to every machine that does not see it. A collective."""
+    barrier()  # rank 0 may have written it just now
+    if not any(gather([not folder.exists()])):
+        return
+    files = broadcast({p.name: p.read_bytes() for p in folder.iterdir()} if rank() == 0 else None)
+    if first_on_node() and not folder.exists():
+        partial = folder.with_name(folder.name + ".tmp")
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        partial.rename(folder)
+    barrier()
+
+
 def barrier():
     if world_size() > 1:
         dist.barrier()

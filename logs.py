@@ -31,6 +31,15 @@ def _cut(path, step):
     os.replace(temporary, path)
 
 
+def write_config(folder, config, rank):
+    """config.json of a new run, on every machine (that is what --resume looks for), whether or not they share the folder."""
+    if not (folder / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".config.{rank}.tmp"
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary, folder / "config.json")
+
+
 class RunLog:
     """Files of one run, written by rank 0 only (`enabled`)."""
 
@@ -41,7 +50,6 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = ["metrics.jsonl", "times.jsonl", "samples.jsonl"]
         if resume_step is None:
-            (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             self._copy_source()
         else:
             for name in names:

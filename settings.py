@@ -81,7 +81,7 @@ class Settings:
     eval_samples: int = setting(1, "completions per held-out problem")
     eval_temperature: float = setting(0.0, "of evaluation; 0 = greedy")
     save_every: int = setting(100, "steps between checkpoints (the last step is always saved)")
-    keep: int = setting(2, "newest checkpoints to keep")
+    keep: int = setting(2, "newest checkpoints to keep, beside the best of the evaluated ones")
     reward_deadline: float = setting(300.0, "seconds for all programs of a step; what is not judged by then is masked")
     sandbox: str = setting("kernel", "weakest isolation level to accept: kernel or namespaces; portable is not a sandbox")
     wandb: str = setting("auto", "auto (online with a key, else offline), online, offline or off")

@@ -133,7 +133,8 @@ def run(s, problems, language, device, report=print):
             make_tiny_from([text for pair in problems[:4000] for text in pair], source, s.seed)
         else:
             make_tiny(problems, language, prompt, source, s.seed)
-    distributed.barrier()
+    if s.model == "tiny":
+        distributed.mirror(source)
     tokenizer = ChatTokenizer(source)
     model = model_file.load(source)
     config = model.config

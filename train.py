@@ -9,6 +9,7 @@ One step: prompts -> samples (sampler.py) -> programs run while others still sam
 loss (grpo.py) -> one or more updates -> the new weights go to the sampler. runs/NAME/ holds what the run leaves (logs.py).
 """
 
+import json
 import os
 
 # Threads that spin at a barrier starve the sandbox's programs, and wait for them in turn: on 2 busy cores sampling took
@@ -37,7 +38,7 @@ import translate
 from eval import evaluate, prompt_ids
 from exact import make_exact
 from kernels.logprob import fused_policy_loss
-from logs import RunLog
+from logs import RunLog, write_config
 from metrics import loss_metrics, progress, rollout_metrics
 from optimizer import accumulate, learning_rate, make_optimizer, score, take_step
 from rewards import Judge
@@ -72,6 +73,7 @@ class Run:
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
     play: selfplay.Play | None = None  # --task selfplay
+    best: tuple = (-1.0, 0)  # highest pass@1 of an evaluation during training, and its step
 
 
 def update(run, step, sequences):
@@ -214,12 +216,18 @@ def before_and_after(folder, first, last, started):
 
 
 def new_folder(s):
-    """runs/NAME for a new run; a name that exists is refused, so that nothing is overwritten."""
+    """runs/NAME for a new run; a name that exists is refused, so that nothing is overwritten (unless torchrun restarts a run that died early)."""
     name = s.name or f"{s.task}-{s.lang.replace(',', '-')}-{datetime.now():%m%d-%H%M%S}"
     folder = Path("runs") / distributed.broadcast(name)
-    if distributed.broadcast(folder.exists()):
+    if distributed.broadcast(folder.exists()) and not distributed.restarted():
         raise SystemExit(f"{folder} exists: go on with it by --resume {folder}, or choose another --name")
     return folder
+
+
+def restarted_run(s):
+    """After a restart by torchrun: the folder of the run that died, the newest one with these settings, or None when it had not begun."""
+    found = [path.parent for path in Path("runs").glob(f"{s.name or '*'}/config.json") if json.loads(path.read_text()) == asdict(s)]
+    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime, default=None)
 
 
 def warm_start(s, folder, problems, language, device, report):
@@ -227,12 +235,13 @@ def warm_start(s, folder, problems, language, device, report):
     if s.model != "tiny":
         return model_file.find_checkpoint(s.model)
     out = folder / "warm_start"
-    if not distributed.broadcast(out.exists()):
+    if not distributed.broadcast(out.exists()):  # rank 0's machine decides
         supervised = sft.WarmStart(
             task=s.task, lang=s.lang, out=str(out), examples=s.examples, short_prompt=s.short_prompt,
             references=s.references, steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed, mistakes=s.warm_start_mistakes,
         )  # fmt: skip
         sft.run(supervised, problems, language, device, report)
+    distributed.mirror(out)
     return out
 
 
@@ -309,9 +318,9 @@ def make_judge(s, pool, language):
 
 
 def save_checkpoint(run, step, log):
-    state = {"updates": run.updates, "drawn": run.drawn, "wandb_id": log.wandb_id, "seed": run.settings.seed}
+    state = {"updates": run.updates, "drawn": run.drawn, "best": run.best, "wandb_id": log.wandb_id, "seed": run.settings.seed}
     texts = {"selfplay.json": run.play.buffers.to_text()} if run.play else {}
-    checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep, texts)
+    checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep, run.best[1], texts)
 
 
 def evaluate_and_log(run, step, log):
@@ -336,15 +345,16 @@ def loop(run, log, first_step, report):
             evaluated, last = evaluate_and_log(run, step, log)
             metrics.update(evaluated)
             times["time/eval"] = time.perf_counter() - started
+            run.best = max(run.best, (last[0]["pass@1"], step), key=lambda pair: pair[0])
         log.step(step, metrics, times)
         log.samples(step, rows)
         report(progress(step, s.steps, metrics, times))
-        if step == s.steps or step % s.save_every == 0:
+        if step in (s.steps, run.best[1]) or step % s.save_every == 0:
             save_checkpoint(run, step, log)
     return first, last
 
 
-def start(s, resume, why, pool, language, device):
+def start(s, resume, why, pool, languages[0], device):
     """Set up a new or resumed run and go through its steps."""
     started = time.perf_counter()
     report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
@@ -352,11 +362,13 @@ def start(s, resume, why, pool, language, device):
     report(f"settings from {why}; task {s.task}, language {s.lang}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
     run = build(s, folder, language, pool, device, report)
     found = distributed.broadcast(checkpoint.newest(folder / "checkpoints") if resume and distributed.rank() == 0 else None)
-    state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "drawn": 0, "wandb_id": None}
-    run.updates, run.drawn = state["updates"], state["drawn"]
+    state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "drawn": 0, "best": run.best, "wandb_id": None}
+    run.updates, run.drawn, run.best = state["updates"], state["drawn"], tuple(state["best"])
     refresh_sampler(run)
     if run.play:
         selfplay.fill(run.play, found, report)
+    if distributed.first_on_node():
+        write_config(folder, asdict(s), distributed.rank())
     log = RunLog(folder, asdict(s), distributed.rank() == 0, state["step"] if resume else None, s.wandb, state["wandb_id"])
     try:
         first, last = loop(run, log, state["step"] + 1, report)
@@ -371,11 +383,12 @@ def main(arguments=None):
     languages = [load_language(name) for name in s.lang.split(",")]
     if len(languages) > 1 and s.task != "translate":
         raise SystemExit(f"--lang {s.lang}: only --task translate draws from several languages; name one")
-    language, missing = languages[0], list(filter(None, (x.missing() for x in languages)))
-    if missing:
-        raise SystemExit("\n".join(missing))
     with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does: the trainer itself never forks
-        start(s, resume, why, pool, language, distributed.setup())
+        device = distributed.setup()
+        distributed.stop_together("\n".join(filter(None, (x.missing() for x in languages))))
+        if distributed.restarted() and not resume:
+            resume = distributed.broadcast(restarted_run(s))
+        start(s, resume, why, pool, languages[0], device)
     distributed.finish()
 
 
@@ -386,3 +399,7 @@ if __name__ == "__main__":
         sys.exit("\nstopped: the last checkpoint is whole; go on with python train.py --resume runs/NAME")
     except (ValueError, OSError) as problem:
         sys.exit(f"train.py: {problem}")
+    except RuntimeError as problem:
+        if "closed by peer" not in str(problem):
+            raise
+        sys.exit("train.py: another rank has stopped; its own message says why")
