@@ -19,10 +19,21 @@ def setup():
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **_meeting_point())
     elif cuda:  # FSDP2 gives one GPU its fp32 masters and bf16 compute too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _meeting_point():
+    """Where ranks find each other. torchrun's agent lends its store to every attempt, in which a restarted job would read the addresses of the
+    dead one and be refused (pytorch issue 135712): a prefix per attempt keeps them apart."""
+    given = os.environ
+    if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"attempt_{given['TORCHELASTIC_RESTART_COUNT']}", store)
+    return dict(store=store, rank=int(given["RANK"]), world_size=int(given["WORLD_SIZE"]))
 
 
 def finish():

@@ -18,6 +18,7 @@ def loss_metrics(collected, on_policy):
         "loss": sum(loss for loss, _ in everyone),
         "clip_ratio/low_mean": mean(everyone, "clip_low"),
         "clip_ratio/high_mean": mean(everyone, "clip_high"),
+        "num_train_tokens": float(total(everyone, "computed")),  # through the model in the update, shared prompts once
         "policy/entropy": mean(everyone, "entropy"),  # of the whole distribution, where the loss was computed
         **{f"kl/{k}": mean(everyone, f"ref_{k}") for k in ("k1", "k2", "k3") if f"ref_{k}" in everyone[0][1][0]},
     }

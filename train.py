@@ -16,6 +16,7 @@ import os
 # 50 s instead of 6. The OpenMP library reads this when torch loads it, so it stands before that import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ import gepo
 import grpo
 import lora
 import model as model_file
+import plan
 import selfplay
 import sft
 import translate
@@ -70,6 +72,7 @@ class Run:
     ask: Callable | None = None  # the prompt of a held-out problem
     reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
+    peak_flops: float = 1.0  # of one rank, for MFU
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
     play: selfplay.Play | None = None  # --task selfplay
@@ -121,7 +124,8 @@ def loss_of(run, batch):
         return fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss, s.temperature, per_token=s.loss != "gspo" and not s.exact)
 
     loss, logprobs, entropy = run.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
-    return loss, grpo.measure(s, logprobs, entropy, batch)
+    sums, gap = grpo.measure(s, logprobs, entropy, batch)
+    return loss, ({**sums, "computed": len(batch.tokens)}, gap)
 
 
 def train_step(run, step):
@@ -141,19 +145,23 @@ def train_step(run, step):
     after_update = time.perf_counter()
     refresh_sampler(run)
     now = time.perf_counter()
-    times = {
-        "time/generate": after_rollout - started - waited,
-        "time/reward": waited,  # only what sampling did not hide
-        "time/logprob": after_scores - after_rollout,
-        "time/update": after_update - after_scores,
-        "time/weights": now - after_update,
-        "time/step": now - started,
-        "perf/gen_tokens_per_s": metrics["num_tokens"] / (after_rollout - started - waited),
-    }
-    if run.device.type == "cuda":
-        times["perf/peak_mem_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        times["perf/sampler_mem_gb"] = run.sampler.held_bytes() / 1e9  # keys and values, kept through the update
-    return metrics, times, [sample_row(run, x) for x in samples[: s.logged_samples]]
+    marks = {"generate": after_rollout - started - waited, "reward": waited, "logprob": after_scores - after_rollout}
+    marks |= {"update": after_update - after_scores, "weights": now - after_update}
+    return metrics, timings(run, metrics, marks, now - started), [sample_row(run, x) for x in samples[: s.logged_samples]]
+
+
+def timings(run, metrics, seconds, total):
+    """times.jsonl's row: seconds and shares of the phases (reward: only what sampling did not hide), rates, MFU and peak memory."""
+    each = 4 if run.settings.lora_rank else 6  # flops per parameter and token: without the weights' gradients 4; attention is not counted
+    trained = metrics.get("num_train_tokens", 0.0) / distributed.world_size()
+    parameters = sum(p.numel() for name, p in run.model.named_parameters() if ".adapter." not in name)
+    times = {f"time/{name}": value for name, value in seconds.items()} | {"time/step": total}
+    times |= {f"share/{name}": value / total for name, value in seconds.items()}
+    times["perf/gen_tokens_per_s"] = metrics["num_tokens"] / seconds["generate"]
+    times["perf/train_tokens_per_s"] = trained * distributed.world_size() / seconds["update"]
+    times["perf/mfu"] = each * parameters * trained / seconds["update"] / run.peak_flops
+    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return times | {"perf/peak_mem_gb": peak / 1e9, "perf/sampler_mem_gb": run.sampler.held_bytes() / 1e9}  # keys and values, kept through the update
 
 
 def sample_row(run, x):
@@ -265,6 +273,7 @@ def build(s, folder, language, pool, device, report):
     if s.exact and (device.type == "cpu" or s.lora_rank):
         raise SystemExit("--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling")
     source = warm_start(s, folder, problems, language, device, report)
+    plan.check(model_file.read_config(source), s, device, report)
     model = model_file.load(source)
     tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
@@ -278,6 +287,7 @@ def build(s, folder, language, pool, device, report):
     run = Run(
         s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
         Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact), judge, problems, held_out, ask,
+        peak_flops=plan.peak_flops(device),
     )  # fmt: skip
     if s.kl_coef and not s.lora_rank:
         run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)
@@ -354,7 +364,7 @@ def loop(run, log, first_step, report):
     return first, last
 
 
-def start(s, resume, why, pool, languages[0], device):
+def start(s, resume, why, pool, language, device):
     """Set up a new or resumed run and go through its steps."""
     started = time.perf_counter()
     report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None

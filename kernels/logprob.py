@@ -130,7 +130,8 @@ class _FusedLoss(torch.autograd.Function):
             numbers = (targets[rows], lse, entropy, grad_logp, grad_entropy, temperature)
             gradient = head.logit_gradient(logits, *numbers, h.dtype) if fits else logit_gradient_reference(logits, *numbers)
             grad_hidden[rows] = gradient @ w
-            _accumulate(grad_weight, gradient, h[rows])
+            if ctx.needs_input_grad[1]:  # not when the head is frozen (LoRA)
+                _accumulate(grad_weight, gradient, h[rows])
             parts.append((logp, entropy, lse))
             total += loss
             del logits, gradient
@@ -142,7 +143,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _logprobs, _entropy):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+        return grad_hidden * grad_loss, grad_weight * grad_loss if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _loss_gradient(loss_fn, logp, entropy, rows):
