@@ -327,7 +327,7 @@ class SolveJudge:
         except Refused as reason:
             status = str(reason)
         parsed = Parsed("", program, "", status not in ("format", "no_program", "no_input", "no_output"))
-        return _Answer(puzzle, sample, text, parsed, "", started[0] if started else None, started, status)
+        return _Answer(puzzle, sample, text, parsed, "", started[0] if started else None, started=started, status=status)
 
     def _answer(self, puzzle, answer):
         if puzzle.task == "induction":
@@ -366,8 +366,8 @@ class SolveJudge:
 
 @dataclass(frozen=True)
 class _Answer(Submission):
-    started: tuple | None
-    status: str
+    started: tuple | None = None
+    status: str = ""
 
 
 def solver_reward(formatted, runnable, correct):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import build
 import checkpoint
 import model as model_file
 import train
@@ -272,7 +273,7 @@ def small_sums(task, split, data=None, count=None, seed=0):
 def test_training_helps_on_held_out_problems_and_a_random_reward_does_not(tmp_path, monkeypatch):
     """DESIGN.md invariant 13, small: the warm start writes '=' or ':=' in 7 of 10 programs, and only running them shows which are wrong."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "load_problems", small_sums)
+    monkeypatch.setattr(build, "load_problems", small_sums)
     settings = "--prompts 8 --samples 8 --max_new_tokens 80 --eval_problems 40 --eval_samples 2 --save_every 100 --wandb off".split()
     train.main(["--name", "real", "--warm_start_steps", "100", "--steps", "10", *settings])
     warm = ["--recipe", str(ROOT / "recipes/tiny.toml"), "--model", "runs/real/warm_start"]

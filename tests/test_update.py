@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import build
 import grpo
 import model as model_file
 from batches import Sequence, micro_batches, pack
@@ -133,7 +134,7 @@ def test_old_logprobs_of_the_trainer_and_truncated_importance_weights(settings, 
 
     def step(made, **more):
         model = model_file.random_model(CONFIG, 1, std=0.3)
-        run = train.Run(Settings(max_norm=0.0, **more), "cpu", *[None] * 4, model, make_optimizer(model), *[None] * 4)
+        run = build.Run(Settings(max_norm=0.0, **more), "cpu", *[None] * 4, model, make_optimizer(model), *[None] * 4)
         train.score_again(run, made)
         return train.update(run, 1, made)
 
