@@ -31,6 +31,20 @@ def multipl_e(bench, pool):
     return [(row, f"```python\n{known[number.search(row.id)[1]]}\n```") for row in load_rows(bench, "python")]
 
 
+def carried_over(name):
+    """HumanEval-X solutions as answers to MultiPL-E's rows: (row, completion). Only types and names are adapted, so not all of them fit."""
+    code = {"cpp": "cpp", "javascript": "js"}[name]
+    known = {r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"] for r in rows(f"humaneval_x/humaneval_{code}.jsonl.gz")}
+    for row in load_rows("humaneval", name):
+        number, function = re.search(r"_(\d+)_(\w+)", row.id).groups()
+        text = known[number]
+        if name == "cpp":
+            text = re.sub(r"\bint\b", "long", text.replace("#include", "\n#include"))
+        elif (names := re.findall(r"(?m)^const (\w+) = ", text)) and function not in names:
+            text += f"\nconst {function} = {names[-1]}"
+        yield row, f"```{load_language(name).fence[0]}\n{text}\n```"
+
+
 def humaneval_x(name):
     """Canonical solutions of HumanEval-X under its own tests."""
     language = load_language(name)
