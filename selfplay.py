@@ -262,6 +262,8 @@ def play_metrics(play, everyone, accuracies, added):
     found["learn/accuracy"] = mean(known)
     found["learn/none_right_frac"] = mean([a == 0 for a in known])
     found["learn/all_right_frac"] = mean([a == 1 for a in known])
+    for low in (0.0, 0.25, 0.5, 0.75):  # between never and always: what equation (3) pays for
+        found[f"learn/from_{low:g}_frac"] = mean([0 < a < 1 and low <= a < low + 0.25 for a in known])
     return found
 
 
@@ -281,9 +283,10 @@ def seed(play, report):
     identity = Entry(call["identity"], (call["hello"],), (call["hello"],))
     for task in ("deduction", "abduction"):
         play.buffers[task].add(identity)
-    for path in filter(None, s.seeds.split(",")):
+    for path in filter(None, s.seeds.split(",") if distributed.rank() == 0 else []):
         refused = add_seeds(play.buffers, path, play.judge.runner, s.seed_problems, s.reward_deadline)
         report(f"seeds from {path}: {', '.join(f'{len(b)} {task}' for task, b in play.buffers.items())}; refused: {refused or 'none'}")
+    play.buffers.from_text(distributed.broadcast(play.buffers.to_text()))  # one rank judged the file: a busy machine cannot make them differ
     for tasks in (("deduction", "abduction"), ("induction",)):
         if not s.seeds or any(len(play.buffers[task]) == 0 for task in tasks):
             seed_itself(play, tasks, report)
