@@ -215,9 +215,17 @@ def test_prompts_hide_the_tests_and_targets_are_drawn():
     assert min(counts.values()) > 300 and problems == load("train", targets) != load("train", targets, seed=1)
     for p in problems:
         text = messages(p)[0]["content"]
-        assert ">>>" not in text and "assert " not in p.question.replace("assert isinstance", "") or "multipl_t" in p.id, p.id
+        assert not re.search(r"^\s*>>> ", text, re.MULTILINE) and "assert candidate" not in text, p.id
         shown = [c for c in p.cases if f"{p.entry}({', '.join(map(repr, c.args))})" in text]
         assert not shown, p.id
+
+
+def test_a_source_that_holds_its_tests_is_left_out():
+    cases = (Case((14,), True), Case((12,), False))
+    source = "bool isNumKeith(int x) { if (x == 14) return true; else if (x == 12) return false; }"
+    assert translate.shows_cases(Translation("a/b/cpp", "cpp", source, "isNumKeith", cases))
+    assert translate.shows_cases(Translation("a/b/cpp", "cpp", "// g(12) is false\nbool g(int x);", "g", cases))
+    assert not translate.shows_cases(Translation("a/b/cpp", "cpp", "bool g(int x) { return x == 14; }", "g", cases))
 
 
 def test_docstrings_go_and_code_stays():
