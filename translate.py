@@ -9,6 +9,7 @@ Problems of the user's own (SYNTHETIC-1, APPS ...) are JSON lines, given by --tr
 
 import ast
 import concurrent.futures
+import functools
 import math
 import os
 import random
@@ -79,7 +80,7 @@ def load(split, targets, data=None, path="", count=None, seed=0):
     (its name, MBPP id, or 13 words in a row of a prompt or canonical solution) is dropped. ValueError with a sentence when nothing is left.
     """
     problems = read_problems(path) if path else built_in(data)
-    benchmark = Benchmark(data)
+    benchmark = read_benchmark(data)
     kept = [p for p in problems if not benchmark.contains(p) and not shows_cases(p) and held_out(p.id) == (split == "test")]
     drawn = []
     for p in kept:
@@ -107,6 +108,7 @@ def held_out(id):
     return random.Random(id.rpartition("/")[0] or id).random() < HELD_OUT
 
 
+@functools.cache  # both splits read it
 def built_in(data=None):
     """Problems of the four sets that are at hand, in a fixed order."""
     found = {name: reader(data) for name, reader in READERS.items()}
@@ -251,6 +253,11 @@ def without_docstrings(source):
         kept = " " * first.col_offset + "pass" if len(body) == 1 else None
         lines[first.lineno - 1 : first.end_lineno] = [kept] + [None] * (first.end_lineno - first.lineno)
     return "\n".join(line for line in lines if line is not None)
+
+
+@functools.cache
+def read_benchmark(data):
+    return Benchmark(data)
 
 
 def shows_cases(problem):

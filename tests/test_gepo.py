@@ -185,12 +185,14 @@ def test_winners_name_no_level_and_edits_are_numbered_like_llvm():
 def test_a_group_from_c_to_losers_that_differ_in_a_run(tmp_path):
     good, bad = tmp_path / "good.c", tmp_path / "bad.c"
     good.write_text(LOOP)
+    (tmp_path / "plain.c").write_text("int same(int x) { return x + 1; }\nvoid nothing(int values[], int n) { }\n")
     bad.write_text("int broken(int x) { return y; }\nstruct s { int x; };\nint odd(struct s *x) { return x->x; }\n")
     said, out = [], tmp_path / "groups.jsonl"
     counts = ir_groups.build([str(tmp_path)], out, workers=1, report=said.append)
-    (row,) = map(json.loads, out.read_text().splitlines())
-    assert counts["groups"] == 1 and row["id"].endswith("good.c:total") and len(row["winners"]) >= 2 and len(row["losers"]) >= 4
-    assert counts["skipped"] == {"does not compile": 1, "unsupported signature": 1} and "skipped, does not compile: 1" in said
+    row, single = map(json.loads, out.read_text().splitlines())
+    assert len(single["winners"]) == counts["one_winner"] == 1 and single["winners"][0]["level"] == "Oz,O1,O2,O3"
+    assert counts["groups"] == 2 and row["id"].endswith("good.c:total") and len(row["winners"]) >= 2 and len(row["losers"]) >= 4
+    assert counts["skipped"] == {"does not compile": 1, "unsupported signature": 1, "no edit differs": 1} and "skipped, does not compile: 1" in said
     unit = ir_groups.Unit(row["id"], row["c"], row["entry"], None)
     main_c, tests = ir_groups.driver(unit)
     with Pool(workers=1) as pool:
@@ -205,7 +207,7 @@ def test_a_group_from_c_to_losers_that_differ_in_a_run(tmp_path):
     whole = out.read_text()
     out.write_text(whole + '{"id": "half')
     ir_groups.build([str(tmp_path)], out, workers=1, report=said.append)
-    assert out.read_text() == whole and "3 C functions, 3 done before" in said
+    assert out.read_text() == whole and "5 C functions, 5 done before" in said and any("1 of them have one winner only" in s for s in said)
 
 
 def test_bad_sources_have_a_sentence(tmp_path, monkeypatch):
