@@ -8,10 +8,12 @@ import re
 import pytest
 
 import translate
+import translate_data
 from sandbox import Pool
 from sandbox.languages import load_language
 from tasks import find_data
-from translate import Case, Translation, TranslateJudge, form, load, messages
+from translate import TranslateJudge, form, load, messages
+from translate_data import Case, Translation
 from values import Map, Symbol
 
 needs_data = pytest.mark.skipif(find_data("transcoder_gfg/gfg.jsonl") is None, reason="no data folder: set RARECODE_DATA")
@@ -167,14 +169,14 @@ def source_is_right(pool, problems):
 
 @needs_data
 def test_every_exercism_case_is_passed_by_the_python_example(pool):
-    problems = translate._exercism(None)
+    problems = translate_data._exercism(None)
     assert len(problems) == 72 and source_is_right(pool, problems) == []
 
 
 @needs_data
 def test_sources_pass_their_own_cases(pool):
     """A sample; BENCHMARKS.md has the count over all of them."""
-    problems = [p for p in translate.built_in() if p.source_language == "python" and form(p, load_language("python")) == "call"]
+    problems = [p for p in translate_data.built_in() if p.source_language == "python" and form(p, load_language("python")) == "call"]
     assert len(problems) > 1500 and len(source_is_right(pool, random.Random(1).sample(problems, 60))) <= 1
 
 
@@ -193,8 +195,8 @@ def test_no_benchmark_row_is_reachable_from_translation():
     names = {r["name"].split("_", 2)[2].lower() for r in rows} - {"f"}
     assert not {p.entry.lower() for p in train + test} & names
     solved = [json.loads(line) for line in read("humaneval/HumanEval.jsonl")]
-    known = set().union(*(translate.grams(t, 13) for t in [r["prompt"] for r in rows] + [r["prompt"] + r["canonical_solution"] for r in solved]))
-    assert len(known) > 5000 and not [p.id for p in train + test if translate.grams(p.question, 13) & known]
+    known = set().union(*(translate_data.grams(t, 13) for t in [r["prompt"] for r in rows] + [r["prompt"] + r["canonical_solution"] for r in solved]))
+    assert len(known) > 5000 and not [p.id for p in train + test if translate_data.grams(p.question, 13) & known]
 
 
 def read(name):
@@ -223,14 +225,14 @@ def test_prompts_hide_the_tests_and_targets_are_drawn():
 def test_a_source_that_holds_its_tests_is_left_out():
     cases = (Case((14,), True), Case((12,), False))
     source = "bool isNumKeith(int x) { if (x == 14) return true; else if (x == 12) return false; }"
-    assert translate.shows_cases(Translation("a/b/cpp", "cpp", source, "isNumKeith", cases))
-    assert translate.shows_cases(Translation("a/b/cpp", "cpp", "// g(12) is false\nbool g(int x);", "g", cases))
-    assert not translate.shows_cases(Translation("a/b/cpp", "cpp", "bool g(int x) { return x == 14; }", "g", cases))
+    assert translate_data.shows_cases(Translation("a/b/cpp", "cpp", source, "isNumKeith", cases))
+    assert translate_data.shows_cases(Translation("a/b/cpp", "cpp", "// g(12) is false\nbool g(int x);", "g", cases))
+    assert not translate_data.shows_cases(Translation("a/b/cpp", "cpp", "bool g(int x) { return x == 14; }", "g", cases))
 
 
 def test_docstrings_go_and_code_stays():
     source = 'def f(x):\n    """Twice.\n    >>> f(1)\n    2\n    """\n    def g():\n        "only this"\n    return 2 * x  # stays'
-    assert translate.without_docstrings(source) == "def f(x):\n    def g():\n        pass\n    return 2 * x  # stays"
+    assert translate_data.without_docstrings(source) == "def f(x):\n    def g():\n        pass\n    return 2 * x  # stays"
 
 
 def test_the_users_own_problems(tmp_path, pool):
