@@ -317,7 +317,7 @@ def build(sources, out, workers=None, limit=None, vectorize=False, seed=0, repor
     report(f"{len(units)} C functions, {len(units) - len(waiting)} done before")
     out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with Pool(workers=workers) as pool, ThreadPoolExecutor(workers or 2) as threads, open(out, "a") as good, open(skipped, "a") as bad:
+    with Pool(workers=workers) as pool, ThreadPoolExecutor((workers or 2) + 1) as threads, open(out, "a") as good, open(skipped, "a") as bad:
 
         def one(unit):
             try:
