@@ -11,7 +11,7 @@ import torch
 
 import train
 from model import Config, random_model, save
-from settings import read_recipe
+from settings import parse_settings, read_recipe
 from tasks import find_data
 from tokenizer import train_bpe
 
@@ -122,4 +122,5 @@ def test_bad_settings_have_one_sentence(files, tmp_path, monkeypatch):
 def test_the_recipe_has_the_papers_values():
     recipe = read_recipe(REPO / "recipes/oorl.toml")
     paper = {"lr": 5e-7, "weight_decay": 0.0, "schedule": "cosine", "prompts": 8, "gepo": 0.01, "gepo_lam": 1.0, "gepo_max_tokens": 8192, "model": "Qwen/Qwen3-8B"}
+    assert parse_settings(["--task", "translate"], "")[0].gepo == 0.01  # the task's own recipe
     assert {k: recipe[k] for k in paper} == paper and recipe["steps"] * recipe["prompts"] == 2400 and recipe["warmup"] == 0.03 * recipe["steps"]

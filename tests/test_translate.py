@@ -10,7 +10,7 @@ import pytest
 import translate
 import translate_data
 from sandbox import Pool
-from sandbox.languages import load_language
+from sandbox.languages import language_names, load_language
 from tasks import find_data
 from translate import TranslateJudge, form, load, messages
 from translate_data import Case, Translation
@@ -88,6 +88,20 @@ def test_any_other_language_reads_standard_input(pool, language):
     problem = Translation(**{**vars(PRIMES), "target": language, "source_language": "cpp" if language == "python" else "python"})
     assert form(problem, load_language(language)) == "stdin" and "one per line" in messages(problem)[0]["content"]
     assert verdict(pool, problem, answer(TOTAL[language], language)).reward == 1.0
+
+
+@pytest.mark.parametrize("language", sorted(language_names()))
+def test_every_language_of_the_sandbox_is_a_target(pool, language):
+    """The language's own fixtures: `pass` doubles the number on standard input, `wrong` prints 41, `error` fails."""
+    needs(language)
+    fixtures = load_language(language).fixtures
+    source = "cpp" if language == "python" else "python"
+    problem = Translation("t/twice", source, "print(2 * int(input()))", "", (Case(stdin=fixtures["stdin"], stdout="42"),), language)
+    judge = TranslateJudge(pool)
+    verdicts = judge.collect([judge.submit(problem, answer(fixtures[kind], language)) for kind in ("pass", "wrong", "error")], 60)
+    assert [v.reward for v in verdicts] == [1.0, 0.0, 0.0] and verdicts[2].status in ("error", "compile_error")
+    function = Translation("t/f", source, "def g(x): return 2 * x", "g", (Case((21,), 42),), language)
+    assert form(function, load_language(language)) in ("call", "stdin") and messages(function)[0]["content"].count("```") >= 3
 
 
 def test_what_is_no_translation_earns_nothing(pool):
