@@ -216,36 +216,49 @@ def _first_above(masses, uniform):
 class CpuAttention:
     """Decode and prefill attention on CPU, bit for bit the same for a sequence whatever it is batched with.
 
-    Two parts are merged: a group's prompt, gathered from its pages, against the queries of all its samples, and each row's own tokens (from the last prompt
-    token on) in its run of pages, where the runs of all rows are one tensor [kv heads, runs, tokens, head_dim] and nothing is copied.
+    Two parts are merged: a group's prompt against the queries of all its samples, and each row's own tokens (from the last prompt token on) in its run
+    of pages. The runs of all rows are one tensor [kv heads, runs, tokens, head_dim], and so are all prompts: nothing is copied, but when few prompts of
+    many are left, which are gathered.
     """
 
     def __init__(self, config, pool):
         self.pool, self.kv_heads, self.head_dim = pool, config.num_key_value_heads, config.head_dim
         self.ratio, self.tokens = config.num_attention_heads // self.kv_heads, len(pool) * pool.page_size
         run, buffers = pool.run_pages * pool.page_size, ([p.transpose(0, 1) for p in pages] for pages in (pool.k, pool.v))
-        # Three views of the same memory [kv heads, pages, page_size, head_dim]: by token, by unit, by run.
-        self.flat, self.units, self.runs = [], [], []
+        # Four views of the same memory [kv heads, pages, page_size, head_dim]: by token, by unit, by run, by prompt.
+        self.flat, self.units, self.runs, self.prompts = [], [], [], []
+        shape = pool.prompts, pool.prompt_pages * pool.page_size
         for layers in buffers:
             self.flat.append([x.view(-1, self.head_dim) for x in layers])
             self.units.append([x.view(-1, UNIT * self.head_dim) for x in layers])
             self.runs.append([x.view(self.kv_heads, -1, self.head_dim)[:, : pool.runs * run].unflatten(1, (pool.runs, run)) for x in layers])
+            self.prompts.append([x.view(self.kv_heads, -1, self.head_dim)[:, pool.runs * run : -pool.page_size].unflatten(1, shape) for x in layers])
         self.gathered = [torch.empty(0), torch.empty(0)]
 
     def regroup(self, s):
-        """Index the prompts: units of each group's pages, and where each row's queries sit in its group's."""
+        """Index the prompts: where they lie, and where each row's queries sit among those of its prompt."""
         _, group, counts = s["group"].unique_consecutive(return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts
         width = int(counts.max())
         while 0 < width * self.ratio % 32 < 8:  # the op takes queries in blocks of 32; a rest of fewer than 8 rows takes other code
             width += 1
-        self.members = (first[:, None] + torch.arange(width)).clamp_(max=len(group) - 1)
-        self.place = group * width + torch.arange(len(group)) - first[group]
         length, tables = s["start"][first] - 1, s["tables"][first]
+        some = (length > 0).nonzero().squeeze(1)  # a prompt of one token leaves nothing to read
+        slot = (tables[:, 0].long() - self.pool.runs * self.pool.run_pages).clamp_(min=0) // self.pool.prompt_pages
+        top = int(slot[some].max()) + 1 if len(some) else 0
+        in_place = 0 < top < 1.5 * len(length) + 4
+        if in_place:
+            owner, longest = torch.zeros(top, dtype=torch.int64), torch.ones(top, dtype=torch.int64)
+            owner[slot[some]], longest[slot[some]] = some, length[some]
+        else:
+            owner, longest, slot = torch.arange(len(length)), length, torch.arange(len(length))
+        self.members = (first[owner, None] + torch.arange(width)).clamp_(max=len(group) - 1)
+        self.place = slot[group] * width + torch.arange(len(group)) - first[group]
         self.prompt = []
-        for start, mask, valid in _chunks(length):
+        for start, mask, _ in _chunks(longest):
             unit = torch.arange(start // UNIT, (start + mask.shape[-1]) // UNIT).minimum((length[:, None] - 1).clamp(min=0) // UNIT)
-            self.prompt.append((self._unit_rows(tables, unit), mask[:, None, None], None if valid is None else valid[group]))
+            index, valid = None if in_place else self._unit_rows(tables, unit), length > start
+            self.prompt.append((start, index, mask[:, None, None], None if valid.all() else valid[group]))
 
     def step(self, s):
         """attend() of one step, in which each row writes its token to its run and reads its prompt and its run."""
@@ -268,8 +281,12 @@ class CpuAttention:
                 out, lse = flash(mine, k, v, mask)
                 parts.append((out.transpose(0, 1)[slot], lse.transpose(0, 1)[slot], valid))
             shared = q[self.members].transpose(1, 2).flatten(2, 3)
-            for index, mask, valid in self.prompt:
-                out, lse = flash(shared, *self._gather(i, index, len(mask)), mask)
+            for start, index, mask, valid in self.prompt:
+                if index is None:
+                    k, v = (prompts[i][:, : len(mask), start : start + mask.shape[-1]] for prompts in self.prompts)
+                    out, lse = (x.transpose(0, 1) for x in flash(shared.transpose(0, 1), k, v, mask.transpose(0, 1)))
+                else:
+                    out, lse = flash(shared, *self._gather(i, index, len(mask)), mask)
                 out, lse = (x.unflatten(2, (-1, self.ratio)).transpose(1, 2).flatten(0, 1)[self.place] for x in (out, lse))
                 parts.append((out, lse, valid))
             return merge(parts).flatten(1)

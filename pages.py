@@ -13,13 +13,14 @@ class StalePageError(RuntimeError):
 class PagePool:
     """Keys and values of every layer as pages [pages, kv heads, page_size, head_dim], stamped with the weight version that wrote them.
 
-    The first `runs` x `run_pages` pages are runs, one for each row's own tokens; the rest holds prompts. On CPU the tensors lie in memory heads first, so
-    that a run is one piece and all runs are one strided tensor, read without a copy.
+    The first `runs` x `run_pages` pages are runs, one for each row's own tokens; the next `prompts` x `prompt_pages` hold prompts, each in as many
+    pieces of `prompt_pages` as it needs. On CPU the tensors lie in memory heads first and a prompt is one piece, so that all runs and all prompts are
+    strided tensors, read without a copy.
     """
 
-    def __init__(self, config, runs, run_pages, prompt_pages, page_size, dtype, device, heads_first):
-        self.runs, self.run_pages, self.page_size, self.prompt_pages = runs, run_pages, page_size, prompt_pages
-        count = runs * run_pages + prompt_pages + 1  # the last one takes what dead rows write on CPU
+    def __init__(self, config, runs, run_pages, prompts, prompt_pages, page_size, dtype, device, heads_first):
+        self.runs, self.run_pages, self.prompts, self.prompt_pages, self.page_size = runs, run_pages, prompts, prompt_pages, page_size
+        count = runs * run_pages + prompts * prompt_pages + 1  # the last one takes what dead rows write on CPU
         self.k, self.v = [], []
         for layers in (self.k, self.v):
             for _ in range(config.num_hidden_layers):
@@ -34,7 +35,7 @@ class PagePool:
     def clear(self):
         self.version = [None] * len(self.k[0])
         self.free_runs = list(range(self.runs))  # a heap: the lowest first
-        self.free = list(range(self.runs * self.run_pages, len(self) - 1))
+        self.free = list(range(self.runs * self.run_pages, len(self) - 1, self.prompt_pages))  # first pages of pieces, a heap too
 
     def run(self, slot):
         """Pages of a run."""
@@ -53,7 +54,8 @@ class PagePool:
 
     def take(self, count, version):
         """Reserve `count` pages for a prompt."""
-        taken = [self.free.pop() for _ in range(count)]
+        pieces = [heapq.heappop(self.free) for _ in range(-(-count // self.prompt_pages))]
+        taken = [first + i for first in pieces for i in range(self.prompt_pages)][:count]
         for page in taken:
             self.version[page] = version
         return taken
@@ -61,7 +63,8 @@ class PagePool:
     def give(self, pages):
         for page in pages:
             self.version[page] = None
-        self.free.extend(pages)
+        for first in pages[:: self.prompt_pages]:
+            heapq.heappush(self.free, first)
 
     def check(self, pages, version):
         """Refuse to read a page that was not written under weight version `version`."""

@@ -188,6 +188,8 @@ class Sampler:
         """Pages for the whole rollout of as many rows at a time as memory surely has room for: self.rows. The pool is kept while it is large enough."""
         own = max((self._own_pages(g) for g in groups), default=1)
         prompts = sorted((self._prompt_pages(g) for g in groups), reverse=True)
+        piece = max(1, prompts[0]) if groups and self.cpu else 1  # CPU attention wants a prompt in one piece, all pieces of one size
+        prompts = [-(-pages // piece) * piece for pages in prompts]
         budget = self._affordable_pages() - 1  # the pool's spare page
         self.rows, prompt_pages = 0, 0
         for row in range(min(self.slots, sum(len(g.samples) for g in groups))):
@@ -198,10 +200,11 @@ class Sampler:
         if groups and not self.rows:
             self._refuse(groups, own + prompts[0], budget)
         old = self.pool
-        if not old or self.rows > old.runs or own > old.run_pages or prompt_pages > old.prompt_pages:
-            size = [self.rows, own, prompt_pages]
-            larger = [max(size[0], old.runs), max(own, old.run_pages), max(prompt_pages, old.prompt_pages)] if old else size
-            size = larger if larger[0] * larger[1] + larger[2] <= budget else size
+        size = [self.rows, own, prompt_pages // piece, piece]
+        kept = [old.runs, old.run_pages, old.prompts, old.prompt_pages] if old else size
+        if not old or any(new > have for new, have in zip(size, kept)):
+            larger = [max(new, have) for new, have in zip(size, kept)]
+            size = larger if larger[0] * larger[1] + larger[2] * larger[3] <= budget else size
             self.pool = self.decoder = old = None  # free the old pool before the new one is made
             self.pool = PagePool(self.config, *size, self.page_size, self.dtype, self.device, self.cpu)
             self.decoder = Decoder(self.model, self.pool, self.cpu, self.exact)

@@ -211,25 +211,24 @@ def test_groups_are_handed_over_as_they_finish(model):
     assert all(values([completions]) == values([groups[i]]) for i, completions, _ in seen)
     assert seen[len(seen) // 2 - 1][2] < 0.6 * sampler.stats["steps"] and seen[-1][2] == sampler.stats["steps"]
     assert sampler.stats["tokens"] == sum(len(c.tokens) for g in groups for c in g)
-    assert sorted(sampler.pool.free_runs) == list(range(sampler.pool.runs)) and len(sampler.pool.free) == sampler.pool.prompt_pages
+    assert sorted(sampler.pool.free_runs) == list(range(sampler.pool.runs)) and len(sampler.pool.free) == sampler.pool.prompts
     static = sum(max(len(c.tokens) for c in g) for g in groups)  # steps of a batch that waits for its longest
     assert sampler.stats["steps"] < 0.8 * static
 
 
 def test_memory_is_what_the_requests_need_or_what_is_allowed(model, monkeypatch):
-    """24 rows of 3 pages and 6 prompt pages at most each; never a share of what happens to be free; held until release()."""
+    """24 rows of 3 pages, and the 6 pages of the longest prompt for each of 7 (one has a single token, which is no row's past); never a share of what happens to be free; held until release()."""
     asked = requests(n=3)
-    prompts = sum(-(-(len(r.prompt) - 1) // 16) for r in asked)
     sampler = Sampler(model)
     expected = values(sampler.generate(asked))
-    assert sampler.held_bytes() == (24 * 3 + prompts + 1) * PAGE_BYTES
+    assert sampler.held_bytes() == (24 * 3 + 7 * 6 + 1) * PAGE_BYTES
     allowed = Sampler(model, memory=31 * PAGE_BYTES)
-    assert values(allowed.generate(asked)) == expected and allowed.rows == 5  # 5 x 3 pages and the prompts of 6, 5, 3, 1 and 1
+    assert values(allowed.generate(asked)) == expected and allowed.rows == 3
     assert allowed.held_bytes() <= allowed.memory
     scarce = Sampler(model)
     monkeypatch.setattr("sampler.free_bytes", lambda device: 60 * PAGE_BYTES - scarce.held_bytes())
     for _ in range(2):
-        assert values(scarce.generate(asked)) == expected and scarce.rows == 4 and scarce.held_bytes() <= 30 * PAGE_BYTES
+        assert values(scarce.generate(asked)) == expected and scarce.rows == 3 and scarce.held_bytes() <= 30 * PAGE_BYTES
     scarce.release()
     assert scarce.held_bytes() == 0
 
