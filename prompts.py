@@ -4,7 +4,7 @@ The long form follows Absolute Zero's structure in words of our own (methods.md 
 warm-started on it (triples.py).
 """
 
-from proposals import PAIRS, SHOWN
+from proposals import PAIRS, SHOWN, renamed
 
 WRAPPER = """A conversation between User and Assistant. The user asks a question, and the assistant solves it. The assistant first thinks \
 about the reasoning process and then gives the answer. The reasoning process and the answer are enclosed within <think> </think> and \
@@ -64,7 +64,7 @@ def propose_prompt(task, language, references, composed=(), short=False):
     """references: Entries to differ from (for induction the one Entry whose program it is about). composed: programs to build on."""
     call, fence = language.call, language.fence[0]
     examples = [block(fence, e.program) + ("" if task == "induction" else f"\n{block('input', e.inputs[0])}") for e in references]
-    functions = [block(fence, f"{language.comment} g_{i}\n{program}") for i, program in enumerate(composed)]
+    functions = [block(fence, renamed(program, i, language)) for i, program in enumerate(composed)]
     if short:
         return "\n".join([f"propose {task}", *functions, *examples, "Assistant: <think>"])
     words = dict(title=language.title, fence=fence, pairs=PAIRS, identity=call["identity"], hello=call["hello"])
@@ -75,7 +75,7 @@ def propose_prompt(task, language, references, composed=(), short=False):
         parts += [RULES.format(rules=call["rules"], title=language.title, seconds=language.limits.cpu), PROPOSE_FORM.format(**words)]
         if functions:
             names = ", ".join(f"g_{i}" for i in range(len(functions)))
-            parts.append(f"# Build on these: `f` must call {names}, which are defined for you (do not define them again)\n" + "\n".join(functions))
+            parts.append(f"# Build on these, which are defined for you: `f` must call {names} (do not define them again)\n" + "\n".join(functions))
         parts.append("# Examples to differ from\n" + "\n\n".join(examples))
     return WRAPPER.format(task="\n\n".join(parts))
 

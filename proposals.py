@@ -135,19 +135,25 @@ def named(name):
     return rf"(?<![\w\-!?*]){re.escape(name)}(?![\w\-!?*])"
 
 
+def renamed(program, number, language):
+    """An earlier program with its f called g_NUMBER, without the line that names the language."""
+    return re.sub(named("f"), f"g_{number}", _bare(program, language))
+
+
+def _bare(program, language):
+    return re.sub(r"^\s*#lang .*\n", "", program) if language.call.get("header") else program
+
+
 def compose(code, composed, language):
     """The new f with the earlier programs under the names g_0, g_1, ... before it; Refused unless it calls every one."""
     if not composed:
         return code
-    header = language.call.get("header", "")
-    bare = lambda text: re.sub(r"^\s*#lang .*\n", "", text) if header else text
-    parts = [re.sub(named("f"), f"g_{i}", bare(part)) for i, part in enumerate(composed)]
-    first_line = [header] if header else []
-    code = bare(code)
+    parts = [renamed(part, i, language) for i, part in enumerate(composed)]
+    code = _bare(code, language)
     for i in range(len(composed)):
         if not re.search(named(f"g_{i}"), code) or re.search(language.call["defines"].replace("NAME", f"g_{i}"), code):
             raise Refused("no_composite")
-    return "\n".join([*first_line, *parts, code])
+    return "\n".join([*filter(None, [language.call.get("header")]), *parts, code])
 
 
 def normalised(program, language):
