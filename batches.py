@@ -20,7 +20,7 @@ class Sequence:
     group: int = 0
     weight: float = 1.0
     old_logprobs: list[float] | None = None
-    ref_logprobs: list[float] | None = None
+    ref_logprobs: list[float] | float | None = None  # a float: their mean, which is all that a whole sequence needs
 
     def __len__(self):
         return len(self.prompt) + len(self.tokens)
@@ -59,7 +59,8 @@ def pack(sequences, device="cpu", share_prompts=False):
     lengths, counts = torch.tensor([len(x) for x in segments]), torch.tensor([len(s.tokens) for s in sequences])
     ends = lengths.cumsum(0)
     per_token = lambda values: torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), counts)
-    known = lambda value: torch.tensor([p for s in sequences for p in (value(s) or [0.0] * len(s.tokens))], dtype=torch.float32)
+    row = lambda value, n: value if isinstance(value, list) else [value or 0.0] * n  # one number stands for every token
+    known = lambda value: torch.tensor([p for s in sequences for p in row(value(s), len(s.tokens))], dtype=torch.float32)
     batch = dict(
         tokens=torch.tensor([t for x in segments for t in x]),
         positions=torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths - torch.tensor(begins), lengths),
@@ -71,7 +72,7 @@ def pack(sequences, device="cpu", share_prompts=False):
         sampler_logprobs=known(lambda s: s.logprobs),
         old_logprobs=known(lambda s: s.old_logprobs or s.logprobs),
         ref_logprobs=known(lambda s: s.ref_logprobs),
-        advantages=known(lambda s: s.advantage if isinstance(s.advantage, list) else [s.advantage] * len(s.tokens)),
+        advantages=known(lambda s: s.advantage),
         weights=per_token([s.weight for s in sequences]),
     )
     return Batch(**{name: None if value is None else value.to(device) for name, value in batch.items()})

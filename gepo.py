@@ -16,7 +16,7 @@ import argparse
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -57,10 +57,11 @@ def member_rewards(logprobs, batch, beta, length_norm):
 
 @dataclass
 class Group:
-    """One prompt with n winners, then m losers; their reference log-probs stand in Sequence.ref_logprobs."""
+    """One prompt with n winners, then m losers, and the log-prob of each under the reference (also as Sequence.ref_logprobs, per token)."""
 
     id: str
     members: list[Sequence]
+    reference: list[float] = field(default_factory=list)
 
     @property
     def tokens(self):
@@ -106,7 +107,7 @@ def make_group(row, s, tokenizer):
 
 
 def cache_reference(groups, model, s, device, folder):
-    """Give every member its log-probs under the policy the run starts from, and keep them in `folder`, so that a resumed run reads them.
+    """Give every member its log-prob under the policy the run starts from, and keep them in `folder`, so that a resumed run reads them.
 
     Call it on every rank before the first update, with all groups; each rank computes its share.
     """
@@ -115,16 +116,17 @@ def cache_reference(groups, model, s, device, folder):
     if known is None:
         mine = distributed.share(groups)
         rows = iter(score(model, [q for g in mine for q in g.members], s.token_budget, device))
-        known = dict(distributed.gather([(g.id, [next(rows) for _ in g.members]) for g in mine]))
+        known = dict(distributed.gather([(g.id, [[len(q.tokens), sum(next(rows))] for q in g.members]) for g in mine]))
         if distributed.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(known))
             path.with_suffix(".tmp").replace(path)
     for g in groups:
-        if [len(q.tokens) for q in g.members] != [len(row) for row in known.get(g.id, ())]:
+        if [len(q.tokens) for q in g.members] != [n for n, _ in known.get(g.id, ())]:
             raise SystemExit(f"{path} does not fit {s.gepo_data}: the groups or a --gepo setting changed since the run began; start a new run")
-        for q, row in zip(g.members, known[g.id]):
-            q.ref_logprobs = row
+        g.reference = [total for _, total in known[g.id]]
+        for q, total in zip(g.members, g.reference):
+            q.ref_logprobs = total / len(q.tokens)
 
 
 # ---- training ----
@@ -195,7 +197,7 @@ def serial_groups(model, groups, total, s, device):
     members = [q for g in groups for q in g.members]
     lengths = [len(q.tokens) if s.gepo_length_norm else 1 for q in members]
     logprobs = score(model, members, s.token_budget, device)
-    ratios = [(sum(new) - sum(q.ref_logprobs)) / n for new, q, n in zip(logprobs, members, lengths)]
+    ratios = [(sum(new) - old) / n for new, old, n in zip(logprobs, [x for g in groups for x in g.reference], lengths)]
     rewards = (s.gepo_beta * torch.tensor(ratios, dtype=torch.float64)).view(len(groups), s.gepo_winners + s.gepo_losers).requires_grad_()
     (s.gepo * gepo_loss(rewards, s.gepo_winners, s.gepo_lam, s.gepo_unbiased).sum() / total).backward()
     for q, slope, n in zip(members, rewards.grad.flatten().tolist(), lengths):
@@ -235,10 +237,10 @@ def held_out_metrics(gepo, model, s, device):
     rows = iter(score(model, [q for g in mine for q in g.members], s.token_budget, device))
     rewards, means = [], []
     for g in mine:
-        scored = [(q, next(rows)) for q in g.members]
-        norm = lambda q: len(q.tokens) if s.gepo_length_norm else 1
-        rewards.append([s.gepo_beta * (sum(row) - sum(q.ref_logprobs)) / norm(q) for q, row in scored])
-        means.append([sum(row) / len(row) for _, row in scored])
+        scored = [next(rows) for _ in g.members]
+        norm = lambda row: len(row) if s.gepo_length_norm else 1
+        rewards.append([s.gepo_beta * (sum(row) - old) / norm(row) for row, old in zip(scored, g.reference)])
+        means.append([sum(row) / len(row) for row in scored])
     rewards, means = torch.tensor(distributed.gather(rewards)), torch.tensor(distributed.gather(means))
     logprobs = {"gepo/logprob_rank_accuracy": ranking(means, s.gepo_winners), "gepo/winner_logprob_std": float(means[:, : s.gepo_winners].std(1, unbiased=False).mean())}
     return {**spread(rewards, s.gepo_winners), **logprobs}

@@ -70,8 +70,9 @@ def made_groups(model, count=3, members=5):
         groups.append(gepo.Group(f"g{i}", [Sequence(prompt, ids(draw.randint(2, 30))) for _ in range(members)]))
     reference = random_model(model.config, seed=1, std=0.3)
     for g in groups:
-        for q, row in zip(g.members, score(reference, g.members, 10**6, "cpu")):
-            q.ref_logprobs = row
+        g.reference = [sum(row) for row in score(reference, g.members, 10**6, "cpu")]
+        for q, total in zip(g.members, g.reference):
+            q.ref_logprobs = total / len(q.tokens)
     return groups
 
 
@@ -91,8 +92,8 @@ def test_packed_and_serialised_members_give_the_gradient_of_the_plain_definition
             tokens = torch.tensor(q.prompt + q.tokens)
             hidden = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
             rows = (hidden @ model.head_weight.T).log_softmax(-1)[len(q.prompt) - 1 : -1]
-            ratio = rows.gather(1, torch.tensor(q.tokens)[:, None]).squeeze(1) - torch.tensor(q.ref_logprobs)
-            rewards.append(0.1 * (ratio.mean() if length_norm else ratio.sum()))
+            ratio = rows.gather(1, torch.tensor(q.tokens)[:, None]).sum() - g.reference[len(rewards)]
+            rewards.append(0.1 * ratio / (len(q.tokens) if length_norm else 1))
         plain.append(gepo.gepo_loss(torch.stack(rewards), 2))
     model.zero_grad(set_to_none=True)
     (0.01 * torch.stack(plain).mean()).backward()
