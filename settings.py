@@ -132,6 +132,9 @@ def default_recipe(given):
     """The user's own command needs no recipe: with a GPU it is the first paper's run, without one the built-in small run."""
     if given.get("task") == "translate":
         return RECIPES / "oorl.toml", "OORL's code translation"
+    if given.get("task") == "selfplay":
+        small = given.get("model", "tiny") == "tiny" and not torch.cuda.is_available()
+        return (RECIPES / "azr_tiny.toml", "self-play without a GPU") if small else (RECIPES / "azr_racket.toml", "Absolute-Zero self-play")
     if given.get("model", "tiny") != "tiny" or given.get("task", "sums") != "sums":
         return RECIPES / "gsm8k.toml", "you named a model or a task"
     if torch.cuda.is_available() and not {"model", "task"} & set(given):

@@ -99,7 +99,7 @@ def train_step(run, step):
     if kl_in_reward:
         score_again(run, [x.sequence for x in samples])
     counted = (selfplay.set_advantages if run.play else set_advantages)(run, samples)
-    metrics = rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), s.samples, run.tokenizer.stop_ids) | played
+    metrics = rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), 1 if run.play else s.samples, run.tokenizer.stop_ids) | played
     if not kl_in_reward:
         score_again(run, counted)
     after_scores = time.perf_counter()

@@ -17,15 +17,16 @@ import torch
 import grpo
 import selfplay
 import sft
-import train
 import triples
 from buffers import Buffers, add_seeds
 from literals import read_one
 from proposals import (
     PAIRS, REASONS, Entry, Puzzle, Refused, Runner, SolveJudge, check, compose, outcomes, parse_proposal, wait,
 )  # fmt: skip
+from prompts import solve_prompt
 from sandbox import Pool, Result
 from sandbox.languages import language_names, load_language
+from settings import Settings, read_recipe
 from values import Char, Compound, Map, Pair, Set, Symbol, same, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,6 +320,28 @@ def test_advantages_are_normal_per_task_and_role_over_tokens():
     rewards, rows, lengths = torch.tensor([1.0, 0.0, -0.5, -0.5, 1.0, float("nan")]), torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([1, 3, 5, 2, 4, 4])
     assert grpo.advantages(rewards, rows, "trr++", lengths).tolist() == pytest.approx([1.5, -0.5, 0.0, 0.0, 0.0, 0.0])
     assert grpo.advantages(rewards, rows, "trr++", lengths)[2:].tolist() == [0.0] * 4  # exactly
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_solver_does_not_see_the_answer(short):
+    """Deduction hides the output, abduction the input, induction the program and the half of the pairs that it is judged on."""
+    language = load_language("racket")
+    program = "(define (f a)\n  (+ a 70000))"
+    entry = Entry(program, tuple(str(1111 * i) for i in range(1, 11)), tuple(str(1111 * i + 70000) for i in range(1, 11)), "a hint")
+    seen = {task: solve_prompt(Puzzle("p", task, entry), language, short) for task in ("deduction", "abduction", "induction")}
+    assert program in seen["deduction"] and "1111" in seen["deduction"] and "71111" not in seen["deduction"]
+    assert program in seen["abduction"] and "71111" in seen["abduction"] and "```input\n1111\n" not in seen["abduction"]
+    assert all(text in seen["induction"] for text in (*entry.inputs[:5], *entry.outputs[:5], "a hint"))
+    assert not any(text in seen["induction"] for text in ("(define (f a)\n  (+", *entry.inputs[5:], *entry.outputs[5:]))
+    assert all(text.endswith("Assistant: <think>") for text in seen.values())
+
+
+@pytest.mark.parametrize("name", ["azr_racket", "azr_julia"])
+def test_recipes_hold_the_papers_values(name):
+    s = Settings(**read_recipe(ROOT / "recipes" / f"{name}.toml"))
+    assert (s.task, s.prompts, s.learn_samples, s.references, s.seed_problems, s.buffer_size) == ("selfplay", 64, 8, 6, 256, 16384)
+    assert (s.lr, s.max_norm, s.temperature, s.eval_temperature, s.max_prompt_tokens, s.max_new_tokens) == (1e-6, 1.0, 1.0, 0.0, 6144, 8096)
+    assert (s.propose_reward, s.propose_switch, s.steps, s.clip_low, s.clip_high, s.kl_coef) == ("switch", 64, 256, 0.2, 0.2, 0.0)
 
 
 # ---- buffers ----
