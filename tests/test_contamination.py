@@ -41,7 +41,7 @@ def benchmark():
     assert len({r["language"] for r in rows}) == 23
     ids = {tuple(r["name"].lower().split("_", 2)[:2]) for r in rows}
     texts = [r["prompt"] for r in rows] + [r.source for source in SOURCES for r in load_rows("translate", "python", source=source)]
-    return ids, {bare(r["name"].split("_", 2)[2]) for r in rows}, texts
+    return ids, {bare(r["name"].split("_", 2)[2]) for r in rows} - {"f"}, texts  # HumanEval 106 is called f, which says nothing
 
 
 def bare(name):
