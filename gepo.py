@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Group:
     id: str
     members: list[Sequence]
     reference: list[float] = field(default_factory=list)
+    kinds: tuple = ()  # of edit, of the losers
 
     @property
     def tokens(self):
@@ -90,6 +92,8 @@ def load_groups(s, tokenizer, report=print):
         f"GEPO: {len(short)} of {len(rows)} groups; {len(few_winners)} have fewer than {s.gepo_winners} winners, {len(few_losers)} fewer than "
         f"{s.gepo_losers} losers, {len(groups) - len(short)} are longer than --gepo_max_tokens {s.gepo_max_tokens}"
     )
+    kinds = Counter(kind for g in short for kind in g.kinds)
+    report("GEPO's losers: " + ", ".join(f"{kind} {count / kinds.total():.0%}" for kind, count in kinds.most_common()))
     held_out = [g for g in short if random.Random(g.id).random() < 0.1]
     train = [g for g in short if random.Random(g.id).random() >= 0.1]
     if not train or not held_out:
@@ -102,8 +106,10 @@ def make_group(row, s, tokenizer):
     id, c, winners, losers = row
     draw = random.Random(f"{s.seed}/{id}")
     prompt = tokenizer.encode_chat(messages(c))
-    texts = [x["ir"] for x in draw.sample(winners, s.gepo_winners) + draw.sample(losers, s.gepo_losers)]
-    return Group(id, [Sequence(prompt, [*tokenizer.encode(f"```llvm\n{text}```"), tokenizer.stop_ids[0]]) for text in texts])
+    equivalent, different = draw.sample(winners, s.gepo_winners), draw.sample(losers, s.gepo_losers)
+    answer = lambda ir: [*tokenizer.encode(f"```llvm\n{ir}```"), tokenizer.stop_ids[0]]
+    members = [Sequence(prompt, answer(x["ir"])) for x in equivalent + different]
+    return Group(id, members, kinds=tuple(x["kind"] for x in different))
 
 
 def cache_reference(groups, model, s, device, folder):

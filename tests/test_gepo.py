@@ -240,7 +240,7 @@ class Letters:
 
 def write_groups(path, sizes):
     rows = [
-        {"id": f"f{i}", "c": f"int f{i}(void) {{ return {i}; }}", "winners": [{"ir": f"w{i}{j}"} for j in range(n)], "losers": [{"ir": f"l{i}{j}"} for j in range(m)], "cheap": [{"ir": "c"}]}
+        {"id": f"f{i}", "c": f"int f{i}(void) {{ return {i}; }}", "winners": [{"ir": f"w{i}{j}"} for j in range(n)], "losers": [{"kind": "swap", "ir": f"l{i}{j}"} for j in range(m)], "cheap": [{"kind": "cheap", "ir": "c"}]}
         for i, (n, m) in enumerate(sizes)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -252,6 +252,7 @@ def test_groups_that_do_not_fit_are_counted(tmp_path):
     train, held_out = gepo.load_groups(settings(gepo_data=str(path)), Letters(), said.append)
     assert len(train) + len(held_out) == 40 and held_out and not {g.id for g in train} & {g.id for g in held_out}
     assert all(len(g.members) == 5 for g in train) and "40 of 49 groups; 5 have fewer than 2 winners, 4 fewer than 3 losers, 0 are longer" in said[0]
+    assert said[1] == "GEPO's losers: swap 100%"
     one = gepo.load_groups(settings(gepo_data=str(path), gepo_winners=1, gepo_losers=1), Letters(), said.append)
     assert sum(map(len, one)) == 49  # DPO takes them all
     for changed, words in [(dict(gepo_max_tokens=20), "leaves 0 groups"), (dict(gepo_data=str(tmp_path / "no.jsonl")), "gepo.py build")]:
