@@ -53,12 +53,12 @@ def _number(text, table):
         return float(text)
     bits = table.get("integer_bits")  # Lua: a longer numeral is a float
     value = int(text)
-    return value if not bits or -(2 ** (bits - 1)) <= value < 2 ** (bits - 1) else float(value)
+    return value if not bits or -(2 ** (bits - 1)) <= value < 2 ** (bits - 1) else float(text)
 
 
 class _Reader:
     def __init__(self, text, table):
-        self.text, self.table, self.at, self.depth = text, table, 0, 0
+        self.text, self.table, self.at, self.depth, self.terms = text, table, 0, 0, 0
 
     def fail(self, why):
         raise ValueError(f"{why} at {self.text[self.at : self.at + 20]!r}")
@@ -151,6 +151,9 @@ class _BracketReader(_Reader):
         self.space()
         while operator := self.table.get("operators") and self.take(self.table["operators"]):  # Prolog: a-1, k=v
             self.space()
+            self.terms += 1
+            if self.terms > 3 * MAX_DEPTH:
+                self.fail("too many operators")
             value = Compound(operator, (value, self.simple()))
             self.space()
         return value
@@ -325,6 +328,8 @@ class _ListReader(_Reader):
             else:
                 values.append(self.nested(self.datum))
             self.space()
+        if tail and len(values) > 3 * MAX_DEPTH:
+            self.fail("a dotted list is too long")
         for first in reversed(values if tail else []):
             tail = [cons(first, tail[0])]
         return tail[0] if tail else values

@@ -73,15 +73,17 @@ class Puzzle:
 
 def answer_of(text):
     """What stands between the answer tags of a completion of "... <think>"; Refused unless it has both tags in order."""
-    match = re.match(r"(.*?)</think>\s*<answer>(.*?)</answer>", text, re.DOTALL)
-    if not match or "<answer>" in match[1]:
+    thought, _, rest = text.partition("</think>")
+    answer, end, _ = rest.lstrip().partition("</answer>")
+    if not end or not answer.startswith("<answer>") or "<answer>" in thought:
         raise Refused("format")
-    return match[2]
+    return answer.removeprefix("<answer>")
 
 
 def blocks(answer, names):
     """Contents of all ```name blocks."""
-    return re.findall(rf"```(?:{'|'.join(map(re.escape, names))})[ \t]*\n(.*?)\n?[ \t]*```", answer, re.DOTALL | re.IGNORECASE)
+    found = re.findall(rf"```(?:{'|'.join(map(re.escape, names))})[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
+    return [text.rstrip(" \t").removesuffix("\n") for text in found]
 
 
 def code_of(answer, language):

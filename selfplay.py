@@ -57,9 +57,11 @@ class Play:
 
 
 def equation_3(accuracy):
-    """1 - acc between 0 and 1, -0.5 at 0 and 1, -1 for an invalid proposal (accuracy None): 0.25 -> 0.75."""
+    """1 - acc between 0 and 1, -0.5 at 0 and 1, -1 for an invalid proposal (accuracy None): 0.25 -> 0.75; nan (not judged) stays nan."""
     if accuracy is None:
         return -1.0
+    if accuracy != accuracy:
+        return accuracy
     return 1.0 - accuracy if 0 < accuracy < 1 else -0.5
 
 
