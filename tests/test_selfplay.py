@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -110,6 +111,23 @@ def test_an_answer_that_is_a_program_is_refused(name):
     for text in ["[" * 200, "(" * 200, "'(" * 100, '"' + "a" * 3000 + '"', "1e999", "\x00", "", "{" * 200]:
         with pytest.raises(ValueError):
             read_one(text, language)
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_no_text_breaks_the_parser(name):
+    """Random text of literals' parts: a value that can be written and read again, or a ValueError; never anything else, never slowly."""
+    language, rng = load_language(name), random.Random(0)
+    parts = "1 -2 .5 1e400 'a' \"b\" \" ' ( ) [ ] { } , : = => - . # \\ $ a True true nil f( Dict( Set([ (list (cons :k #( #hash( 1/2 1//2 1r2 ; |".split() + [" "]
+    long = ["[[" * 900, "'(" * 900, "1" * 1999, "1-" * 900 + "1", "'(" + "1 " * 800 + ". 2)", "-" * 1999]
+    started, accepted = time.perf_counter(), 0
+    for text in long + ["".join(rng.choices(parts, k=rng.randint(1, 6))) for _ in range(10000)]:
+        try:
+            value = read_one(text, language)
+        except ValueError:
+            continue
+        assert same(read_one(write(value, language), language), value, language), text
+        accepted += 1
+    assert accepted > 200 and time.perf_counter() - started < 20
 
 
 def test_an_answer_cannot_force_true(pool):
