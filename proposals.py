@@ -168,8 +168,12 @@ def normalised(program, language):
 
 
 def call_files(language, program, calls, nonce):
-    """{file name: text} of a job that checks a program for banned constructs, then prints f of every element of calls (argument lists)
-    between nonces, as the [call] table says."""
+    """{file name: text} of a job that checks a program for banned constructs, then prints f of every element of calls (argument lists).
+
+    The [call] table: main is the harness, with {nonce}, {inputs} (every call's literals in the form `arguments`), {banned}, {modules},
+    {mentions} and {macros} (lists of strings); files hold {code}. It prints lines NONCE KIND NUMBER TEXT NONCE: syntax, banned or no_f (and ends), and for
+    each call value, error or no_value. identity and hello are the first seed, rules a sentence for the prompts, defines finds a definition of NAME.
+    """
     call = language.call
     header = call.get("header", "")
     if header and not program.lstrip().startswith(header.split()[0]):
@@ -247,26 +251,35 @@ def wait(started, deadline=None):
 # ---- checking proposals ----
 
 
-def check(runner, proposals, deadline=None):
-    """[Entry without outputs, or Refused] -> [Entry with outputs, or Refused], each run in two processes of its own.
+def begin(runner, proposal):
+    """Start the first run of a proposal, which check() waits for; None for one that is refused already."""
+    return runner.start(proposal.program, _calls(proposal, runner.language)) if isinstance(proposal, Entry) else None
+
+
+def _calls(proposal, language):
+    return [read(text, language) for text in proposal.inputs]
+
+
+def check(runner, proposals, deadline=None, first=None):
+    """[Entry without outputs, or Refused] -> [Entry with outputs, or Refused], each run in two processes of its own. first: what begin() gave.
 
     The second starts when every first one has ended, and calls f twice on every input, in reverse order first: a clock, a counter kept
     between calls or an address shows as a difference. Then all outputs pass through the identity function, and must come back as they were.
     """
     language = runner.language
-    calls = [[read(text, language) for text in p.inputs] if isinstance(p, Entry) else None for p in proposals]
-    first = [runner.start(p.program, c) if c else None for p, c in zip(proposals, calls)]
+    first = [begin(runner, p) for p in proposals] if first is None else first
     wait(first, deadline)
     time.sleep(1 - time.time() % 1)  # so that even a clock of whole seconds shows
     values = [_values(runner, s) if s else p for p, s in zip(proposals, first)]
-    second = [runner.start(p.program, c[::-1] + c, 2) if isinstance(v, list) else None for p, c, v in zip(proposals, calls, values)]
+    again = lambda p: _calls(p, language)[::-1] + _calls(p, language)
+    second = [runner.start(p.program, again(p), 2) if isinstance(v, list) else None for p, v in zip(proposals, values)]
     wait(second, deadline)
     for i, started in enumerate(second):
         if started:
-            again = _values(runner, started)
-            if isinstance(again, Refused):
-                values[i] = again if str(again) == "sandbox_error" else Refused("not_deterministic")
-            elif not all(same(a, b, language) for a, b in zip(values[i][::-1] + values[i], again)):
+            found = _values(runner, started)
+            if isinstance(found, Refused):
+                values[i] = found if str(found) == "sandbox_error" else Refused("not_deterministic")
+            elif not all(same(a, b, language) for a, b in zip(values[i][::-1] + values[i], found)):
                 values[i] = Refused("not_deterministic")
     returned = round_trip(runner, [v for value in values if isinstance(value, list) for v in value], deadline)
     return [_checked(p, value, returned, language) for p, value in zip(proposals, values)]

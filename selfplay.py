@@ -18,7 +18,7 @@ from batches import Sequence
 from benchmarks import TestJudge, load_rows, row_prompt
 from buffers import Buffers, add_seeds
 from prompts import propose_prompt, solve_prompt
-from proposals import REASONS, TASKS, Entry, Puzzle, Refused, SolveJudge, check, parse_proposal
+from proposals import REASONS, TASKS, Entry, Puzzle, Refused, SolveJudge, begin, check, parse_proposal
 from rewards import Parsed, Verdict
 from rollout import Sample
 from sampler import Request
@@ -47,6 +47,7 @@ class Play:
         self.settings, self.language, self.sampler, self.tokenizer = settings, language, sampler, tokenizer
         self.judge = SolveJudge(pool, language)
         self.buffers = Buffers(settings.buffer_size, language)
+        self.waited = 0.0  # seconds of this step for programs that sampling did not hide
         if settings.propose_reward not in REWARDS:
             raise ValueError(f"unknown --propose_reward {settings.propose_reward!r}: use {', '.join(REWARDS)}")
         if not 0 <= settings.composite <= 1:
@@ -131,25 +132,40 @@ def puzzle(play, task, entry, id):
 # ---- one step ----
 
 
-def sample(play, prompts, first_id, n=1):
-    """n completions of every prompt. first_id: request number of the first (draws depend on it, so numbers must not repeat)."""
-    s, stop = play.settings, play.tokenizer.stop_ids
+def sample(play, prompts, first_id, start, n=1):
+    """n completions of every prompt -> (requests, completions prompt by prompt, what start(prompt number, sample, text) gave for each, in order).
+
+    first_id: request number of the first (draws depend on it, so numbers must not repeat). start is called as soon as a prompt's
+    completions are there, so that programs run while others are still being sampled.
+    """
+    s, stop, started = play.settings, play.tokenizer.stop_ids, [[] for _ in prompts]
     requests = [
         Request(play.tokenizer.encode(text), n, s.max_new_tokens, s.temperature, stop_ids=stop, seed=s.seed, id=first_id + i)
         for i, text in enumerate(prompts)
     ]
-    return requests, play.sampler.generate(requests)
+
+    def on_done(i, completions):
+        started[i] = [start(i, c.sample, play.tokenizer.decode(c.tokens)) for c in completions]
+
+    groups = play.sampler.generate(requests, on_done=on_done)
+    return requests, [c for group in groups for c in group], [x for group in started for x in group]
 
 
 def propose(play, step, wanted):
     """Sample this rank's share of the proposals and check them -> [(Proposal, Request, Completion, Entry or Refused)]."""
     start = len(wanted) * distributed.rank() // distributed.world_size()
-    mine = distributed.share(wanted)
-    requests, groups = sample(play, [p.prompt for p in mine], step * STEP + start)
-    candidates = [parsed(play, p, play.tokenizer.decode(group[0].tokens)) for p, group in zip(mine, groups)]
-    entries = check(play.judge.runner, candidates, play.settings.reward_deadline)
+    mine, runner = distributed.share(wanted), play.judge.runner
+
+    def first_run(i, _, text):
+        candidate = parsed(play, mine[i], text)
+        return candidate, begin(runner, candidate)
+
+    requests, completions, started = sample(play, [p.prompt for p in mine], step * STEP + start, first_run)
+    sampled = time.perf_counter()
+    entries = check(runner, [candidate for candidate, _ in started], play.settings.reward_deadline, [run for _, run in started])
+    play.waited += time.perf_counter() - sampled
     entries = [solvable(play, p.task, e) for p, e in zip(mine, entries)]
-    return [(p, r, group[0], e if isinstance(e, Refused) else replace(e, step=max(step, 0))) for p, r, group, e in zip(mine, requests, groups, entries)]
+    return [(p, r, c, e if isinstance(e, Refused) else replace(e, step=max(step, 0))) for p, r, c, e in zip(mine, requests, completions, entries)]
 
 
 def parsed(play, proposal, text):
@@ -171,17 +187,21 @@ def learnability(play, step, proposed):
     valid = [i for i, (*_, entry) in enumerate(proposed) if isinstance(entry, Entry)]
     puzzles = [puzzle(play, proposed[i][0].task, proposed[i][3], f"learn/{i}") for i in valid]
     start = sum(distributed.gather([len(valid)])[: distributed.rank()])
-    _, groups = sample(play, [p.question for p in puzzles], step * STEP + STEP // 4 + start, play.settings.learn_samples)
-    verdicts = judged(play, [(p, c) for p, group in zip(puzzles, groups) for c in group])
+    *_, verdicts = answers(play, puzzles, step * STEP + STEP // 4 + start, play.settings.learn_samples)
     m, found = play.settings.learn_samples, [None] * len(proposed)
     for n, i in enumerate(valid):
         found[i] = mean_accuracy(verdicts[n * m : (n + 1) * m])
     return [float("nan") if str(e) == "sandbox_error" and isinstance(e, Refused) else a for a, (*_, e) in zip(found, proposed)]
 
 
-def judged(play, pairs):
-    submissions = [play.judge.submit(p, play.tokenizer.decode(c.tokens), c.sample) for p, c in pairs]
-    return play.judge.collect(submissions, play.settings.reward_deadline)
+def answers(play, puzzles, first_id, n=1):
+    """n answers to every puzzle -> (requests, completions, verdicts)."""
+    submit = lambda i, number, text: play.judge.submit(puzzles[i], text, number)
+    requests, completions, submissions = sample(play, [p.question for p in puzzles], first_id, submit, n)
+    sampled = time.perf_counter()
+    verdicts = play.judge.collect(submissions, play.settings.reward_deadline)
+    play.waited += time.perf_counter() - sampled
+    return requests, completions, verdicts
 
 
 def store(play, proposed):
@@ -192,24 +212,22 @@ def store(play, proposed):
 
 def play_step(run, step):
     """This rank's samples of a step, proposers' and solvers' -> (list[Sample], seconds waited for programs, metrics)."""
-    play = run.play
+    play, run.play.waited = run.play, 0.0
     proposed = propose(play, step, proposal_list(play, step))
     accuracies = learnability(play, step, proposed)
     added = store(play, proposed)
     puzzles = solve_list(play, step)
     start = len(puzzles) * distributed.rank() // distributed.world_size()
     mine = distributed.share(puzzles)
-    requests, groups = sample(play, [p.question for p in mine], step * STEP + STEP // 2 + start)
-    sampled = time.perf_counter()
-    verdicts = judged(play, [(p, group[0]) for p, group in zip(mine, groups)])
+    requests, completions, verdicts = answers(play, mine, step * STEP + STEP // 2 + start)
     proposers = [proposer_sample(play, step, *one, accuracy) for one, accuracy in zip(proposed, accuracies)]
-    solvers = [Sample(p, g[0], v, Sequence(r.prompt, g[0].tokens, g[0].logprobs, group=r.id)) for p, r, g, v in zip(mine, requests, groups, verdicts)]
+    solvers = [Sample(p, c, v, Sequence(r.prompt, c.tokens, c.logprobs, group=r.id)) for p, r, c, v in zip(mine, requests, completions, verdicts)]
     everyone = distributed.gather([(x.problem.task, role_of(x), x.verdict) for x in [*proposers, *solvers]])
     metrics = play_metrics(play, everyone, distributed.gather(accuracies), added)
     correct = mean_accuracy([v for _, role, v in everyone if role == "solve"])
     if correct == correct:
         play.buffers.solver_accuracy += 0.1 * (correct - play.buffers.solver_accuracy)
-    return [*proposers, *solvers], time.perf_counter() - sampled, metrics
+    return [*proposers, *solvers], play.waited, metrics
 
 
 def proposer_sample(play, step, proposal, request, completion, entry, accuracy):
