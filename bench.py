@@ -1,12 +1,12 @@
-"""Measurements beside floors and peers: python bench.py kernels|sampler|sandbox [options]. Each prints a table and a last line of JSON.
+"""Measurements beside floors and peers: python bench.py kernels|sampler|step|sandbox [options]. Each prints a table and a last line of JSON.
 
-Each bench lives next to what it measures: kernels/bench.py, bench_sampler.py, sandbox/bench.py. BENCHMARKS.md records the tables.
+Each bench lives next to what it measures: kernels/bench.py, bench_sampler.py, bench_step.py, sandbox/bench.py. BENCHMARKS.md records the tables.
 """
 
 import importlib
 import sys
 
-PARTS = {"kernels": "kernels.bench", "sampler": "bench_sampler", "sandbox": "sandbox.bench"}
+PARTS = {"kernels": "kernels.bench", "sampler": "bench_sampler", "sandbox": "sandbox.bench", "step": "bench_step"}
 
 
 def main(arguments):
