@@ -137,8 +137,14 @@ def _seconds(run, device):
     return time.perf_counter() - started
 
 
+def network_bytes(config, passes, ranks):
+    """What one rank sends and receives in a step: per micro-batch two gathers in 16 bits and a reduction in fp32, and the sampler's weights from fp32."""
+    everything = parameters(config)[0]
+    return (passes * (2 + 2 + 4) + 4) * everything * (ranks - 1) / ranks
+
+
 def main():
-    """The README's table: the settings of recipes/gsm8k.toml."""
+    """The README's tables: the settings of recipes/gsm8k.toml, and the network of a step of 256 samples of 1,024 tokens on each rank."""
     from settings import RECIPES, Settings, read_recipe
 
     s = Settings(**read_recipe(RECIPES / "gsm8k.toml"))
@@ -148,6 +154,12 @@ def main():
         sharded, total = parts["masters"] + parts["gradients"] + parts["optimizer"], sum(parts.values())
         row = [sharded, parts["gathered"], parts["activations"], parts["loss"], parts["sampler"], total, 80e9 - total]
         print(f"| {size} | {ranks} | " + " | ".join(f"{value / GB:.1f}" for value in row) + " |")
+    print("\n| model | ranks | micro-batches a rank | GB through each rank's links | seconds at 50 GB/s | seconds of arithmetic at 400 TFLOP/s |\n" + "| --- " * 6 + "|")
+    for size, ranks in (("7B", 8), ("7B", 64), ("14B", 16), ("32B", 64)):
+        tokens, everything = 256 * 1024, parameters(qwen(size))[0]
+        passes = tokens // s.token_budget
+        sent = network_bytes(qwen(size), passes, ranks)
+        print(f"| {size} | {ranks} | {passes} | {sent / GB:.0f} | {sent / 50e9:.1f} | {8 * everything * tokens / 400e12:.1f} |")  # 8: the forward is made twice
 
 
 if __name__ == "__main__":

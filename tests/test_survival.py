@@ -55,6 +55,21 @@ def test_two_machines_that_share_no_folder_train_like_one_and_resume(straight, t
         assert {k: one[k] for k in exact} == {k: two[k] for k in exact} and two["loss"] == pytest.approx(one["loss"], abs=1e-4)
 
 
+def test_one_two_and_four_ranks_draw_the_same_samples_and_learn_the_same(tmp_path):
+    for ranks in (1, 2, 4):
+        done = run(tmp_path, *SMALL, "--steps", "10", "--logged_samples", "16", "--name", str(ranks), ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone = tmp_path / "runs/1"
+    texts = lambda folder: {(r["step"], r["problem"], r["sample"]): (r["text"], r["reward"], r["advantage"]) for r in rows(folder, "samples.jsonl")}
+    exact = ("reward", "pass_rate", "completions/mean_length", "frac_reward_zero_std", "num_tokens")
+    for many in (tmp_path / "runs/2", tmp_path / "runs/4"):
+        for one, other in zip(rows(alone), rows(many), strict=True):
+            assert {k: one[k] for k in exact} == {k: other[k] for k in exact}
+            assert other["loss"] == pytest.approx(one["loss"], abs=1e-4) and other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+        written = texts(many)  # rank 0's part of the step
+        assert len(written) >= 40 and written == {key: texts(alone)[key] for key in written}
+
+
 def test_a_problem_on_one_machine_ends_all_with_its_sentence(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
