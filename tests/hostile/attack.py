@@ -26,12 +26,12 @@ from sandbox.languages import load_language  # noqa: E402
 from sandbox.pool import cores, request  # noqa: E402
 from world import World, processes, stop, strays, users  # noqa: E402
 
-HONEST = {
+HONEST = {  # the last three also look whether the program before them left something in the work folder
     "lua": "print(6 * 7)",
-    "prolog": "main :- X is 6 * 7, writeln(X).",
     "lisp": "(princ (* 6 7))",
-    "python": "print(6 * 7)",
-    "perl": "print 6 * 7",
+    "prolog": "main :- directory_files('.', L), subtract(L, ['.', '..', 'main.pl'], []), X is 6 * 7, writeln(X).",
+    "python": "import os; print(6 * 7 if os.listdir() == ['main.py'] else os.listdir())",
+    "perl": "print join(',', glob('* .[!.]*')) eq 'main.pl' ? 6 * 7 : 'left something'",
 }
 
 
