@@ -18,6 +18,7 @@ import build
 import checkpoint
 import model as model_file
 import train
+from logs import RunLog
 from optimizer import make_optimizer
 from tasks import Problem, Step
 from tokenizer import train_bpe
@@ -269,3 +270,24 @@ def test_training_helps_on_held_out_problems_and_a_random_reward_does_not(tmp_pa
     before, after, random_after = passed("real", 0), passed("real", 10), passed("random", 10)
     assert passed("random", 0) == before > 0.02
     assert after > before + 0.1 and random_after < before + 0.1
+
+
+def test_wandb_goes_on_under_the_same_id_and_its_keys_do_not_grow(tmp_path, monkeypatch):
+    """The real wandb, offline: what it would send is read back from its own files."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    row = {"id": "p", "correct": True, "text": "t"}
+    log = RunLog(tmp_path, {"seed": 0}, wandb_mode="offline")
+    for step in (1, 2):
+        log.step(step, {"reward": step / 4}, {"time/step": 1.0})
+        log.evaluation(step, [row])
+    first = log.wandb_id
+    log.close()
+    log = RunLog(tmp_path, {"seed": 0}, resume_step=2, wandb_mode="offline", wandb_id=first)
+    log.step(3, {"reward": 0.75}, {"time/step": 1.0})
+    keys = set(log.wandb.summary.keys())
+    log.close()
+    assert log.wandb_id == first and {p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")} == {first}
+    assert not any(ch.isdigit() for key in keys for ch in key) and [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
+    tables = {p.name for p in (tmp_path / "wandb").rglob("*.table.json")}
+    assert all(len(json.loads(next((tmp_path / "wandb").rglob(name)).read_text())["data"]) == 1 for name in tables)
