@@ -12,7 +12,10 @@ PARTS = {"kernels": "kernels.bench", "sampler": "bench_sampler", "sandbox": "san
 def main(arguments):
     if not arguments or arguments[0] not in PARTS:
         raise SystemExit(f"usage: python bench.py {'|'.join(PARTS)} [--help]")
-    importlib.import_module(PARTS[arguments[0]]).main(arguments[1:])
+    try:
+        importlib.import_module(PARTS[arguments[0]]).main(arguments[1:])
+    except (ValueError, OSError) as problem:  # no such checkpoint, no such data: one sentence
+        raise SystemExit(f"bench.py: {problem}") from None
 
 
 if __name__ == "__main__":

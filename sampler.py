@@ -229,9 +229,8 @@ class Sampler:
 
     def _affordable_pages(self):
         """Pages in the memory that the sampler may take; the pool in use counts as free."""
-        if self.memory is not None:
-            return int(self.memory // self.page_bytes)
-        return int((free_bytes(self.device) // self.page_bytes + (len(self.pool) if self.pool else 0)) * MEMORY)
+        free = free_bytes(self.device) + self.held_bytes()
+        return int((free * MEMORY if self.memory is None else min(self.memory, free)) // self.page_bytes)
 
     def held_bytes(self):
         """Keys and values in memory now, whether or not a rollout runs."""
