@@ -83,7 +83,7 @@ class PagePool:
 
 
 def free_bytes(device):
-    """Memory that this process can have now: what CUDA says is free; on CPU its rank's share of Linux's MemAvailable, elsewhere of half of what is installed."""
+    """Memory that this process can have now: what CUDA says is free; on CPU its rank's share of Linux's MemAvailable, elsewhere of half of all memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:

@@ -80,8 +80,9 @@ class Sampler:
 
     def __init__(self, model, slots=256, page_size=None, memory=None, share_prefix=True, exact=False):
         """slots: samples decoded together. page_size: tokens per page, a multiple of 16. memory: most bytes of keys and values; None = half of
-        what is free when they are first needed. Never more than the requests need; with less, fewer samples run together. share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's
-        mode with the trainer's arithmetic (exact.py); all requests of a call then have one temperature.
+        what is free when they are first needed. Never more than the requests need; with less, fewer samples run together.
+        share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's mode with the trainer's arithmetic
+        (exact.py); all requests of a call then have one temperature.
         """
         weight = model.embed.weight
         self.model, self.config, self.slots, self.share_prefix, self.exact = model, model.config, slots, share_prefix, exact

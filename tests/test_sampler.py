@@ -217,7 +217,9 @@ def test_groups_are_handed_over_as_they_finish(model):
 
 
 def test_memory_is_what_the_requests_need_or_what_is_allowed(model, monkeypatch):
-    """24 rows of 3 pages, and the 6 pages of the longest prompt for each of 7 (one has a single token, which is no row's past); never a share of what happens to be free; held until release()."""
+    """24 rows of 3 pages, and the 6 pages of the longest prompt for each of 7 (one has a single token, which is no row's past).
+
+    Never a share of what happens to be free; held until release()."""
     asked = requests(n=3)
     sampler = Sampler(model)
     expected = values(sampler.generate(asked))
