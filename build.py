@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class Run:
     peak_flops: float = 1.0  # of one rank, for MFU
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
+    lengths: dict = field(default_factory=dict)  # problem id -> mean tokens of its last completions
     play: selfplay.Play | None = None  # --task selfplay
     best: tuple = (-1.0, 0)  # highest pass@1 of an evaluation during training, and its step
 

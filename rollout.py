@@ -62,7 +62,8 @@ def draw(run, count):
     numbered = distributed.share([(n, problem_at(run, n)) for n in range(run.drawn, run.drawn + count)])
     run.drawn += count
     limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
-    requests = [Request(tokenizer.encode_chat(prompt_messages(s, run.language, p)), id=n, **limits) for n, p in numbered]
+    ids = lambda p: tokenizer.encode_chat(prompt_messages(s, run.language, p))
+    requests = [Request(ids(p), id=n, expected_tokens=run.lengths.get(p.id), **limits) for n, p in numbered]
     pending = [[] for _ in requests]
 
     def start_programs(i, completions):
@@ -72,6 +73,8 @@ def draw(run, count):
     sampled = time.perf_counter()
     verdicts = run.judge.collect([p for group in pending for p in group], s.reward_deadline)
     waited = time.perf_counter() - sampled
+    for n, (_, p) in enumerate(numbered):  # what the sampler expects when it meets the problem again: it starts the longest first
+        run.lengths[p.id] = sum(len(c.tokens) for c in completions if c.request == n) // s.samples
     samples = []
     for c, v in zip(completions, shaped(verdicts, completions, s)):
         sequence = Sequence(requests[c.request].prompt, c.tokens, c.logprobs, group=requests[c.request].id)

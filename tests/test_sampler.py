@@ -216,6 +216,13 @@ def test_groups_are_handed_over_as_they_finish(model):
     assert sampler.stats["steps"] < 0.8 * static
 
 
+def test_the_longest_expected_starts_first(model):
+    asked, order = requests(n=1, new=4, stop_ids=(), lengths=(9, 9, 9)), []
+    asked = [dataclasses.replace(r, expected_tokens=expected) for r, expected in zip(asked, (1, 3, 2))]
+    Sampler(model, slots=1).generate(asked, on_done=lambda i, _: order.append(i))
+    assert order == [1, 2, 0]
+
+
 def test_memory_is_what_the_requests_need_or_what_is_allowed(model, monkeypatch):
     """24 rows of 3 pages, and the 6 pages of the longest prompt for each of 7 (one has a single token, which is no row's past).
 
