@@ -234,14 +234,14 @@ EXPLAINED_X = {
     "cpp": {"22": "boost", "137": "boost", "162": "openssl"},
     "java": {},
     "rust": {"32": "no test", "38": "crate rand", "50": "crate rand", "53": "crate rand", "91": "crate regex", "162": "crate md5"},
-    "go": {"153": "imports a package Slices that does not exist"},
+    "go": {},
 }
 EXPLAINED_EXERCISM = {
     "prolog": {"meetup": "needs a newer SWI-Prolog"},
     "racket": {},
     "scheme": {"list-ops": "lists of a million in uncompiled Guile", "robot-name": "example for Guile, test for Chez"},
     "python": {},
-    "julia": {},
+    "julia": {"crypto-square": "transposes characters", "fft": "cispi: Julia 1.6", "intergalactic-transmission": "typed globals: Julia 1.8"},
 }
 
 
