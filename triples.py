@@ -30,16 +30,17 @@ def _digits(rng):
 
 
 def triple(split, seed, index, language, pairs=1):
-    """Entry number `index` of a split; no program of one split is in the other (every fifth, by a hash of its source, is a test program)."""
+    """Entry number `index` of a split; no program with its inputs is in both splits (every fifth, by a hash, is a test triple)."""
     rng = random.Random(f"{split}/{seed}/{index}")
-    program, wanted = "", split == "test"
-    while not program or (zlib.crc32(program.encode()) % 5 == 0) != wanted:
-        name = rng.choice([n for n in KINDS if n in language.call["demos"]])
-        k, l = rng.randint(1, 5), rng.randint(0, 3)
+    names = [name for name in KINDS if name in language.call["demos"]]
+    while True:
+        name, k, l = rng.choice(names), rng.randint(1, 5), rng.randint(0, 3)
+        inputs_of, function = KINDS[name]
         program = language.call["demos"][name].replace("{k}", str(k)).replace("{l}", str(l)).strip("\n")
-    inputs_of, function = KINDS[name]
-    arguments = [inputs_of(rng) for _ in range(pairs)]
-    inputs = tuple(input_text(a, language) for a in arguments)
+        arguments = [inputs_of(rng) for _ in range(pairs)]
+        inputs = tuple(input_text(a, language) for a in arguments)
+        if (zlib.crc32(f"{program}{inputs}".encode()) % 5 == 0) == (split == "test"):
+            break
     outputs = tuple(write(function(k, l, *a), language) for a in arguments)
     return Entry(program, inputs, outputs, name if pairs > 1 else "")
 

@@ -278,8 +278,8 @@ def test_synthetic_triples_are_what_the_interpreter_says(pool, name):
     entries = [triples.triple("test", 0, i, language, pairs=PAIRS if i % 4 == 0 else 1) for i in range(12)]
     found = check(Runner(pool, language), [replace(e, outputs=()) for e in entries], 120)
     assert [f.outputs if isinstance(f, Entry) else str(f) for f in found] == [e.outputs for e in entries]
-    train_programs = {triples.triple("train", 0, i, language).program for i in range(200)}
-    assert not train_programs & {e.program for e in entries}
+    pairs = lambda split, count: {(e.program, e.inputs) for e in (triples.triple(split, 0, i, language) for i in range(count))}
+    assert not pairs("train", 300) & pairs("test", 300)
 
 
 def test_composed_programs(lua):
