@@ -151,6 +151,26 @@ def test_old_logprobs_of_the_trainer_and_truncated_importance_weights(settings, 
     assert off["grad_norm"] == pytest.approx((factor or 0.0) * exact["grad_norm"], rel=1e-4)
 
 
+def test_epochs_and_minibatches_keep_the_old_logprobs_of_the_rollout():
+    """With two epochs of two halves there are four updates, each group in one half of each, and later updates see ratios far from 1."""
+    import train
+    from settings import Settings
+
+    def run(**more):
+        model, made = model_file.random_model(CONFIG, 1, std=0.3), sequences(8)
+        for i, (q, logprobs) in enumerate(zip(made, score(model, made, 10_000, "cpu"))):
+            q.logprobs, q.group = logprobs, i // 2
+        before = [list(q.logprobs) for q in made]
+        state = build.Run(Settings(lr=0.02, warmup=1, **more), "cpu", *[None] * 4, model, make_optimizer(model), *[None] * 4)
+        metrics = train.update(state, 1, made)
+        assert [q.logprobs for q in made] == before
+        return state.updates, metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"], metrics["num_train_tokens"]
+
+    one, four = run(), run(epochs=2, minibatches=2)
+    assert one[:2] == (1, 0.0) and four[0] == 4 and four[1] > 0.05
+    assert four[2] == 2 * one[2]  # every sequence once per epoch
+
+
 def test_packed_forward_equals_each_sequence_alone():
     model, work = model_file.random_model(CONFIG, 2, std=0.3), sequences(4)
     whole = pack(work)
