@@ -114,7 +114,7 @@ def test_without_landlock_or_namespaces(attacks):
     assert "the sandbox cannot give kernel isolation here: kernel isolation needs landlock" in ran.stderr
     ran = subprocess.run([*command, "--allow-weaker"], input="print(42)", capture_output=True, text=True, cwd=ROOT, check=False)
     assert (json.loads(ran.stdout)["level"], json.loads(ran.stdout)["stdout"]) == ("portable", "42\n")
-    attack("--level", "kernel", "--language", "python", "--only", "f", user=normal_user(3), before=[python_for_all(), refuse, "namespaces"])
+    attack("--level", "kernel", "--language", "python", "--only", "fi", user=normal_user(3), before=[python_for_all(), refuse, "namespaces"])
     ran = subprocess.run([sys.executable, refuse, "namespaces", sys.executable, "-m", "sandbox", "run", "--level", "namespaces", "--lang", "python"],
                          input="print(42)", capture_output=True, text=True, cwd=ROOT, check=False)  # fmt: skip
     assert ran.returncode == 1 and "namespaces isolation needs pid namespace" in ran.stderr
