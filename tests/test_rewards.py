@@ -239,7 +239,7 @@ def test_hacking_shows_in_the_shares(pool):
     for name in set(constants) & set(RENDERED):
         language = load_language(name)
         sums = [solution(p, name) for p in load_problems("sums", "train", count=50)]
-        facts = [rewards.Facts(t, parse(t, name), language, True, problem) for t in [*sums, completion("r", constants[name], "solve()", name)]]
+        facts = [rewards.Facts(t, parse(t, name), language, True, problem, 0.0) for t in [*sums, completion("r", constants[name], "solve()", name)]]
         assert [rewards.is_constant(f) for f in facts] == [False] * 50 + [True], name
 
 
