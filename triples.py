@@ -61,7 +61,7 @@ def _demonstration(language, index, seed, references, short):
         answer = "\n".join([*(block("input", i) for i in entry.inputs), block("message", entry.message)])
         return propose_prompt(task, language, [entry], short=short), completion(answer)
     rng = random.Random(f"references/{seed}/{index}")
-    others = [triple("train", seed, rng.randrange(10**6), language) for _ in range(rng.randint(1, max(1, references)))]
+    others = [triple("train", seed, rng.randrange(10**6), language) for _ in range(rng.randint(min(1, references), references))]
     return propose_prompt(task, language, others, short=short), completion(f"{block(language.fence[0], entry.program)}\n{block('input', entry.inputs[0])}")
 
 
