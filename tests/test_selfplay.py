@@ -401,15 +401,15 @@ def test_seeds_from_the_public_buffers(pool, tmp_path):
 
 # ---- the loop ----
 
-LOOP = "--steps 4 --save_every 2 --prompts 3 --seed_problems 4 --learn_samples 2 --references 0 --temperature 0.7 --max_new_tokens 140 --eval_every 0 --eval_problems 3 --eval_samples 1 --wandb off".split()
+LOOP = "--steps 4 --save_every 2 --prompts 3 --seed_problems 4 --learn_samples 2 --references 0 --max_new_tokens 140 --eval_every 0 --eval_problems 3 --eval_samples 1 --wandb off".split()
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """A tiny model that knows a dozen demonstrations by heart (without references a proposer's prompt is always the same), and a file of seeds."""
+    """A tiny model that nearly knows six demonstrations by heart (without references a proposer's prompt is always the same), and a file of seeds."""
     folder = tmp_path_factory.mktemp("warm")
     language = load_language("lua")
-    s = sft.WarmStart(task="selfplay", lang="lua", model="tiny", out=str(folder / "model"), problems=12, short_prompt=True, references=0, steps=100, batch=12, lr=3e-3)
+    s = sft.WarmStart(task="selfplay", lang="lua", model="tiny", out=str(folder / "model"), problems=6, short_prompt=True, references=0, steps=26, warmup=5, batch=6, lr=4e-3)
     sft.run(s, [], language, torch.device("cpu"), lambda *_: None)
     rows = [triples.triple("train", 0, i, language, PAIRS if i % 3 == 0 else 1) for i in range(18)]
     lines = [{"program": e.program, "inputs": e.inputs, "message": e.message} if len(e.inputs) > 1 else {"code": e.program, "input": e.inputs[0]} for e in rows]
