@@ -141,7 +141,7 @@ def load_task(s, language, pool):
     if s.task == "translate":
         return *translate.load_both(s), translate.make_judge(s, pool), ask
     judge = make_judge(s, pool, language)
-    problems = load_problems(s.task, "train", data=s.data or None, seed=s.seed)
+    problems = load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
     return problems, held_out, judge, ask
 

@@ -213,7 +213,7 @@ class Facts:
     language: object
     correct: bool
     problem: Problem
-    syntax: float
+    syntax: float = 0.0
 
 
 def _tags(facts):

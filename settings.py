@@ -23,6 +23,7 @@ class Settings:
     lang: str = setting("prolog", "language to write, any name in sandbox/languages/; translate draws one of several, as lua,racket,java, for each problem")
     model: str = setting("Qwen/Qwen2.5-Coder-1.5B-Instruct", "checkpoint folder or hub id; 'tiny' builds and warm-starts a 1M-parameter model")
     data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
+    problems: int = setting(0, "train on only so many problems of the task; 0 = all")
     name: str = setting("", "name of the run: everything goes to runs/NAME (default: task, language and time)")
     seed: int = setting(0, "decides data order and every sampled token")
     steps: int = setting(1500, "rollout-and-update steps")

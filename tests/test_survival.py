@@ -77,7 +77,7 @@ def test_a_problem_on_one_machine_ends_all_with_its_sentence(tmp_path):
     for folder in folders:
         folder.mkdir()
     started = time.monotonic()
-    processes = agents(folders, *SMALL, "--name", "x", "--model", str(folders[1] / "only_here"))
+    processes = agents(folders, *SMALL, "--name", "x", "--task", "sums", "--model", str(folders[1] / "only_here"))
     texts = finish(processes)
     assert time.monotonic() - started < 60 and all(p.returncode for p in processes)
     assert "only_here is not a folder with a checkpoint" in texts[0][1]
@@ -124,7 +124,7 @@ KILLS = int(os.environ.get("RARECODE_KILLS", 3))  # the full torture: RARECODE_K
 
 def test_killed_at_random_moments_a_run_ends_as_the_straight_one(tmp_path):
     """SIGKILL at random moments, every third one inside a save; after each the run is resumed, and at the end metrics and weights are the straight run's."""
-    steps = max(6, KILLS)
+    steps = max(4, KILLS)
     long = [*SMALL, "--steps", str(steps), "--save_every", "1", "--prompts", "2", "--max_new_tokens", "12", "--eval_problems", "2"]
     done = run(tmp_path, *long, "--name", "straight")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -26,7 +26,7 @@ from tokenizer import train_bpe
 ROOT = Path(__file__).resolve().parent.parent
 needs_prolog = pytest.mark.skipif(shutil.which("swipl") is None, reason="swipl not found: apt-get install swi-prolog-nox")
 # The random reward gives every step a gradient, whatever an untrained model writes.
-SMALL = "--warm_start_steps 2 --steps 4 --prompts 4 --samples 4 --max_new_tokens 24 --eval_problems 4 --save_every 2 --reward random --wandb off".split()
+SMALL = "--problems 200 --warm_start_steps 2 --steps 4 --prompts 4 --samples 4 --max_new_tokens 24 --eval_problems 4 --save_every 2 --reward random --wandb off".split()
 # Everything that a resume must remember: prompts drawn for refilled groups, the reference model, adapters.
 ALL = [*SMALL, *"--dynamic_sampling 2 --overlong_buffer 8 --kl_coef 0.05 --entropy_coef 0.01 --minibatches 2 --samples 2 --lora_rank 4".split()]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
