@@ -11,7 +11,6 @@ Norms, rotation and SwiGLU are row by row already. The gradient is that of the o
 """
 
 import torch
-import torch.nn.functional as F
 
 from kernels.attention import paged_attention
 from kernels.layers import qkv_rope_write

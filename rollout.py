@@ -25,12 +25,17 @@ class Sample:
     sequence: Sequence
 
 
-def problem_at(run, number):
-    """The prompt number 0, 1, 2, ... of the run: each pass over the data in a new order that depends on seed and pass alone."""
-    count = len(run.problems)
-    order = list(range(count))
-    random.Random(f"{run.settings.seed}/{number // count}").shuffle(order)
-    return run.problems[order[number % count]]
+def next_problems(run, count):
+    """The run's next `count` prompts with their numbers 0, 1, 2, ...: each pass over the data in a new order that depends on seed and pass alone."""
+    total, orders, picked = len(run.problems), {}, []
+    for number in range(run.drawn, run.drawn + count):
+        turn = number // total
+        if turn not in orders:
+            orders[turn] = list(range(total))
+            random.Random(f"{run.settings.seed}/{turn}").shuffle(orders[turn])
+        picked.append((number, run.problems[orders[turn][number % total]]))
+    run.drawn += count
+    return picked
 
 
 def prompt_messages(s, language, problem):
@@ -59,8 +64,7 @@ def rollout(run):
 def draw(run, count):
     """Sample the run's next `count` prompts, spread over the ranks, and judge them -> (list[Sample], seconds waited)."""
     s, tokenizer = run.settings, run.tokenizer
-    numbered = distributed.share([(n, problem_at(run, n)) for n in range(run.drawn, run.drawn + count)])
-    run.drawn += count
+    numbered = distributed.share(next_problems(run, count))
     limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
     ids = lambda p: tokenizer.encode_chat(prompt_messages(s, run.language, p))
     requests = [Request(ids(p), id=n, expected_tokens=run.lengths.get(p.id), **limits) for n, p in numbered]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import urllib.request
 from dataclasses import dataclass, field
 from fractions import Fraction

@@ -1,6 +1,5 @@
 """Machines that share nothing, ranks that die, kills at any moment (DESIGN.md invariant 5): real torchrun agents, real signals."""
 
-import json
 import os
 import random
 import signal
@@ -12,7 +11,6 @@ import time
 import pytest
 
 import checkpoint
-import train
 from test_train import ENVIRONMENT, ROOT, SMALL, command, needs_prolog, rows, run, save_two, straight  # noqa: F401 (a fixture)
 
 pytestmark = needs_prolog
