@@ -275,7 +275,7 @@ def test_ways_a_program_can_end_are_reasons(lua):
 @pytest.mark.parametrize("name", here)
 def test_synthetic_triples_are_what_the_interpreter_says(pool, name):
     language = load_language(name)
-    entries = [triples.triple("test", 0, i, language, pairs=PAIRS if i % 4 == 0 else 1) for i in range(12)]
+    entries = [triples.triple("test", 0, i, language, pairs=PAIRS if i % 4 == 0 else 1) for i in range(8)]
     found = check(Runner(pool, language), [replace(e, outputs=()) for e in entries], 120)
     assert [f.outputs if isinstance(f, Entry) else str(f) for f in found] == [e.outputs for e in entries]
     pairs = lambda split, count: {(e.program, e.inputs) for e in (triples.triple(split, 0, i, language) for i in range(count))}
