@@ -8,6 +8,7 @@ to the buffers -> solve puzzles from the buffers -> rewards (2), (3), (4) -> adv
 import random
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -48,10 +49,17 @@ class Play:
         self.judge = SolveJudge(pool, language)
         self.buffers = Buffers(settings.buffer_size, language)
         self.waited = 0.0  # seconds of this step for programs that sampling did not hide
-        if settings.propose_reward not in REWARDS:
-            raise ValueError(f"unknown --propose_reward {settings.propose_reward!r}: use {', '.join(REWARDS)}")
-        if not 0 <= settings.composite <= 1:
-            raise ValueError(f"--composite {settings.composite} is no share: use a number from 0 to 1")
+
+
+def check_settings(s):
+    """ValueError with one sentence for what is wrong, before any model is made."""
+    if s.propose_reward not in REWARDS:
+        raise ValueError(f"unknown --propose_reward {s.propose_reward!r}: use {', '.join(REWARDS)}")
+    if not 0 <= s.composite <= 1:
+        raise ValueError(f"--composite {s.composite} is no share: use a number from 0 to 1")
+    for path in filter(None, s.seeds.split(",")):
+        if not Path(path).is_file():
+            raise ValueError(f"--seeds {path} does not exist: give JSON lines of programs with inputs, or leave it out")
 
 
 # ---- rewards ----
@@ -339,6 +347,7 @@ def seed_itself(play, tasks, report):
 
 def held_out(s, language, pool):
     """(problems, judge, prompt of a problem) of --eval_bench: triples (built in), humaneval or mbpp of MultiPL-E with the paper's prompt."""
+    check_settings(s)
     if s.eval_bench == "triples":
         return triples.held_out(language, s.eval_problems), SolveJudge(pool, language), lambda p: solve_prompt(p, language, s.short_prompt)
     rows = load_rows(s.eval_bench, language, s.data or None, count=s.eval_problems)

@@ -362,6 +362,12 @@ def test_recipes_hold_the_papers_values(name):
     assert (s.propose_reward, s.propose_switch, s.steps, s.clip_low, s.clip_high, s.kl_coef) == ("switch", 64, 256, 0.2, 0.2, 0.0)
 
 
+@pytest.mark.parametrize("wrong,sentence", [({"propose_reward": "eq5"}, "eq3, eq4"), ({"composite": 2.0}, "from 0 to 1"), ({"seeds": "nowhere.jsonl"}, "does not exist")])
+def test_wrong_settings_get_one_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        selfplay.held_out(Settings(task="selfplay", **wrong), load_language("lua"), None)
+
+
 # ---- buffers ----
 
 
