@@ -109,7 +109,7 @@ def build(s, folder, language, pool, device, report):
     model = model_file.load(source)
     tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
-    plain = device.type == "cpu" and distributed.world_size() == 1 and not s.lora_rank
+    plain = device.type == "cpu" and not torch.distributed.is_initialized() and not s.lora_rank  # one torchrun rank is sharded, too
     sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
     if s.lora_rank:
         lora.attach(model, s.lora_rank, s.lora_alpha or s.lora_rank, s.seed)

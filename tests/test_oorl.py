@@ -85,7 +85,8 @@ def test_two_ranks_take_the_steps_of_one(files, tmp_path):
     """GEPO's groups are spread over the ranks; packed and serialised, the losses and norms are those of one process."""
     found = []
     for ranks, budget in ((1, "16384"), (2, "16384"), (2, "300")):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", str(REPO / "train.py")]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+        command = [sys.executable, *torchrun, str(REPO / "train.py")]
         done = subprocess.run(
             [*command, *arguments(files, "--name", f"r{ranks}-{budget}", "--token_budget", budget, "--steps", "2", "--gepo_batch", "3")],
             cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
