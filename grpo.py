@@ -38,7 +38,8 @@ def reinforce_advantages(rewards, lengths, group_ids, baseline=False, kl=None, c
 
     rewards (nan: masked), lengths, group_ids: one per sample; kl: per sample its tokens' k1 = log pi_old - log pi_ref, or None -> per sample a
     list with one advantage per token. baseline: r_i less its group's mean first (REINFORCE++-baseline; several samples per prompt); without
-    a KL a group of equal rewards then stays at exactly 0, though whitening would move it. (x - mean) / (std + 1e-8), sample std over tokens.
+    a KL a group of equal rewards then stays at exactly 0, though whitening would move it. (x - mean) / sqrt(var + 1e-8), sample variance
+    over tokens (verl's; the 1e-8 keeps a KL that is only rounding, as at the first step, from being blown up to a signal).
     Rewards 1 of 1 token and 0 of 3: mean 0.25, std 0.5 -> 1.5 and -0.5 three times. Rewards 0, 0 of 2 and 1 tokens, k1 0.2 0.1 and -0.3, coef 1:
     returns -0.3 -0.1 0.3, mean -0.033, std 0.306 -> -0.873 -0.218 1.091.
     """
@@ -57,7 +58,7 @@ def reinforce_advantages(rewards, lengths, group_ids, baseline=False, kl=None, c
     used = torch.repeat_interleave(judged, lengths)
     if used.sum() < 2:
         return [[0.0] * n for n in lengths.tolist()]
-    whitened = (returns - returns[used].mean()) / (returns[used].std() + 1e-8)
+    whitened = (returns - returns[used].mean()) * torch.rsqrt(returns[used].var() + 1e-8)
     zero = ~used if kl is not None else ~used | torch.repeat_interleave(flat, lengths)
     return [row.tolist() for row in whitened.masked_fill(zero, 0.0).split(lengths.tolist())]
 
