@@ -11,8 +11,9 @@ TEST_PACKAGES = swi-prolog-nox sbcl lua5.4 lua-unit guile-3.0 perl libtest-deep-
 train: environment prolog
 	$(PY) train.py --recipe recipes/tiny.toml --lang prolog
 
+# Two workers, each with whole files (their runs are shared by a file's tests); one thread each, since two cores are what is planned for.
 test: environment interpreters
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 bench: environment prolog
 	$(PY) bench.py

@@ -122,24 +122,24 @@ KILLS = int(os.environ.get("RARECODE_KILLS", 3))  # the full torture: RARECODE_K
 
 def test_killed_at_random_moments_a_run_ends_as_the_straight_one(tmp_path):
     """SIGKILL at random moments, every third one inside a save; after each the run is resumed, and at the end metrics and weights are the straight run's."""
-    steps = max(4, KILLS)
+    steps = 5 * KILLS  # between two kills a run gets one to four steps further
     long = [*SMALL, "--steps", str(steps), "--save_every", "1", "--prompts", "2", "--max_new_tokens", "12", "--eval_problems", "2"]
     done = run(tmp_path, *long, "--name", "straight")
     assert done.returncode == 0, done.stderr[-2000:]
     chance, folder, arguments, inside, kills = random.Random(0), tmp_path / "runs/torn", [*long, "--name", "torn"], 0, 0
-    while kills < KILLS and not (folder / f"checkpoints/step_{steps}").exists():
-        process = subprocess.Popen(command(*arguments), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        before = checkpoint.sorted_checkpoints(folder / "checkpoints")
-        wait_until(process, lambda: checkpoint.sorted_checkpoints(folder / "checkpoints") > before or len(checkpoint.sorted_checkpoints(folder / "checkpoints")) > len(before))
+    newest = lambda: max([int(p.name[5:]) for p in checkpoint.sorted_checkpoints(folder / "checkpoints")], default=0)
+    while kills < KILLS and newest() < steps:
+        process, before = subprocess.Popen(command(*arguments), cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), newest()
+        wait_until(process, lambda: newest() > before)
         if kills % 3 == 0:
             wait_until(process, lambda: any((folder / "checkpoints").glob(".step_*.tmp")))
         else:
             time.sleep(chance.uniform(0, 0.6))
+        kills += process.poll() is None
         process.kill()
         process.communicate()
-        kills += 1
         inside += any((folder / "checkpoints").glob(".step_*.tmp"))
-        arguments = ["--resume", str(folder)] if (folder / "config.json").exists() else arguments
+        arguments = ["--resume", str(folder)]
     done = run(tmp_path, "--resume", str(folder))
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"{kills} kills, {inside} of them inside a save")

@@ -38,11 +38,11 @@ def command(*arguments, ranks=1):
 
 
 def cut_short(folder, how, *arguments):
-    """Start a run named "cut" and stop it by signal `how` in the middle of step 3 or 4 -> (return code, stderr)."""
+    """Start a run named "cut" and stop it by signal `how` in the middle of step 3 or 4 -> (stderr, return code)."""
     process = subprocess.Popen(command(*arguments, "--name", "cut"), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "runs/cut/checkpoints/step_2").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.002)  # a step takes 0.2 s
     process.send_signal(how)
     return process.communicate(timeout=60)[1], process.returncode
 
@@ -69,8 +69,12 @@ def rows(run_folder, name="metrics.jsonl"):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_run_resumes_to_the_same_bits(straight, tmp_path, how):
     """Stopped in the middle of step 3 or 4, resumed from step 2: metrics, weights and moments equal the straight run's."""
-    stderr, code = cut_short(tmp_path, how, *SMALL)
     cut = tmp_path / "runs" / "cut"
+    for _ in range(3):  # on a busy machine the run may end before it is seen
+        stderr, code = cut_short(tmp_path, how, *SMALL)
+        if code != 0:
+            break
+        shutil.rmtree(cut)
     assert code != 0
     if how == signal.SIGINT:
         assert "go on with" in stderr and "Traceback" not in stderr
