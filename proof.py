@@ -9,7 +9,6 @@ Stages are commands of this repository, printed before they run; each leaves its
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -45,7 +44,8 @@ def training(language, seed, extra, n):
 
 def run(command, deadline):
     """One stage -> True when it ended well; at the deadline it gets Ctrl-C, which loses nothing."""
-    process = subprocess.Popen([sys.executable, *command.split()], cwd=os.getcwd())
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and their children inherit that
+    process = subprocess.Popen([sys.executable, *command.split()], preexec_fn=heard)
     try:
         code = process.wait(None if deadline is None else max(1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

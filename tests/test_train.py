@@ -39,7 +39,9 @@ def command(*arguments, ranks=1):
 
 def cut_short(folder, how, *arguments):
     """Start a run named "cut" and stop it by signal `how` in the middle of step 3 or 4 -> (stderr, return code)."""
-    process = subprocess.Popen(command(*arguments, "--name", "cut"), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and their children inherit that
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(*arguments, "--name", "cut"), cwd=folder, env=ENVIRONMENT, preexec_fn=heard, **pipes)
     deadline = time.monotonic() + 120
     while not (folder / "runs/cut/checkpoints/step_2").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)  # a step takes 0.2 s
