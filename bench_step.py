@@ -113,6 +113,7 @@ def bench(name, load, tokenizer, s, pool, device, steps):
 def bench_trl(folder, prompts, s, steps):
     """TRL's GRPOTrainer with the same model, prompts, samples and length, fp32 on a CPU, coin rewards without a sandbox -> row."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -125,7 +126,7 @@ def bench_trl(folder, prompts, s, steps):
         def on_step_end(self, *arguments, **more):
             self.marks.append(time.perf_counter())
 
-    chance = random.Random(0)
+    chance, data = random.Random(0), Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts")
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=steps + 1, per_device_train_batch_size=s.samples, gradient_accumulation_steps=s.prompts, num_generations=s.samples,
         max_completion_length=s.max_new_tokens, generation_kwargs={"min_new_tokens": s.max_new_tokens}, beta=0.0, temperature=1.0, learning_rate=s.lr,
@@ -133,7 +134,7 @@ def bench_trl(folder, prompts, s, steps):
         model_init_kwargs={"dtype": "float32"},
     )  # fmt: skip
     reward = lambda completions, **_: [float(chance.random() < 0.5) for _ in completions]
-    trainer = GRPOTrainer(model=str(folder), reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": prompts}), callbacks=[Clock()])
+    trainer = GRPOTrainer(model=str(folder), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()])
     trainer.train()
     steps_taken = [b - a for a, b in zip(Clock.marks[::2], Clock.marks[1::2])][1:]
     row = {"shape": "TRL GRPOTrainer", "step": round(statistics.median(steps_taken), 2), "step_spread": round(max(steps_taken) - min(steps_taken), 2)}
