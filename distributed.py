@@ -105,6 +105,13 @@ def gather(items):
     return [item for part in parts for item in part]
 
 
+def gather_and_place(items):
+    """Every rank's list, one after the other, and the slice of it that is this rank's. A collective."""
+    parts = gather([items])
+    start = sum(map(len, parts[: rank()]))
+    return [item for part in parts for item in part], slice(start, start + len(items))
+
+
 def largest(number):
     """The maximum of an integer over all ranks."""
     return max(gather([number]))

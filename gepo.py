@@ -28,7 +28,7 @@ import ir_groups
 from batches import Sequence
 from kernels.logprob import token_logprobs
 from optimizer import accumulate, accumulate_parts, score
-from tasks import read_jsonl
+from tasks import in_passes, read_jsonl
 
 # ---- the loss ----
 
@@ -155,12 +155,7 @@ def prepare(s, tokenizer, model, device, folder, report=print):
 
 def step_groups(gepo, s, step):
     """The groups of step 1, 2, ... over all ranks: each pass over the data in a new order that depends on seed and pass alone."""
-    count, picked = len(gepo.train), []
-    for n in range((step - 1) * s.gepo_batch, step * s.gepo_batch):
-        order = list(range(count))
-        random.Random(f"{s.seed}/gepo/{n // count}").shuffle(order)
-        picked.append(gepo.train[order[n % count]])
-    return picked
+    return in_passes(gepo.train, range((step - 1) * s.gepo_batch, step * s.gepo_batch), f"{s.seed}/gepo")
 
 
 def add_gradient(model, groups, s, device):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from literals import read, read_one
 from rewards import Parsed, Submission, Verdict
 from sandbox import Job
-from values import MAX_TEXT, Set, same, table_of, write
+from values import MAX_TEXT, same, table_of, write
 
 TASKS = ("deduction", "abduction", "induction")
 PAIRS, SHOWN = 10, 5  # induction: inputs of a proposal; the solver sees the first five and is judged on the others

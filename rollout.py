@@ -1,6 +1,5 @@
 """One step's samples: prompts -> completions -> programs that run while others still sample -> rewards -> advantages."""
 
-import random
 import time
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,7 @@ import translate
 from batches import Sequence
 from rewards import Verdict
 from sampler import Completion, Request
-from tasks import Problem, messages
+from tasks import Problem, in_passes, messages
 
 
 @dataclass
@@ -27,15 +26,9 @@ class Sample:
 
 def next_problems(run, count):
     """The run's next `count` prompts with their numbers 0, 1, 2, ...: each pass over the data in a new order that depends on seed and pass alone."""
-    total, orders, picked = len(run.problems), {}, []
-    for number in range(run.drawn, run.drawn + count):
-        turn = number // total
-        if turn not in orders:
-            orders[turn] = list(range(total))
-            random.Random(f"{run.settings.seed}/{turn}").shuffle(orders[turn])
-        picked.append((number, run.problems[orders[turn][number % total]]))
+    numbers = range(run.drawn, run.drawn + count)
     run.drawn += count
-    return picked
+    return list(zip(numbers, in_passes(run.problems, numbers, run.settings.seed)))
 
 
 def prompt_messages(s, language, problem):
@@ -120,20 +113,22 @@ def set_advantages(run, samples):
     """Advantages of this rank's samples -> the sequences that count in the loss: judged, not masked for length, and with dynamic sampling
     only those of groups with signal. A group never spans ranks; the batch's standard deviation (advantage = batch) does."""
     s = run.settings
-    rewards, groups = ([value(x) for x in samples] for value in (lambda x: x.verdict.reward, lambda x: x.sequence.group))
-    by_rank = distributed.gather([(rewards, groups)])
-    everyone = torch.tensor([r for part, _ in by_rank for r in part], dtype=torch.float32)
-    ids = torch.tensor([g for _, part in by_rank for g in part])
+    facts, mine = distributed.gather_and_place([(x.verdict.reward, x.sequence.group) for x in samples])
+    everyone, ids = torch.tensor([r for r, _ in facts], dtype=torch.float32), torch.tensor([g for _, g in facts])
     if s.advantage.startswith("reinforce"):
         values = reinforce(s, everyone, ids, samples)
     else:
         values = grpo.advantages(everyone, ids, s.advantage).tolist()
-    start = sum(len(part) for part, _ in by_rank[: distributed.rank()])
-    for x, value in zip(samples, values[start:]):
+    for x, value in zip(samples, values[mine]):
         x.sequence.advantage = value
-    kept = groups_with_signal(samples) if s.dynamic_sampling else set(groups)
-    cut = lambda q: s.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
-    return [x.sequence for x in samples if x.verdict.reward == x.verdict.reward and x.sequence.group in kept and not cut(x.sequence)]
+    kept = groups_with_signal(samples) if s.dynamic_sampling else {x.sequence.group for x in samples}
+    return [q for q in counted(run, samples) if q.group in kept]
+
+
+def counted(run, samples):
+    """The sequences of samples that the sandbox could judge and that mask_truncated leaves in."""
+    cut = lambda q: run.settings.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
+    return [x.sequence for x in samples if x.verdict.reward == x.verdict.reward and not cut(x.sequence)]
 
 
 def reinforce(s, rewards, groups, samples):

@@ -21,7 +21,7 @@ from buffers import Buffers, add_seeds
 from prompts import propose_prompt, solve_prompt
 from proposals import REASONS, TASKS, Entry, Puzzle, Refused, SolveJudge, begin, check, parse_proposal
 from rewards import Parsed, Verdict
-from rollout import Sample
+from rollout import Sample, counted
 from sampler import Request
 
 REWARDS = ("eq3", "eq4", "switch", "blend")
@@ -257,14 +257,12 @@ def set_advantages(run, samples):
     """TRR++: A = (r - mean) / std of its (task, role) over all ranks, statistics over tokens; exactly 0 where all rewards of a (task, role)
     are equal -> the sequences that count: judged ones."""
     facts = [(x.verdict.reward, TASKS.index(x.problem.task) * 2 + ROLES.index(role_of(x)), len(x.completion.tokens)) for x in samples]
-    by_rank = distributed.gather([facts])
-    rewards, rows, lengths = zip(*[f for part in by_rank for f in part])
+    facts, mine = distributed.gather_and_place(facts)
+    rewards, rows, lengths = zip(*facts)
     values = grpo.advantages(torch.tensor(rewards, dtype=torch.float32), torch.tensor(rows), "trr++", torch.tensor(lengths)).tolist()
-    start = sum(len(part) for part in by_rank[: distributed.rank()])
-    for x, value in zip(samples, values[start:]):
+    for x, value in zip(samples, values[mine]):
         x.sequence.advantage = value
-    cut = lambda q: run.settings.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
-    return [x.sequence for x in samples if x.verdict.reward == x.verdict.reward and not cut(x.sequence)]
+    return counted(run, samples)
 
 
 def play_metrics(play, everyone, accuracies, added):

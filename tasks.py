@@ -72,6 +72,18 @@ def load_problems(task, split, data=None, count=None, seed=0):
     return [problems[index] for index in sorted(random.Random(seed).sample(range(len(problems)), count))]
 
 
+def in_passes(items, numbers, key):
+    """The items that stand at these numbers 0, 1, 2, ... of endless passes over the data, each in a new order that depends on key and pass alone."""
+    orders, picked = {}, []
+    for number in numbers:
+        turn = number // len(items)
+        if turn not in orders:
+            orders[turn] = list(range(len(items)))
+            random.Random(f"{key}/{turn}").shuffle(orders[turn])
+        picked.append(items[orders[turn][number % len(items)]])
+    return picked
+
+
 def find_data(name, data=None):
     """Path of a data file, plain or .gz: in `data` when that is given, else the first of RARECODE_DATA, ../shared/data, .data; or None."""
     named = [folder for folder in (data, os.environ.get("RARECODE_DATA")) if folder]

@@ -50,11 +50,10 @@ def update(run, step, sequences):
     for pass_number in range(s.epochs * s.minibatches):
         # Every minibatches-th group of the whole step, so that the cut does not depend on the number of ranks.
         part = [q for q in sequences if q.group % s.minibatches == pass_number % s.minibatches]
-        lengths = distributed.gather([[len(q.tokens) for q in part]])
-        weights = grpo.token_weights(s.loss, [n for rank in lengths for n in rank], s.max_new_tokens) if any(lengths) else []
-        start = sum(len(rank) for rank in lengths[: distributed.rank()])
-        for i, sequence in enumerate(part):
-            sequence.weight = weights[start + i]
+        lengths, mine = distributed.gather_and_place([len(q.tokens) for q in part])
+        weights = grpo.token_weights(s.loss, lengths, s.max_new_tokens) if lengths else []
+        for sequence, weight in zip(part, weights[mine]):
+            sequence.weight = weight
         active = [q for q in part if has_signal(q) or s.kl_coef or s.entropy_coef]
         preferences = groups[pass_number :: s.epochs * s.minibatches]
         if distributed.largest(len(active)) == 0 and not preferences:

@@ -147,9 +147,10 @@ class Program:
             self.reason = self.reason or "wall_limit"
         self.peak_memory, self.seen_cpu = max(self.peak_memory, memory), cpu
         for status, exceeded in (
+            # first: a fork bomb that is seen late also has too much memory, which is not what is wrong with it
+            ("crash", len(tree) > stage["processes"] + 1 or _tasks(tree) > stage["processes"] + THREADS + 1),
             ("memory_limit", memory > stage["memory"]),
             ("cpu_limit", cpu > stage["cpu"]),
-            ("crash", len(tree) > stage["processes"] + 1 or _tasks(tree) > stage["processes"] + THREADS + 1),
             ("file_limit", self.disk and self.disk.exceeded(written)),
         ):
             if exceeded:

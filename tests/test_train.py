@@ -297,4 +297,4 @@ def test_wandb_goes_on_under_the_same_id_and_its_keys_do_not_grow(tmp_path, monk
     assert log.wandb_id == first and {p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")} == {first}
     assert not any(ch.isdigit() for key in keys for ch in key) and [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
     tables = {p.name for p in (tmp_path / "wandb").rglob("*.table.json")}
-    assert all(len(json.loads(next((tmp_path / "wandb").rglob(name)).read_text())["data"]) == 1 for name in tables)
+    assert tables and all(len(json.loads(next((tmp_path / "wandb").rglob(name)).read_text())["data"]) == 1 for name in tables)
