@@ -9,6 +9,8 @@ Roofline: the schedule of the very rollouts that were sampled, every step at the
 measured at the start), body, head and attention one after another, each prompt's keys and values read once for all its samples, plus prefill.
 """
 
+import cpu  # noqa: F401 (first: before torch)
+
 import argparse
 import copy
 import json
@@ -20,8 +22,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py has it: threads that spin would count as work
 
 import torch
 

@@ -9,9 +9,10 @@ Each shape runs with prompts computed once per group and with every sequence who
 step has a gradient; a rendered right program per sample runs in SWI-Prolog beside it, so that "reward" is a real wait.
 """
 
+import cpu  # noqa: F401 (first: before torch)
+
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
@@ -19,8 +20,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as train.py has it
 
 import torch
 

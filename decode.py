@@ -9,6 +9,9 @@ depends on that row alone, to the last bit, whatever else is in the batch (measu
   that fill no vector register, come from another function than the rest;
 - attention reads keys in units of 16 tokens and chunks of 384 (longer inner sums are blocked by their length), merged by log-sum-exp;
 - it always splits a sequence into its prompt and its own tokens, whether or not the prompt is shared.
+
+A CPU step's matrix products read all weights, which throws everything else out of the caches: each further call then costs 2.5 times what it costs
+alone. So the step makes few calls: oneDNN adds biases and residuals itself, rotation and page write treat q, k and v as one tensor.
 """
 
 import torch
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 from exact import attend_to_pages, exact_linear
 from kernels import use_triton
 from kernels.attention import shared_prefix_attention
-from kernels.layers import apply_rope, qkv_rope_write
+from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
 from model import causal_attention
@@ -71,8 +74,27 @@ class Decoder:
             self.packed = {w.data_ptr(): torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64) for w in (*matrices, self.model.head_weight)}
             self.stamp, self.linear = stamp, self._packed_linear
 
-    def _packed_linear(self, x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight.data_ptr()], None, "none", [], "")
+    def _packed_linear(self, x, weight, bias=None):
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight.data_ptr()], bias, "none", [], "")
+
+    def _linear_plus(self, x, weight, other):
+        """x @ weight.T + other: in one call where the weights are packed, with the same bits as in two."""
+        if not self.packed:
+            return other + self.linear(x, weight)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed[weight.data_ptr()], None, "add")
+
+    def _decode_on_cpu(self, tokens, attend):
+        """Model.decode for few rows, in half as many calls."""
+        norm = lambda x, weight: F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        total = self.model.embed(tokens)
+        for i, layer in enumerate(self.model.layers):
+            qkv = self.linear(norm(total, layer.input_norm), layer.qkv.weight, layer.qkv.bias)
+            if layer.qkv.bias is None:
+                qkv = layer.norm_heads(qkv)
+            total = self._linear_plus(attend(i, qkv), layer.o.weight, total)
+            gate, up = self.linear(norm(total, layer.post_norm), layer.gate_up.weight).chunk(2, dim=-1)
+            total = self._linear_plus(F.silu(gate).mul_(up), layer.down.weight, total)
+        return norm(total, self.model.norm)
 
     def pad(self, count):
         """Rows to run for `count` living ones."""
@@ -94,7 +116,7 @@ class Decoder:
         slots[: len(sequence)] = table[sequence, where // page_size] * page_size + where % page_size
         positions, slots = positions.to(device), slots.to(device)
         if self.cpu:
-            attend = self.attention.prefill(lengths, table, slots)
+            attend = self.attention.prefill(lengths, table, slots, positions)
         else:
             causal = causal_attention(self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
             tables, upto = table.int().to(device)[sequence.to(device)], (positions + 1).int()
@@ -105,10 +127,10 @@ class Decoder:
 
         self.model.decode(tokens, positions, attend, self.linear)
 
-    def regroup(self, state):
-        """Tell the step that rows came or went."""
+    def regroup(self, state, count):
+        """Tell the step that rows came or went; the first `count` are rows, the others filler."""
         if self.cpu:
-            self.attention.regroup(state)
+            self.attention.regroup(state, count)
 
     def run(self, state, steps, truncated, temperature=None):
         """`steps` steps; on CUDA each is one graph launch. The rows of `state` must be the same tensors at the same addresses every time.
@@ -144,8 +166,10 @@ class Decoder:
     def step(self, state, truncated, temperature=None):
         """Decode one token of every living row, in place: `alive` turns False on a stop token or at the last position."""
         s, alive, positions = state, state["alive"], state["positions"]
-        attend = self.attention.step(s) if self.cpu else self._paged_attention(s)
-        hidden = self.model.decode(s["tokens"], positions, attend, self.linear)
+        if self.cpu:
+            hidden = self._decode_on_cpu(s["tokens"], self.attention.step(s))
+        else:
+            hidden = self.model.decode(s["tokens"], positions, self._paged_attention(s), self.linear)
         tokens, logprobs = self._draw(hidden, s, positions + 1, truncated, temperature)
         column = (positions + 1 - s["start"])[:, None]
         for out, value in (("out_tokens", tokens), ("out_logprobs", logprobs)):
@@ -217,27 +241,36 @@ class CpuAttention:
     """Decode and prefill attention on CPU, bit for bit the same for a sequence whatever it is batched with.
 
     Two parts are merged: a group's prompt against the queries of all its samples, and each row's own tokens (from the last prompt token on) in its run
-    of pages. The runs of all rows are one tensor [kv heads, runs, tokens, head_dim], and so are all prompts: nothing is copied, but when few prompts of
+    of pages. The runs of all rows are one tensor [runs, kv heads, tokens, head_dim], and so are all prompts: nothing is copied, but when few prompts of
     many are left, which are gathered.
     """
 
     def __init__(self, config, pool):
-        self.pool, self.kv_heads, self.head_dim = pool, config.num_key_value_heads, config.head_dim
-        self.ratio, self.tokens = config.num_attention_heads // self.kv_heads, len(pool) * pool.page_size
-        run, buffers = pool.run_pages * pool.page_size, ([p.transpose(0, 1) for p in pages] for pages in (pool.k, pool.v))
-        # Four views of the same memory [kv heads, pages, page_size, head_dim]: by token, by unit, by run, by prompt.
-        self.flat, self.units, self.runs, self.prompts = [], [], [], []
-        shape = pool.prompts, pool.prompt_pages * pool.page_size
-        for layers in buffers:
-            self.flat.append([x.view(-1, self.head_dim) for x in layers])
-            self.units.append([x.view(-1, UNIT * self.head_dim) for x in layers])
-            self.runs.append([x.view(self.kv_heads, -1, self.head_dim)[:, : pool.runs * run].unflatten(1, (pool.runs, run)) for x in layers])
-            self.prompts.append([x.view(self.kv_heads, -1, self.head_dim)[:, pool.runs * run : -pool.page_size].unflatten(1, shape) for x in layers])
+        self.pool, self.heads, self.kv_heads, self.head_dim = pool, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.theta, self.ratio, self.tokens = config.rope_theta, config.num_attention_heads // self.kv_heads, len(pool) * pool.page_size
+        run, shape = pool.run_pages * pool.page_size, (pool.prompts, pool.prompt_pages * pool.page_size)
+        # Views of the same memory: keys and values by token [2 * kv heads, tokens, head_dim]; keys, values by unit, by run, by prompt.
+        self.flat = [joint.flatten(1, 2) for joint in pool.joint]
+        self.units, self.runs, self.prompts = [], [], []
+        for side in (0, 1):
+            layers = [joint.flatten(1, 2)[side * self.kv_heads : (side + 1) * self.kv_heads] for joint in pool.joint]
+            self.units.append([x.reshape(-1, UNIT * self.head_dim) for x in layers])
+            self.runs.append([x[:, : pool.runs * run].unflatten(1, (pool.runs, run)).transpose(0, 1) for x in layers])
+            self.prompts.append([x[:, pool.runs * run : -pool.page_size].unflatten(1, shape).transpose(0, 1) for x in layers])
         self.gathered = [torch.empty(0), torch.empty(0)]
+        self.out = torch.empty(0)
 
-    def regroup(self, s):
-        """Index the prompts: where they lie, and where each row's queries sit among those of its prompt."""
-        _, group, counts = s["group"].unique_consecutive(return_inverse=True, return_counts=True)
+    def regroup(self, s, count):
+        """Index the first `count` rows, the others being filler: where their runs and prompts lie, and where each row's queries sit among those of
+        its prompt."""
+        self.count, group, slot = count, s["group"][:count], s["slot"][:count]
+        if len(self.out) != len(s["group"]):
+            self.out = torch.zeros(len(s["group"]), self.heads * self.head_dim, dtype=self.flat[0].dtype)  # filler rows stay 0
+        self.by_slot = torch.zeros(int(slot.max()) + 1, dtype=torch.int64)
+        self.by_slot[slot] = torch.arange(count)
+        self.in_order = torch.equal(slot, torch.arange(count))
+        self.own_rows = self._query_rows(self.by_slot[:, None])
+        _, group, counts = group.unique_consecutive(return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts
         width = int(counts.max())
         while 0 < width * self.ratio % 32 < 8:  # the op takes queries in blocks of 32; a rest of fewer than 8 rows takes other code
@@ -252,54 +285,71 @@ class CpuAttention:
             owner[slot[some]], longest[slot[some]] = some, length[some]
         else:
             owner, longest, slot = torch.arange(len(length)), length, torch.arange(len(length))
-        self.members = (first[owner, None] + torch.arange(width)).clamp_(max=len(group) - 1)
-        self.place = slot[group] * width + torch.arange(len(group)) - first[group]
+        members = (first[owner, None] + torch.arange(width)).clamp_(max=count - 1)
+        self.query_rows, self.shape = self._query_rows(members), (len(members), self.kv_heads, width * self.ratio, self.head_dim)
+        self.place = slot[group] * width + torch.arange(count) - first[group]
         self.prompt = []
         for start, mask, _ in _chunks(longest):
             unit = torch.arange(start // UNIT, (start + mask.shape[-1]) // UNIT).minimum((length[:, None] - 1).clamp(min=0) // UNIT)
             index, valid = None if in_place else self._unit_rows(tables, unit), length > start
             self.prompt.append((start, index, mask[:, None, None], None if valid.all() else valid[group]))
 
+    def _query_rows(self, members):
+        """Rows [sequences, width] -> where their queries stand among the rows of heads, in the order [sequences, kv heads, width, ratio]."""
+        head = torch.arange(self.heads).view(self.kv_heads, 1, self.ratio)
+        return (members[:, None, :, None] * (self.heads + 2 * self.kv_heads) + head).flatten()
+
     def step(self, s):
-        """attend() of one step, in which each row writes its token to its run and reads its prompt and its run."""
-        alive, run = s["alive"], self.pool.run_pages * self.pool.page_size
+        """attend(layer, qkv) of one step, in which each row writes its token to its run and reads its prompt and its run."""
+        alive, run, count = s["alive"], self.pool.run_pages * self.pool.page_size, self.count
         own = s["positions"] - s["start"] + 1
         places = torch.where(alive, s["slot"] * run + own, self.tokens - 1)  # what dead rows write goes to the spare page
-        places = (torch.arange(self.kv_heads) * self.tokens + places[:, None]).flatten()
-        living = alive.nonzero().squeeze(1)
-        top = int(s["slot"][living].max()) + 1 if len(living) else 1
-        slot = s["slot"].clamp(max=top - 1)
-        by_slot, length = torch.zeros(top, dtype=torch.int64), torch.ones(top, dtype=torch.int64)
-        by_slot[slot[living]], length[slot[living]] = living, own[living] + 1
-        chunks = [(start, mask[None, :, None], None if valid is None else valid[slot]) for start, mask, valid in _chunks(length)]
+        length = torch.ones(len(self.by_slot), dtype=torch.int64)
+        length[s["slot"][:count]] = own[:count] + 1
+        slot = s["slot"][:count]
+        chunks = [(start, mask[:, None, None], None if valid is None else valid[slot]) for start, mask, valid in _chunks(length)]
+        turn, out = self.rotation(s["positions"]), self.out[:count].view(count, self.kv_heads, self.ratio, self.head_dim).transpose(1, 2)
 
-        def attend(i, qkv, bias, cos, sin):
-            q = self._rotate_and_write(i, qkv, bias, cos, sin, places).unflatten(1, (self.kv_heads, self.ratio))
-            mine, parts = q[by_slot].transpose(0, 1), []
+        def attend(i, qkv):
+            heads, parts = self._rotate_and_write(i, qkv, turn, places), []
+            if self.in_order:
+                mine = heads[:count, : self.heads].unflatten(1, (self.kv_heads, self.ratio))
+            else:
+                mine = heads.flatten(0, 1).index_select(0, self.own_rows).view(-1, self.kv_heads, self.ratio, self.head_dim)
             for start, mask, valid in chunks:
-                k, v = (runs[i][:, :top, start : start + mask.shape[-1]] for runs in self.runs)
-                out, lse = flash(mine, k, v, mask)
-                parts.append((out.transpose(0, 1)[slot], lse.transpose(0, 1)[slot], valid))
-            shared = q[self.members].transpose(1, 2).flatten(2, 3)
+                k, v = (runs[i][: len(mask), :, start : start + mask.shape[-1]] for runs in self.runs)
+                part = (x.transpose(1, 2) for x in flash(mine, k, v, mask))
+                parts.append((*(part if self.in_order else (x.index_select(0, slot) for x in part)), valid))
+            shared = heads.flatten(0, 1).index_select(0, self.query_rows).view(self.shape)
             for start, index, mask, valid in self.prompt:
                 if index is None:
-                    k, v = (prompts[i][:, : len(mask), start : start + mask.shape[-1]] for prompts in self.prompts)
-                    out, lse = (x.transpose(0, 1) for x in flash(shared.transpose(0, 1), k, v, mask.transpose(0, 1)))
+                    k, v = (prompts[i][: len(mask), :, start : start + mask.shape[-1]] for prompts in self.prompts)
                 else:
-                    out, lse = flash(shared, *self._gather(i, index, len(mask)), mask)
-                out, lse = (x.unflatten(2, (-1, self.ratio)).transpose(1, 2).flatten(0, 1)[self.place] for x in (out, lse))
-                parts.append((out, lse, valid))
-            return merge(parts).flatten(1)
+                    k, v = self._gather(i, index, len(mask))
+                part = (x.transpose(1, 2).unflatten(1, (-1, self.ratio)).flatten(0, 1).index_select(0, self.place) for x in flash(shared, k, v, mask))
+                parts.append((*part, valid))
+            merge(parts, out)
+            return self.out
 
         return attend
 
-    def _rotate_and_write(self, i, qkv, bias, cos, sin, places):
-        """kernels.layers.qkv_rope_write with the addresses worked out once for all layers, in a third of the calls."""
-        heads = (qkv if bias is None else qkv + bias).view(len(qkv), -1, self.head_dim)
-        turned = apply_rope(heads[:, : -self.kv_heads], cos, sin)
-        self.flat[0][i].index_copy_(0, places, turned[:, -self.kv_heads :].flatten(0, 1))
-        self.flat[1][i].index_copy_(0, places, heads[:, -self.kv_heads :].flatten(0, 1))
-        return turned[:, : -self.kv_heads]
+    def rotation(self, positions):
+        """Factors of RoPE for q, k and v as one tensor [rows, heads, head_dim], of itself and of its swapped halves; v stays as it is."""
+        cos, sin = rope_tables(positions, self.head_dim, self.theta)
+        turned = self.heads + self.kv_heads
+        straight = torch.ones(len(positions), turned + self.kv_heads, self.head_dim, dtype=cos.dtype)
+        crossed = torch.zeros_like(straight)
+        straight[:, :turned] = torch.cat([cos, cos], 1)[:, None]
+        crossed[:, :turned] = torch.cat([-sin, sin], 1)[:, None]
+        return straight, crossed
+
+    def _rotate_and_write(self, i, qkv, turn, places):
+        """kernels.layers.qkv_rope_write in a fourth of its calls -> rotated heads [rows, heads of q, k and v, head_dim]."""
+        x = qkv.unflatten(1, (-1, self.head_dim))
+        swapped = torch.cat([x[..., self.head_dim // 2 :], x[..., : self.head_dim // 2]], -1)
+        turned = (x * turn[0]).addcmul_(swapped, turn[1]).to(qkv.dtype)
+        self.flat[i].index_copy_(1, places, turned[:, self.heads :].transpose(0, 1))
+        return turned
 
     def _unit_rows(self, tables, units):
         """Row of each (sequence, head, unit) in `self.units`."""
@@ -319,7 +369,7 @@ class CpuAttention:
             found.append(out.view(sequences, self.kv_heads, -1, self.head_dim))
         return found
 
-    def prefill(self, lengths, table, slots):
+    def prefill(self, lengths, table, slots, positions):
         """attend() for prompts, longest first: queries in blocks of 64 against the keys up to the block's end."""
         sequences, longest = len(lengths), -(-int(lengths.max()) // BLOCK) * BLOCK
         offset = F.pad(lengths.cumsum(0), (1, 0))[:-1]
@@ -328,19 +378,18 @@ class CpuAttention:
         index = self._unit_rows(table, units)
         source = (offset[:, None] + token.minimum(lengths[:, None] - 1)).flatten()  # padding repeats the last token; its result is dropped
         back = torch.cat([row * longest + torch.arange(n) for row, n in enumerate(lengths.tolist())])
-        places = torch.where(slots < 0, self.tokens - 1, slots)[:, None]
-        places = (torch.arange(self.kv_heads) * self.tokens + places).flatten()
+        places, turn = torch.where(slots < 0, self.tokens - 1, slots), self.rotation(positions)
         blocks = [(start, int((lengths > start).sum())) for start in range(0, longest, BLOCK)]
 
         def attend(i, qkv, bias, cos, sin):
-            q = self._rotate_and_write(i, qkv, bias, cos, sin, places)
+            q = self._rotate_and_write(i, qkv if bias is None else qkv + bias, turn, places)[:, : self.heads]
             k, v = self._gather(i, index, sequences)
             padded = q[source].view(sequences, longest, *q.shape[1:]).transpose(1, 2)
             out = torch.zeros(sequences, longest, *q.shape[1:], dtype=q.dtype)
             for start, count in blocks:
                 block = causal_block(padded[:count, :, start : start + BLOCK], k[:count], v[:count], start)
                 out[:count, start : start + BLOCK] = block.transpose(1, 2)
-            mixed = torch.zeros_like(q)
+            mixed = torch.zeros_like(q, memory_format=torch.contiguous_format)
             mixed[: len(back)] = out.flatten(0, 1)[back]
             return mixed.flatten(1)
 
@@ -376,16 +425,16 @@ def causal_block(q, k, v, start):
     return merge(parts[-1:] + parts[:-1])
 
 
-def merge(parts):
+def merge(parts, out=None):
     """Attention over several sets of keys from the attention over each: [(out [B, ..., hd], log-sum-exp [B, ...], rows to count [B] or None)].
 
     out = sum_i out_i exp(lse_i - lse), lse = log sum_i exp(lse_i) (Hydragen, arXiv 2402.05099): two parts of equal lse give their mean.
     """
-    if len(parts) == 1:
+    if len(parts) == 1 and out is None:
         return parts[0][0]
     lse = [torch.where(valid.view(-1, *[1] * (lse.dim() - 1)), lse, float("-inf")) if valid is not None else lse for _, lse, valid in parts]
     weights = torch.stack(lse, dim=-1).softmax(-1).to(parts[0][0].dtype)  # softmax works row by row; sigmoid's last few elements would not be exact
-    out = parts[0][0] * weights[..., :1]
+    out = torch.mul(parts[0][0], weights[..., :1], out=out)
     for i, (other, _, _) in enumerate(parts[1:], start=1):
         out.addcmul_(other, weights[..., i : i + 1])
     return out

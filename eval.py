@@ -12,9 +12,7 @@ Every program and verdict goes to OUT/samples.jsonl; the same command goes on wh
 train.py calls in the loop; under torchrun both spread over the ranks and give the numbers of one process.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py; before torch is imported
+import cpu  # noqa: F401 (first: before torch)
 
 import argparse
 import json

@@ -21,12 +21,13 @@ class PagePool:
     def __init__(self, config, runs, run_pages, prompts, prompt_pages, page_size, dtype, device, heads_first):
         self.runs, self.run_pages, self.prompts, self.prompt_pages, self.page_size = runs, run_pages, prompts, prompt_pages, page_size
         count = runs * run_pages + prompts * prompt_pages + 1  # the last one takes what dead rows write on CPU
-        self.k, self.v = [], []
-        for layers in (self.k, self.v):
-            for _ in range(config.num_hidden_layers):
-                shape = (config.num_key_value_heads, count) if heads_first else (count, config.num_key_value_heads)
-                pages = torch.zeros(*shape, page_size, config.head_dim, dtype=dtype, device=device)
-                layers.append(pages.transpose(0, 1) if heads_first else pages)
+        layers, heads = range(config.num_hidden_layers), config.num_key_value_heads
+        zeros = lambda *shape: torch.zeros(*shape, page_size, config.head_dim, dtype=dtype, device=device)
+        if heads_first:  # keys and values of a layer in one tensor, so that one call writes both
+            self.joint = [zeros(2 * heads, count) for _ in layers]
+            self.k, self.v = ([joint[side].transpose(0, 1) for joint in self.joint] for side in (slice(heads), slice(heads, None)))
+        else:
+            self.k, self.v = ([zeros(count, heads) for _ in layers] for _ in "kv")
         self.clear()
 
     def __len__(self):

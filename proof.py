@@ -2,9 +2,11 @@
 
     python proof.py --model DIR                     one GPU: both languages, two seeds and the random-reward control
     python proof.py --model DIR --minutes 9         stop in time; the same command goes on where it was
-    python proof.py --model DIR --small             a few questions and steps on a CPU: shows that every stage runs
+    python proof.py --model DIR --scale cpu --lang prolog --seeds 0       two cores, two hours: GSM8K's short questions
+    python proof.py --model DIR --scale smoke       a few questions and steps: shows that every stage runs
 
-Stages are commands of this repository, printed before they run; each leaves its folder under runs/proof/ and is skipped once it is done.
+Stages are commands of this repository, printed before they run; each leaves its folder under runs/proof/ and is skipped once it is done. The table
+at the end compares the same held-out test questions before and after, and is printed alone by --table.
 """
 
 import argparse
@@ -15,29 +17,46 @@ import sys
 import time
 from pathlib import Path
 
+from eval import compare
+
 ROOT = Path(__file__).resolve().parent
-FULL = dict(warm_steps=400, batch=64, steps=120, prompts=64, samples=16, eval_problems=500, warm_lr=2e-4, lr=5e-6, new=256)
-SMALL = dict(warm_steps=20, batch=8, steps=2, prompts=4, samples=4, eval_problems=8, warm_lr=2e-4, lr=5e-6, new=160)
+# Held-out questions are GSM8K's test split (1,319), those with a prompt of at most `prompt_tokens`; at 70 there are 210 of them, and 1,145 to learn from.
+SCALES = {
+    "gpu": dict(
+        prompt_tokens=1024, warm_steps=400, batch=64, warm_lr=2e-4, new=256,
+        steps=120, prompts=64, samples=16, lr=5e-6, eval_problems=500, eval_samples=1, temperature=0, evaluations=4,
+    ),
+    "cpu": dict(
+        prompt_tokens=70, warm_steps=200, batch=8, warm_lr=2e-4, new=144,
+        steps=80, prompts=8, samples=8, lr=2e-5, eval_problems=1319, eval_samples=2, temperature=1, evaluations=2,
+    ),
+    "smoke": dict(
+        prompt_tokens=70, warm_steps=10, batch=8, warm_lr=2e-4, new=96,
+        steps=2, prompts=2, samples=4, lr=2e-5, eval_problems=60, eval_samples=1, temperature=0, evaluations=1,
+    ),
+}  # fmt: skip
 
 
 def stages(model, languages, seeds, n):
     """(name, command, file that shows it is done, run folder to resume or None) in the order in which they run."""
+    asked = f"--short_prompt true --examples 0 --max_prompt_tokens {n['prompt_tokens']}"
     for language in languages:
         warm = f"runs/proof/{language}-warm"
-        supervised = f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} --short_prompt true --examples 0"
+        supervised = f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} {asked}"
         yield f"{language} warm start", f"{supervised} --steps {n['warm_steps']} --batch {n['batch']} --lr {n['warm_lr']}", f"{warm}/config.json", None
     for seed in seeds:
         for language in languages:
-            yield training(language, seed, "", n)
-    yield training(languages[0], seeds[0], " --reward random", n)
+            yield training(language, seed, "", asked, n)
+    yield training(languages[0], seeds[0], " --reward random", asked, n)
 
 
-def training(language, seed, extra, n):
+def training(language, seed, extra, asked, n):
     name = f"proof/{language}-{'random' if extra else 'seed'}-{seed}"
     command = (
-        f"train.py --task gsm8k --lang {language} --model runs/proof/{language}-warm --short_prompt true --examples 0 --name {name} --seed {seed}{extra} "
+        f"train.py --task gsm8k --lang {language} --model runs/proof/{language}-warm {asked} --name {name} --seed {seed}{extra} "
         f"--steps {n['steps']} --prompts {n['prompts']} --samples {n['samples']} --max_new_tokens {n['new']} --lr {n['lr']} --warmup 5 --schedule constant "
-        f"--eval_problems {n['eval_problems']} --eval_every {max(2, n['steps'] // 4)} --save_every 10 --wandb off"
+        f"--eval_problems {n['eval_problems']} --eval_samples {n['eval_samples']} --eval_temperature {n['temperature']} "
+        f"--eval_every {-(-n['steps'] // n['evaluations'])} --save_every 10 --wandb off"
     )
     return name, command, f"runs/{name}/eval/step_{n['steps']}.jsonl", f"runs/{name}"
 
@@ -57,33 +76,35 @@ def run(command, deadline):
     return True
 
 
-def passed(path):
-    verdicts = [json.loads(line)["correct"] for line in path.read_text().splitlines()]
-    return sum(verdicts) / len(verdicts)
-
-
 def table():
-    """pass@1 on held-out GSM8K test questions before and after, of every run that has both."""
-    print("\n| run | steps | pass@1 before | after | gain | last constant share |\n| --- | --- | --- | --- | --- | --- |")
+    """Held-out pass@1 before and after of every run that has both, with the 95 % interval of the paired difference over problems."""
+    print("\n| run | steps | pass@1 before | after | gain | problems gained, lost | constant programs before, after | hours |\n" + "| --- " * 8 + "|")
     for folder in sorted(Path("runs/proof").glob("*-*-*")):
-        evaluated = {int(p.stem.removeprefix("step_")): passed(p) for p in (folder / "eval").glob("step_*.jsonl")}
-        if len(evaluated) > 1:
-            last, rows = max(evaluated), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            before, after = evaluated[0], evaluated[last]
-            print(f"| {folder.name} | {last} | {before:.3f} | {after:.3f} | {100 * (after - before):+.1f} | {rows[-1].get('completions/constant_frac', float('nan')):.3f} |")
+        files = {int(p.stem.removeprefix("step_")): p for p in (folder / "eval").glob("step_*.jsonl")}
+        if len(files) > 1:
+            last = max(files)
+            before, after = ([json.loads(line) for line in files[step].read_text().splitlines()] for step in (0, last))
+            c, constant = compare(before, after), [sum(r["constant"] for r in rows) / len(rows) for rows in (before, after)]
+            hours = sum(json.loads(line).get("time/step", 0.0) for line in (folder / "times.jsonl").read_text().splitlines()) / 3600
+            gain = f"{100 * c['difference']:+.1f} ({100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f})"
+            rates = f"{c['pass@1_a']:.3f} | {c['pass@1_b']:.3f} | {gain} | {len(c['gained'])}, {len(c['lost'])} of {c['problems']}"
+            print(f"| {folder.name} | {last} | {rates} | {constant[0]:.3f}, {constant[1]:.3f} | {hours:.2f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="checkpoint folder or hub id")
     parser.add_argument("--lang", default="prolog,lisp")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long; 0 = no limit")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--scale", choices=SCALES, default="gpu")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     options = parser.parse_args()
+    if options.table:
+        return table()
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    for name, command, done, folder in stages(options.model, options.lang.split(","), seeds, SMALL if options.small else FULL):
+    for name, command, done, folder in stages(options.model, options.lang.split(","), seeds, SCALES[options.scale]):
         if Path(done).exists():
             continue
         if folder and (Path(folder) / "config.json").exists():

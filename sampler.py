@@ -318,7 +318,7 @@ class Sampler:
             view[name].copy_(tensor)
         view["alive"][count:] = False
         if count:
-            self.decoder.regroup(view)
+            self.decoder.regroup(view, count)
         return view
 
     def _check_versions(self, rows, admitted):

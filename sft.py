@@ -6,9 +6,7 @@
 Reinforcement learning needs a model that is right sometimes; this makes one from a model that never is.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py
+import cpu  # noqa: F401 (first: before torch)
 
 import argparse
 import random
@@ -44,6 +42,7 @@ class WarmStart:
     problems: int = setting(0, "use only the first so many problems; 0 = all")
     examples: int = setting(0, "worked examples in the prompt: 0, 1 or 5")
     short_prompt: bool = setting(False, "leave the long instructions out")
+    max_prompt_tokens: int = setting(1024, "problems with a longer prompt are dropped, and counted at the start")
     references: int = setting(6, "selfplay: most earlier programs in a proposer's prompt")
     steps: int = setting(300, "optimizer steps")
     batch: int = setting(64, "problems per step, over all ranks")
@@ -95,6 +94,16 @@ def imperfect(text, language, share, rng):
     return text.replace(right, wrong)
 
 
+def short_enough(sequences, limit, report):
+    """Drop sequences whose prompt is longer than the limit; say how many, as train.py does."""
+    kept = [q for q in sequences if len(q.prompt) <= limit]
+    if not kept:
+        raise ValueError(f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples")
+    if len(kept) < len(sequences):
+        report(f"{len(sequences) - len(kept)} of {len(sequences)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}")
+    return kept
+
+
 def train_supervised(model, optimizer, sequences, s, device, report=print):
     """Minimise the mean -log p per completion token for s.steps steps of s.batch sequences -> the last loss."""
     order, started, loss = [], time.perf_counter(), float("nan")
@@ -144,6 +153,7 @@ def run(s, problems, language, device, report=print):
         sequences = [Sequence(tokenizer.encode(text), [*tokenizer.encode(answer), tokenizer.stop_ids[0]]) for text, answer in problems]
     else:
         sequences = encode(problems, language, tokenizer, prompt, s.mistakes, s.seed)
+    sequences = short_enough(sequences, s.max_prompt_tokens, report)
     train_supervised(model, make_optimizer(model, beta2=s.beta2), sequences, s, device, report)
     weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
     if distributed.rank() == 0:

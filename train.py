@@ -9,11 +9,7 @@ One step: prompts -> samples (sampler.py) -> programs run while others still sam
 loss (grpo.py) -> one or more updates -> the new weights go to the sampler. runs/NAME/ holds what the run leaves (logs.py).
 """
 
-import os
-
-# Threads that spin at a barrier starve the sandbox's programs, and wait for them in turn: on 2 busy cores sampling took
-# 50 s instead of 6. The OpenMP library reads this when torch loads it, so it stands before that import.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import cpu  # noqa: F401 (first: before torch)
 
 import resource
 import sys

@@ -4,11 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see train.py; before torch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cpu  # noqa: E402, F401 (before torch)
 
 import torch  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():
     # The @triton.jit decorator reads this at import time, so it must be set before any kernel module is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
