@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parent
 # Held-out questions are GSM8K's test split (1,319), those with a prompt of at most `prompt_tokens`; at 70 there are 210 of them, and 1,145 to learn from.
 SCALES = {
     "gpu": dict(
-        prompt_tokens=1024, warm_steps=400, batch=64, warm_lr=2e-4, new=256,
+        prompt_tokens=1024, warm_steps=400, batch=64, warm_lr=2e-4, new=256, token_budget=16384, checkpointing="true",
         steps=120, prompts=64, samples=16, lr=5e-6, eval_problems=500, eval_samples=1, temperature=0, evaluations=4,
     ),
     "cpu": dict(
-        prompt_tokens=70, warm_steps=200, batch=8, warm_lr=2e-4, new=144,
-        steps=80, prompts=8, samples=8, lr=2e-5, eval_problems=1319, eval_samples=2, temperature=1, evaluations=2,
+        prompt_tokens=70, warm_steps=200, batch=8, warm_lr=2e-4, new=144, token_budget=4096, checkpointing="false",
+        steps=120, prompts=8, samples=8, lr=2e-5, eval_problems=1319, eval_samples=2, temperature=1, evaluations=3,
     ),
     "smoke": dict(
-        prompt_tokens=70, warm_steps=10, batch=8, warm_lr=2e-4, new=96,
+        prompt_tokens=70, warm_steps=10, batch=8, warm_lr=2e-4, new=96, token_budget=4096, checkpointing="false",
         steps=2, prompts=2, samples=4, lr=2e-5, eval_problems=60, eval_samples=1, temperature=0, evaluations=1,
     ),
 }  # fmt: skip
@@ -55,6 +55,7 @@ def training(language, seed, extra, asked, n):
     command = (
         f"train.py --task gsm8k --lang {language} --model runs/proof/{language}-warm {asked} --name {name} --seed {seed}{extra} "
         f"--steps {n['steps']} --prompts {n['prompts']} --samples {n['samples']} --max_new_tokens {n['new']} --lr {n['lr']} --warmup 5 --schedule constant "
+        f"--token_budget {n['token_budget']} --gradient_checkpointing {n['checkpointing']} "
         f"--eval_problems {n['eval_problems']} --eval_samples {n['eval_samples']} --eval_temperature {n['temperature']} "
         f"--eval_every {-(-n['steps'] // n['evaluations'])} --save_every 10 --wandb off"
     )
@@ -62,12 +63,12 @@ def training(language, seed, extra, asked, n):
 
 
 def run(command, deadline):
-    """One stage -> True when it ended well; at the deadline it gets Ctrl-C, which loses nothing."""
+    """One stage -> True when it ended well; at the deadline, and when this process gets one, it gets Ctrl-C, which loses nothing."""
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and their children inherit that
     process = subprocess.Popen([sys.executable, *command.split()], preexec_fn=heard)
     try:
         code = process.wait(None if deadline is None else max(1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.send_signal(signal.SIGINT)
         process.wait()
         return False
@@ -112,7 +113,7 @@ def main():
         script, rest = command.split(" ", 1)
         print(f"== {name}: python {command}", flush=True)
         if not run(f"{ROOT / script} {rest}", deadline):
-            print("time is up: the same command goes on from here")
+            print("stopped in time: the same command goes on from here")
             break
     table()
 

@@ -64,6 +64,13 @@ def test_logprobs_are_the_trainers_beyond_one_attention_chunk(model):
     assert values(Sampler(model, slots=2, page_size=64).generate(asked)) == values(groups)
 
 
+def test_without_packed_weights_the_step_is_the_same_model(model, monkeypatch):
+    """Where oneDNN is missing (macOS) the products are F.linear's: other rounding, the same log-probs."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    sampler, asked = Sampler(model), requests()
+    assert largest_gap(model, asked, sampler.generate(asked)) < 1e-5 and not sampler.decoder.packed
+
+
 PAGE_BYTES = 2 * 2 * 2 * 32 * 16 * 4  # keys and values, layers, KV heads, head dim, tokens, fp32
 
 VARIANTS = {
