@@ -189,6 +189,13 @@ def compare(rows_a, rows_b, draws=10_000):
     }
 
 
+def print_gained(before, after, count=3):
+    """Programs of the first `count` problems that were wrong before and are right after; rows of the same samples in the same order."""
+    gained = {a["id"]: (a, b) for a, b in zip(before, after) if b["correct"] and not a["correct"]}
+    for a, b in list(gained.values())[:count]:
+        print(f"\n--- {a['id']}: {a['question']}\nbefore ({a['status']}, value {a['value']}):\n{a['program']}\nafter (value {b['value']}):\n{b['program']}")
+
+
 # ---- the command ----
 
 

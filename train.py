@@ -26,7 +26,7 @@ import grpo
 import lora
 import selfplay
 from build import build, new_folder, restarted_run
-from eval import evaluate
+from eval import evaluate, print_gained
 from kernels.logprob import fused_policy_loss
 from logs import RunLog, write_config
 from metrics import loss_metrics, progress, rollout_metrics
@@ -174,9 +174,7 @@ def before_and_after(folder, first, last, started):
         if key.startswith("gepo") and key not in m0:
             continue
         print(f"{key:<23} {m0.get(key, 0.0):>7.3f}   {m1.get(key, 0.0):>8.3f}")
-    gained = {a["id"]: (a, b) for a, b in zip(rows0, rows1) if b["correct"] and not a["correct"]}
-    for a, b in list(gained.values())[:3]:
-        print(f"\n--- {a['id']}: {a['question']}\nbefore ({a['status']}, value {a['value']}):\n{a['program']}\nafter (value {b['value']}):\n{b['program']}")
+    print_gained(rows0, rows1)
     print(f"\n{time.perf_counter() - started:.0f} s in all. Written to {folder}: metrics.jsonl, samples.jsonl, eval/, checkpoints/, source/")
 
 

@@ -31,10 +31,13 @@ def test_table_compares_the_same_questions(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs/proof/prolog-seed-0"
     (folder / "eval").mkdir(parents=True)
     for step, right in ((0, (0, 0, 1, 0)), (8, (1, 0, 1, 1))):
-        rows = [{"id": i, "status": "ok", "correct": bool(c), "constant": i == 1} for i, c in enumerate(right)]
+        facts = {"status": "ok", "value": "7", "question": "Why?"}
+        rows = [{"id": i, "correct": bool(c), "constant": i == 1, "program": f"p{step}", **facts} for i, c in enumerate(right)]
         (folder / f"eval/step_{step}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "times.jsonl").write_text('{"time/step": 1800.0}\n' * 2)
     monkeypatch.chdir(tmp_path)
     proof.table()
-    row = capsys.readouterr().out.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert printed.count("--- ") == 2 + 8 and "before (ok, value 7):\np0\nafter (value 7):\np8" in printed  # two problems gained, eight columns
+    row = printed.splitlines()[3]
     assert row.startswith("| prolog-seed-0 | 8 | 0.250 | 0.750 | +50.0 (") and row.endswith("| 2, 0 of 4 | 0.250, 0.250 | 1.00 |")
