@@ -1,6 +1,7 @@
 """The curve of one or more runs from their own files: python plot.py runs/A runs/B ... --out curve.svg
 
 Pass rate of the training samples per step as lines, held-out pass@1 of every evaluation as dots. A picture when matplotlib is installed, else lines of text.
+With few prompts per step the lines are noise: --mean 10 draws the mean of the last ten steps.
 """
 
 import argparse
@@ -33,6 +34,12 @@ def text(folder, rates, held_out):
     return f"{folder.name:<20} pass rate {bars} (top {top:.3f})\n{'':<20} held-out pass@1  {evaluations}"
 
 
+def running_mean(rates, count):
+    """{step: mean of this and the count - 1 steps before}, from the first step that has so many: {1: 0, 2: 1, 3: 0}, 2 -> {2: 0.5, 3: 0.5}."""
+    steps = list(rates)
+    return {steps[i]: sum(rates[step] for step in steps[i + 1 - count : i + 1]) / count for i in range(count - 1, len(steps))}
+
+
 def picture(runs, out):
     import matplotlib
 
@@ -44,7 +51,7 @@ def picture(runs, out):
     for folder, rates, held_out in runs:
         (line,) = axes.plot(list(rates), list(rates.values()), linewidth=1, label=folder.name)
         axes.plot(list(held_out), list(held_out.values()), "o--", color=line.get_color(), markersize=5, linewidth=0.6)
-    axes.set(xlabel="step", ylabel="pass rate (line), held-out pass@1 (dots)", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="pass rate (line), held-out pass@1 (dots)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
@@ -55,8 +62,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curve.svg"))
+    parser.add_argument("--mean", type=int, default=1, help="steps that a point of a line is the mean of")
     options = parser.parse_args()
-    runs = [(folder, *read(folder)) for folder in options.runs]
+    runs = [(folder, running_mean(rates, options.mean), held_out) for folder, (rates, held_out) in ((folder, read(folder)) for folder in options.runs)]
     for run in runs:
         print(text(*run))
     try:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 SCALES = {
     "gpu": dict(
         prompt_tokens=1024, warm_steps=400, batch=64, warm_lr=2e-4, new=256, token_budget=16384, checkpointing="true",
-        steps=120, prompts=64, samples=16, lr=5e-6, eval_problems=500, eval_samples=1, temperature=0, evaluations=4,
+        steps=120, prompts=64, samples=16, lr=1e-5, eval_problems=500, eval_samples=1, temperature=0, evaluations=4,
     ),
     "cpu": dict(
         prompt_tokens=70, warm_steps=200, batch=8, warm_lr=2e-4, new=144, token_budget=4096, checkpointing="false",
