@@ -352,7 +352,7 @@ def conclude(folder, problems, title):
     if distributed.rank() == 0:
         for name, text in (("samples.jsonl", "".join(json.dumps(r) + "\n" for r in rows)), ("results.json", json.dumps(figures, indent=1))):
             (folder / f".{name}").write_text(text, "utf-8")
-            os.replace(folder / f".{name}", folder / name)
+            (folder / f".{name}").replace(folder / name)
         print(f"\n\n{title}: {len(problems)} problems -> {folder}\n{'-' * 44}")
         for name, value in figures.items():
             print(f"{name:<34}{value:>10.4f}" if isinstance(value, float) else f"{name:<34}{value:>10}")
