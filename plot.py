@@ -51,7 +51,7 @@ def picture(runs, out):
     for folder, rates, held_out in runs:
         (line,) = axes.plot(list(rates), list(rates.values()), linewidth=1, label=folder.name)
         axes.plot(list(held_out), list(held_out.values()), "o--", color=line.get_color(), markersize=5, linewidth=0.6)
-    axes.set(xlabel="step", ylabel="pass rate (line), held-out pass@1 (dots)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="pass rate (line), held-out (dots)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
