@@ -2,7 +2,7 @@
 
     python proof.py --model DIR                     one GPU: both languages, two seeds and the random-reward control
     python proof.py --model DIR --minutes 9         stop in time; the same command goes on where it was
-    python proof.py --model DIR --scale cpu --lang prolog --seeds 0       two cores, two hours: GSM8K's short questions
+    python proof.py --model DIR --scale cpu --lang prolog --seeds 0       two cores, some hours: GSM8K's short questions
     python proof.py --model DIR --scale smoke       a few questions and steps: shows that every stage runs
 
 Stages are commands of this repository, printed before they run; each leaves its folder under runs/proof/ and is skipped once it is done. The table
@@ -99,7 +99,7 @@ def table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="checkpoint folder or hub id")
+    parser.add_argument("--model", help="checkpoint folder or hub id")
     parser.add_argument("--lang", default="prolog,lisp")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long; 0 = no limit")
@@ -108,6 +108,8 @@ def main():
     options = parser.parse_args()
     if options.table:
         return table()
+    if not options.model:
+        parser.error("--model is needed: a checkpoint folder or a hub id")
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for name, command, done, folder in stages(options.model, options.lang.split(","), seeds, SCALES[options.scale]):
