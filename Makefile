@@ -7,15 +7,15 @@ SUDO    = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 # What the test suite runs on; tests of an interpreter that is missing are skipped by name. Large: racket 412 MB, ocaml 448 MB.
 TEST_PACKAGES = swi-prolog-nox sbcl lua5.4 lua-unit guile-3.0 perl libtest-deep-perl ruby ruby-test-unit libjavatuples-java clang-14 llvm-14 g++ nodejs r-base-core racket ocaml-nox
 
-.PHONY: train test bench environment prolog interpreters
-train: environment prolog
+.PHONY: train test bench environment compiler prolog interpreters
+train: environment compiler prolog
 	$(PY) train.py --recipe recipes/tiny.toml --lang prolog
 
 # Two workers, each with whole files (their runs are shared by a file's tests); one thread each, since two cores are what is planned for.
 test: environment interpreters
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
-bench: environment prolog
+bench: environment compiler prolog
 	$(PY) bench.py
 
 environment: $(VENV)/ready
@@ -27,6 +27,10 @@ $(VENV)/ready: requirements.txt
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q torch==2.13.0
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
+
+# For kernels/native.c; without it the sampler is slower and says so.
+compiler:
+	@command -v cc >/dev/null || $(MAKE) apt PACKAGES="gcc libc6-dev" || true
 
 prolog:
 	@command -v swipl >/dev/null || $(MAKE) apt PACKAGES=swi-prolog-nox

@@ -1,6 +1,5 @@
 """The key-value cache of the sampler: pages, who holds them, and which weights wrote them."""
 
-import heapq
 import os
 
 import torch
@@ -14,13 +13,13 @@ class PagePool:
     """Keys and values of every layer as pages [pages, kv heads, page_size, head_dim], stamped with the weight version that wrote them.
 
     The first `runs` x `run_pages` pages are runs, one for each row's own tokens; the next `prompts` x `prompt_pages` hold prompts, each in as many
-    pieces of `prompt_pages` as it needs. On CPU the tensors lie in memory heads first and a prompt is one piece, so that all runs and all prompts are
-    strided tensors, read without a copy.
+    pieces of `prompt_pages` as it needs. On CPU the tensors lie in memory heads first and a prompt is one piece, so that a row's tokens are two stretches
+    of memory for each head; keys lie there in units of 16 tokens (kernels/native.py), and `k` shows them in the wrong order.
     """
 
     def __init__(self, config, runs, run_pages, prompts, prompt_pages, page_size, dtype, device, heads_first):
         self.runs, self.run_pages, self.prompts, self.prompt_pages, self.page_size = runs, run_pages, prompts, prompt_pages, page_size
-        count = runs * run_pages + prompts * prompt_pages + 1  # the last one takes what dead rows write on CPU
+        count = runs * run_pages + prompts * prompt_pages + 1  # the last one is spare
         layers, heads = range(config.num_hidden_layers), config.num_key_value_heads
         zeros = lambda *shape: torch.zeros(*shape, page_size, config.head_dim, dtype=dtype, device=device)
         if heads_first:  # keys and values of a layer in one tensor, so that one call writes both
@@ -35,27 +34,27 @@ class PagePool:
 
     def clear(self):
         self.version = [None] * len(self.k[0])
-        self.free_runs = list(range(self.runs))  # a heap: the lowest first
-        self.free = list(range(self.runs * self.run_pages, len(self) - 1, self.prompt_pages))  # first pages of pieces, a heap too
+        self.free_runs = list(range(self.runs))
+        self.free = list(range(self.runs * self.run_pages, len(self) - 1, self.prompt_pages))  # first pages of pieces
 
     def run(self, slot):
         """Pages of a run."""
         return list(range(slot * self.run_pages, (slot + 1) * self.run_pages))
 
     def take_run(self, version):
-        """Reserve the lowest free run for keys and values of weight version `version` -> its number."""
-        slot = heapq.heappop(self.free_runs)
+        """Reserve a run for keys and values of weight version `version` -> its number."""
+        slot = self.free_runs.pop()
         self.version[slot * self.run_pages : (slot + 1) * self.run_pages] = [version] * self.run_pages
         return slot
 
     def give_run(self, slot):
         """Hand a run back: what it holds may not be read any more."""
-        heapq.heappush(self.free_runs, slot)
+        self.free_runs.append(slot)
         self.version[slot * self.run_pages : (slot + 1) * self.run_pages] = [None] * self.run_pages
 
     def take(self, count, version):
         """Reserve `count` pages for a prompt."""
-        pieces = [heapq.heappop(self.free) for _ in range(-(-count // self.prompt_pages))]
+        pieces = [self.free.pop() for _ in range(-(-count // self.prompt_pages))]
         taken = [first + i for first in pieces for i in range(self.prompt_pages)][:count]
         for page in taken:
             self.version[page] = version
@@ -64,8 +63,7 @@ class PagePool:
     def give(self, pages):
         for page in pages:
             self.version[page] = None
-        for first in pages[:: self.prompt_pages]:
-            heapq.heappush(self.free, first)
+        self.free += pages[:: self.prompt_pages]
 
     def check(self, pages, version):
         """Refuse to read a page that was not written under weight version `version`."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from decode import ROW, UNIT, Decoder, new_state
+from decode import ROW, Decoder, new_state
+from kernels.native import LANES
 from pages import PagePool, StalePageError, free_bytes  # noqa: F401 (StalePageError is part of this module's interface)
 
 PREFILL_TOKENS = 8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
@@ -87,9 +88,9 @@ class Sampler:
         weight = model.embed.weight
         self.model, self.config, self.slots, self.share_prefix, self.exact = model, model.config, slots, share_prefix, exact
         self.device, self.dtype, self.cpu = weight.device, weight.dtype, weight.device.type == "cpu"
-        self.page_size = page_size or (UNIT if self.cpu else 8192 // self.config.head_dim)
-        if self.page_size % UNIT:
-            raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")
+        self.page_size = page_size or (LANES if self.cpu else 8192 // self.config.head_dim)
+        if self.page_size % LANES:
+            raise ValueError(f"page_size {page_size} is not a multiple of {LANES}")
         c = self.config
         self.page_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.page_size * self.dtype.itemsize
         self.memory, self.pool, self.decoder, self.state, self.version, self.checked = memory, None, None, None, 0, 0
@@ -134,8 +135,6 @@ class Sampler:
             admitted = self._admit(queue, self.rows - len(rows))
             if admitted:
                 rows, state = self._join(rows, state, admitted)
-            if ended and self.cpu:
-                self._compact(rows, state)
             if admitted or ended:
                 view = self._place(state)
             self._check_versions(rows, admitted)
@@ -294,21 +293,6 @@ class Sampler:
         order = sorted(range(len(rows)), key=lambda i: rows[i].group.number)
         return [rows[i] for i in order], _select(joined, torch.tensor(order, device=self.device))
 
-    def _compact(self, rows, state):
-        """CPU attention reads the runs up to the last living one: when a third of them are empty, move the last rows to the front."""
-        count, copies = len(rows), []
-        if max((row.slot for row in rows), default=0) + 1 < 1.5 * count + 4:
-            return
-        for row, tokens in zip(rows, (state["positions"] - state["start"] + 1).tolist()):
-            if row.slot >= count:  # then a run below `count` is free, and take_run gives the lowest
-                pages = self.pool.run(row.slot)
-                target = self.pool.take_run(self.pool.version[pages[0]])
-                copies += zip(pages[: -(-tokens // self.page_size)], self.pool.run(target))
-                self.pool.give_run(row.slot)
-                row.slot = target
-        self.pool.copy(copies)
-        state["slot"] = torch.tensor([row.slot for row in rows])
-
     def _place(self, state):
         """Copy living rows to the fixed buffers, with dead copies of the last one up to a size that the decoder runs."""
         count, size = len(state["alive"]), self.decoder.pad(len(state["alive"]))
@@ -317,8 +301,6 @@ class Sampler:
         for name, tensor in _select(state, index).items():
             view[name].copy_(tensor)
         view["alive"][count:] = False
-        if count:
-            self.decoder.regroup(view, count)
         return view
 
     def _check_versions(self, rows, admitted):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import decode
+from kernels import native
 from kernels.sampling import sample_tokens
 from model import Config, random_model
 from sampler import Request, Sampler, StalePageError
@@ -43,9 +44,11 @@ def trainer_logprobs(model, request, completion):
     return model.logprobs(hidden[start:-1], torch.tensor(completion.tokens), request.temperature or 1.0)[0]
 
 
-def largest_gap(model, asked, groups):
+def same_logprobs(model, asked, groups):
+    """As the trainer's, up to fp32's rounding: on these requests the trainer's own are up to 1.4e-5 and in the mean 2e-6 from float64."""
     pairs = [(r, c) for r, group in zip(asked, groups) for c in group]
-    return max((trainer_logprobs(model, r, c) - torch.tensor(c.logprobs)).abs().max().item() for r, c in pairs)
+    gap = torch.cat([trainer_logprobs(model, r, c) - torch.tensor(c.logprobs) for r, c in pairs]).abs()
+    return gap.max() < 2e-5 and gap.mean() < 4e-6
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
@@ -53,22 +56,22 @@ def test_logprobs_are_the_trainers(model, temperature):
     asked = requests(temperature=temperature)
     groups = Sampler(model).generate(asked)
     assert {c.finish_reason for g in groups for c in g} == {"stop", "length"} or temperature == 0
-    assert largest_gap(model, asked, groups) < 1e-5
+    assert same_logprobs(model, asked, groups)
 
 
-def test_logprobs_are_the_trainers_beyond_one_attention_chunk(model):
-    """Prompts and responses longer than 384 tokens are read in several pieces and merged."""
+def test_logprobs_of_long_sequences_are_the_trainers(model):
     asked = requests(n=2, new=410, stop_ids=(), lengths=(380, 400, 800))
     groups = Sampler(model).generate(asked)
-    assert largest_gap(model, asked, groups) < 1e-5
+    assert same_logprobs(model, asked, groups)
     assert values(Sampler(model, slots=2, page_size=64).generate(asked)) == values(groups)
 
 
-def test_without_packed_weights_the_step_is_the_same_model(model, monkeypatch):
-    """Where oneDNN is missing (macOS) the products are F.linear's: other rounding, the same log-probs."""
+def test_without_packed_weights_and_compiler_the_step_is_the_same_model(model, monkeypatch):
+    """Where oneDNN is missing (macOS) the products are F.linear's, and without a C compiler attention is torch's: other rounding, the same log-probs."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(native, "library", lambda: None)
     sampler, asked = Sampler(model), requests()
-    assert largest_gap(model, asked, sampler.generate(asked)) < 1e-5 and not sampler.decoder.packed
+    assert same_logprobs(model, asked, sampler.generate(asked)) and not sampler.decoder.packed
 
 
 PAGE_BYTES = 2 * 2 * 2 * 32 * 16 * 4  # keys and values, layers, KV heads, head dim, tokens, fp32
@@ -87,6 +90,12 @@ def test_samples_do_not_depend_on_the_batch(model, variant):
     """Tokens and log-probs are equal to the last bit whatever the batch, slots, pages and sharing."""
     asked = requests()
     assert values(Sampler(model, **VARIANTS[variant]).generate(asked)) == values(Sampler(model).generate(asked))
+
+
+def test_samples_do_not_depend_on_the_batch_without_a_compiler(model, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    asked = requests(n=2, new=20)
+    assert values(Sampler(model, slots=3).generate(asked)) == values(Sampler(model).generate(asked))
 
 
 def test_looking_at_the_rows_every_few_steps_changes_nothing(model):
@@ -112,7 +121,7 @@ def test_the_way_through_the_kernels_draws_the_same_tokens(model):
     groups = sampler.generate(asked)
     assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected]
     assert values(groups) != values(expected)
-    assert largest_gap(model, asked, groups) < 1e-5
+    assert same_logprobs(model, asked, groups)
 
 
 def test_qwen3_takes_both_ways():
@@ -122,12 +131,12 @@ def test_qwen3_takes_both_ways():
         layer.q_norm.data.uniform_(0.5, 2.0), layer.k_norm.data.uniform_(0.5, 2.0)
     asked = requests()
     expected, kernels = Sampler(model).generate(asked), Sampler(model, slots=20, page_size=32)
-    assert largest_gap(model, asked, expected) < 1e-5
+    assert same_logprobs(model, asked, expected)
     alone = [Sampler(model, slots=3).generate([r])[0] for r in asked]
     assert [[(c.tokens, c.logprobs) for c in g] for g in alone] == [[(c.tokens, c.logprobs) for c in g] for g in expected]
     kernels.cpu, kernels.look_every = False, 3
     groups = kernels.generate(asked)
-    assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected] and largest_gap(model, asked, groups) < 1e-5
+    assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected] and same_logprobs(model, asked, groups)
 
 
 def test_samples_do_not_depend_on_order_ranks_or_threads(model):
@@ -259,7 +268,7 @@ def test_new_weights_are_used_and_old_pages_refused(model):
         sampler.generate(asked, on_done=lambda *_: sampler.load(fresh))
     groups = sampler.generate(asked)
     assert values(groups) != before
-    assert largest_gap(changing, asked, groups) < 1e-5
+    assert same_logprobs(changing, asked, groups)
     assert values(Sampler(changing).generate(asked)) == values(groups)
     page = sampler.pool.take(1, version=0)  # a page of the old weights
     with pytest.raises(StalePageError):
