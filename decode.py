@@ -5,7 +5,7 @@ every shape chosen so that a row's result depends on that row alone, to the last
 
 - matrix products go through oneDNN's packed weights, whose sums have one order for any number of rows but 1 (and which are up to twice as fast as
   F.linear for 2 to 32 rows); F.linear's order changes with the number of rows and of threads;
-- batches are filled up to 2, 4, 8 or a multiple of 16 rows: exp, sin or log of the last few elements of a tensor, or of a thread's share of it, those
+- batches are filled up to 4, 8 or a multiple of 16 rows: exp, sin or log of the last few elements of a tensor, or of a thread's share of it, those
   that fill no vector register, come from another function than the rest;
 - attention reads a prompt's keys and then the row's own, whether or not the prompt is shared.
 """
@@ -100,7 +100,7 @@ class Decoder:
         """Rows to run for `count` living ones."""
         if not self.cpu:
             return next((size for size in SIZES if size >= count), -(-count // 64) * 64)
-        return next((size for size in (2, 4, 8) if size >= count), -(-count // 16) * 16)
+        return next((size for size in (4, 8) if size >= count), -(-count // 16) * 16)  # oneDNN takes longer for 2 rows than for 4: 34 ms a step, not 28
 
     def prefill(self, prompts, pages):
         """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
