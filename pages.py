@@ -19,7 +19,7 @@ class PagePool:
 
     def __init__(self, config, runs, run_pages, prompts, prompt_pages, page_size, dtype, device, heads_first):
         self.runs, self.run_pages, self.prompts, self.prompt_pages, self.page_size = runs, run_pages, prompts, prompt_pages, page_size
-        count = runs * run_pages + prompts * prompt_pages + 1  # the last one is spare
+        count = runs * run_pages + prompts * prompt_pages
         layers, heads = range(config.num_hidden_layers), config.num_key_value_heads
         zeros = lambda *shape: torch.zeros(*shape, page_size, config.head_dim, dtype=dtype, device=device)
         if heads_first:  # keys and values of a layer in one tensor, so that one call writes both
@@ -35,7 +35,7 @@ class PagePool:
     def clear(self):
         self.version = [None] * len(self.k[0])
         self.free_runs = list(range(self.runs))
-        self.free = list(range(self.runs * self.run_pages, len(self) - 1, self.prompt_pages))  # first pages of pieces
+        self.free = list(range(self.runs * self.run_pages, len(self), self.prompt_pages))  # first pages of pieces
 
     def run(self, slot):
         """Pages of a run."""

@@ -190,7 +190,7 @@ class Sampler:
         prompts = sorted((self._prompt_pages(g) for g in groups), reverse=True)
         piece = max(1, prompts[0]) if groups and self.cpu else 1  # CPU attention wants a prompt in one piece, all pieces of one size
         prompts = [-(-pages // piece) * piece for pages in prompts]
-        budget = self._affordable_pages() - 1  # the pool's spare page
+        budget = self._affordable_pages()
         self.rows, prompt_pages = 0, 0
         for row in range(min(self.slots, sum(len(g.samples) for g in groups))):
             prompt = prompts[row] if row < len(prompts) else 0  # at worst every row is of another prompt, of the longest ones

@@ -43,9 +43,10 @@ def library():
         if not path.exists():
             build(folder, path)
         found = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as problem:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as problem:
         reason = (getattr(problem, "stderr", "") or str(problem)).strip().splitlines()[0]
-        print(f"sampling without the C kernels, slower ({reason}): install a C compiler (apt-get install gcc libc6-dev)", file=sys.stderr)
+        needs = "a C compiler (apt-get install gcc libc6-dev) and a folder for what it makes (XDG_CACHE_HOME)"
+        print(f"sampling without the C kernels, which is slower ({reason}): they need {needs}", file=sys.stderr)
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.attention.argtypes = [ctypes.POINTER(Call), pointer, pointer, pointer]
