@@ -51,7 +51,7 @@ typedef struct { /* native.py's Call */
     float scale;
 } Call;
 
-/* q and k turned, q scaled; k and v written. Keys lie 16 tokens side by side, [tokens / 16, head_dim, 16], so that a vector of scores needs no sum over lanes. */
+/* q and k turned, q scaled; k and v written. Keys lie 16 tokens side by side, [tokens / 16, head_dim, 16]: a vector of scores then needs no sum over lanes. */
 static void rotate_and_write(const Call *c, int64_t row, float *qkv, float *cache) {
     const int64_t hd = c->head_dim, half = hd / 2, at = c->own[row] + c->own_length[row] - 1;
     const float *cos = c->cos + row * half, *sin = c->sin + row * half;
