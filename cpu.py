@@ -2,7 +2,8 @@
 
 Waiting threads: torch starts hundreds of parallel loops per decode step. With OMP_WAIT_POLICY=passive a thread sleeps between two of them and waking it
 costs some 80 us: a step of the 135M model took 103 ms instead of 62 on 2 cores. libgomp's default, 300,000 looks before it sleeps, starves the
-sandbox's programs on the same cores (50 s of sampling instead of 6). 20,000 looks, about a millisecond, cover the gaps of a step (in an hour of GRPO with Prolog beside it the wait for programs was 0.0 s a step).
+sandbox's programs on the same cores (50 s of sampling instead of 6). 20,000 looks, about a millisecond, cover the gaps of a step
+(in an hour of GRPO with Prolog beside it the wait for programs was 0.0 s a step).
 
 Freed memory: by default glibc hands every freed block of some size back to the kernel and gets it again page by page, which was a sixth of an update's
 time (300,000 page faults in 7.5 s). Here blocks up to 32 MB, the most that glibc allows, stay in the process.

@@ -36,10 +36,10 @@ class Call(ctypes.Structure):
 @functools.cache
 def library():
     """The compiled native.c, or None where no compiler makes it (said once). Built once per machine, source and flags, in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rarecode"
     what = SOURCE.read_bytes() + repr((FLAGS, MORE, platform.node(), platform.machine(), torch.__version__)).encode()
-    path = folder / f"native-{hashlib.sha256(what).hexdigest()[:16]}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rarecode"  # RuntimeError where there is no home
+        path = folder / f"native-{hashlib.sha256(what).hexdigest()[:16]}.so"
         if not path.exists():
             build(folder, path)
         found = ctypes.CDLL(str(path))
