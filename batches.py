@@ -20,7 +20,9 @@ class Sequence:
     group: int = 0
     weight: float = 1.0
     old_logprobs: list[float] | None = None
-    ref_logprobs: list[float] | float | None = None  # a float: their mean, which is all that a whole sequence needs
+    ref_logprobs: list[float] | float | None = (
+        None  # a float: their mean, which is all that a whole sequence needs
+    )
 
     def __len__(self):
         return len(self.prompt) + len(self.tokens)
@@ -56,14 +58,24 @@ def pack(sequences, device="cpu", share_prompts=False):
     same prompt of 2 tokens, shared: tokens [T=6], cu_seqlens [0, 2, 4, 6], parents [0, 0], predict [1, 2, 1, 4].
     """
     segments, begins, parents, predict = (_shared if share_prompts else _joined)(sequences)
-    lengths, counts = torch.tensor([len(x) for x in segments]), torch.tensor([len(s.tokens) for s in sequences])
+    lengths, counts = (
+        torch.tensor([len(x) for x in segments]),
+        torch.tensor([len(s.tokens) for s in sequences]),
+    )
     ends = lengths.cumsum(0)
-    per_token = lambda values: torch.repeat_interleave(torch.tensor(values, dtype=torch.float32), counts)
-    row = lambda value, n: value if isinstance(value, list) else [value or 0.0] * n  # one number stands for every token
-    known = lambda value: torch.tensor([p for s in sequences for p in row(value(s), len(s.tokens))], dtype=torch.float32)
+    per_token = lambda values: torch.repeat_interleave(
+        torch.tensor(values, dtype=torch.float32), counts
+    )
+    row = lambda value, n: (
+        value if isinstance(value, list) else [value or 0.0] * n
+    )  # one number stands for every token
+    known = lambda value: torch.tensor(
+        [p for s in sequences for p in row(value(s), len(s.tokens))], dtype=torch.float32
+    )
     batch = dict(
         tokens=torch.tensor([t for x in segments for t in x]),
-        positions=torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - lengths - torch.tensor(begins), lengths),
+        positions=torch.arange(int(ends[-1]))
+        - torch.repeat_interleave(ends - lengths - torch.tensor(begins), lengths),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
         parents=parents,
         predict=predict(ends),
@@ -75,12 +87,16 @@ def pack(sequences, device="cpu", share_prompts=False):
         advantages=known(lambda s: s.advantage),
         weights=per_token([s.weight for s in sequences]),
     )
-    return Batch(**{name: None if value is None else value.to(device) for name, value in batch.items()})
+    return Batch(
+        **{name: None if value is None else value.to(device) for name, value in batch.items()}
+    )
 
 
 def _joined(sequences):
     """Segments prompt + completion -> (segments, first position of each, no parents, predicting rows from the segments' ends)."""
-    rows = lambda ends: torch.cat([torch.arange(end - len(s.tokens) - 1, end - 1) for s, end in zip(sequences, ends.tolist())])
+    rows = lambda ends: torch.cat(
+        [torch.arange(end - len(s.tokens) - 1, end - 1) for s, end in zip(sequences, ends.tolist())]
+    )
     return [[*s.prompt, *s.tokens] for s in sequences], [0] * len(sequences), None, rows
 
 
@@ -93,9 +109,19 @@ def _shared(sequences):
     def rows(ends):
         ends = ends.tolist()
         first = [ends[p] - 1 for p in parents]
-        return torch.cat([torch.tensor([f, *range(end - len(s.tokens), end - 1)]) for s, f, end in zip(sequences, first, ends[len(prompts) :])])
+        return torch.cat(
+            [
+                torch.tensor([f, *range(end - len(s.tokens), end - 1)])
+                for s, f, end in zip(sequences, first, ends[len(prompts) :])
+            ]
+        )
 
-    return segments, [0] * len(prompts) + [len(s.prompt) for s in sequences], torch.tensor(parents), rows
+    return (
+        segments,
+        [0] * len(prompts) + [len(s.prompt) for s in sequences],
+        torch.tensor(parents),
+        rows,
+    )
 
 
 def micro_batches(sequences, token_budget, share_prompts=False):

@@ -6,7 +6,12 @@ Each bench lives next to what it measures: kernels/bench.py, bench_sampler.py, b
 import importlib
 import sys
 
-PARTS = {"kernels": "kernels.bench", "sampler": "bench_sampler", "sandbox": "sandbox.bench", "step": "bench_step"}
+PARTS = {
+    "kernels": "kernels.bench",
+    "sampler": "bench_sampler",
+    "sandbox": "sandbox.bench",
+    "step": "bench_step",
+}
 
 
 def main(arguments):

@@ -9,7 +9,9 @@ Each shape runs with prompts computed once per group and with every sequence who
 step has a gradient; a rendered right program per sample runs in SWI-Prolog beside it, so that "reward" is a real wait.
 """
 
-import cpu  # noqa: F401 (first: before torch)
+import cpu  # noqa: F401 (before torch)
+
+# isort: split
 
 import argparse
 import json
@@ -70,7 +72,13 @@ class RightPrograms(Judge):
 
     def submit(self, problem, text, sample=0):
         right = solution(problem, self.language)
-        return super().submit(problem, right.replace("<code>\n", f"<code>\n{self.language.comment} sample {sample} {id(text)}\n"), sample)
+        return super().submit(
+            problem,
+            right.replace(
+                "<code>\n", f"<code>\n{self.language.comment} sample {sample} {id(text)}\n"
+            ),
+            sample,
+        )
 
 
 def make_run(model, tokenizer, s, pool, device):
@@ -80,13 +88,33 @@ def make_run(model, tokenizer, s, pool, device):
     plan.check(config, s, device, print)
     sampler_model = model
     if device.type == "cuda":
-        sampler_model = model_file.random_model(config, dtype=torch.bfloat16).to(device).requires_grad_(False)
+        sampler_model = (
+            model_file.random_model(config, dtype=torch.bfloat16).to(device).requires_grad_(False)
+        )
     model.gradient_checkpointing = s.gradient_checkpointing
     model = distributed.shard(model, device)
-    problems = load_problems("sums", "train", count=512) if isinstance(tokenizer, FixedPrompts) else load_problems("gsm8k_steps", "train", count=512)
+    problems = (
+        load_problems("sums", "train", count=512)
+        if isinstance(tokenizer, FixedPrompts)
+        else load_problems("gsm8k_steps", "train", count=512)
+    )
     judge = RightPrograms(pool, language, random_reward=True)
     sampler = Sampler(sampler_model, slots=s.slots)
-    return Run(s, device, None, language, tokenizer, None, model, make_optimizer(model), sampler, judge, problems, [], peak_flops=plan.peak_flops(device))
+    return Run(
+        s,
+        device,
+        None,
+        language,
+        tokenizer,
+        None,
+        model,
+        make_optimizer(model),
+        sampler,
+        judge,
+        problems,
+        [],
+        peak_flops=plan.peak_flops(device),
+    )
 
 
 def bench(name, load, tokenizer, s, pool, device, steps):
@@ -100,9 +128,21 @@ def bench(name, load, tokenizer, s, pool, device, steps):
             measured.append(train_step(run, step)[:2])
         times = [t for _, t in measured[1:]]
         middle = lambda key: statistics.median(t[key] for t in times)
-        row = {"shape": name, "share_prompts": share, **{phase: round(middle(f"time/{phase}"), 3) for phase in PHASES}}
-        row |= {"step_spread": round(max(t["time/step"] for t in times) - min(t["time/step"] for t in times), 3)}
-        row |= {"train_tokens": measured[-1][0]["num_train_tokens"], "mfu": round(middle("perf/mfu"), 3), "peak_gb": round(middle("perf/peak_mem_gb"), 2)}
+        row = {
+            "shape": name,
+            "share_prompts": share,
+            **{phase: round(middle(f"time/{phase}"), 3) for phase in PHASES},
+        }
+        row |= {
+            "step_spread": round(
+                max(t["time/step"] for t in times) - min(t["time/step"] for t in times), 3
+            )
+        }
+        row |= {
+            "train_tokens": measured[-1][0]["num_train_tokens"],
+            "mfu": round(middle("perf/mfu"), 3),
+            "peak_gb": round(middle("perf/peak_mem_gb"), 2),
+        }
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
         del run
@@ -125,18 +165,40 @@ def bench_trl(folder, prompts, s, steps):
         def on_step_end(self, *arguments, **more):
             self.marks.append(time.perf_counter())
 
-    chance, data = random.Random(0), Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts")
+    chance, data = (
+        random.Random(0),
+        Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts"),
+    )
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps + 1, per_device_train_batch_size=s.samples, gradient_accumulation_steps=s.prompts, num_generations=s.samples,
-        max_completion_length=s.max_new_tokens, generation_kwargs={"min_new_tokens": s.max_new_tokens}, beta=0.0, temperature=1.0, learning_rate=s.lr,
-        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), gradient_checkpointing=s.gradient_checkpointing, report_to=[], save_strategy="no", logging_steps=1000,
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps + 1,
+        per_device_train_batch_size=s.samples,
+        gradient_accumulation_steps=s.prompts,
+        num_generations=s.samples,
+        max_completion_length=s.max_new_tokens,
+        generation_kwargs={"min_new_tokens": s.max_new_tokens},
+        beta=0.0,
+        temperature=1.0,
+        learning_rate=s.lr,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=s.gradient_checkpointing,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1000,
         model_init_kwargs={"dtype": "float32"},
-    )  # fmt: skip
+    )
     reward = lambda completions, **_: [float(chance.random() < 0.5) for _ in completions]
-    trainer = GRPOTrainer(model=str(folder), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()])
+    trainer = GRPOTrainer(
+        model=str(folder), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()]
+    )
     trainer.train()
     steps_taken = [b - a for a, b in zip(Clock.marks[::2], Clock.marks[1::2])][1:]
-    row = {"shape": "TRL GRPOTrainer", "step": round(statistics.median(steps_taken), 2), "step_spread": round(max(steps_taken) - min(steps_taken), 2)}
+    row = {
+        "shape": "TRL GRPOTrainer",
+        "step": round(statistics.median(steps_taken), 2),
+        "step_spread": round(max(steps_taken) - min(steps_taken), 2),
+    }
     print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return row
 
@@ -145,7 +207,15 @@ def bench_checkpoint(options, pool, device):
     """A real checkpoint on GSM8K questions, and TRL beside it."""
     tokenizer = NoStop(options.model)
     s = settings(options, short_prompt=True, examples=0)
-    rows = bench(Path(options.model).name, lambda: model_file.load(options.model), tokenizer, s, pool, device, options.steps)
+    rows = bench(
+        Path(options.model).name,
+        lambda: model_file.load(options.model),
+        tokenizer,
+        s,
+        pool,
+        device,
+        options.steps,
+    )
     if options.trl:
         from tasks import messages
 
@@ -159,24 +229,51 @@ def bench_checkpoint(options, pool, device):
 def bench_random(options, pool, device):
     """Random weights of the Qwen2.5-Coder shapes on a GPU, the built-in tiny shape on a CPU."""
     if device.type == "cpu":
-        options.prompts, options.samples, options.prompt, options.response = options.prompts or 32, options.samples or 8, options.prompt or 45, options.response or 85
+        options.prompts, options.samples, options.prompt, options.response = (
+            options.prompts or 32,
+            options.samples or 8,
+            options.prompt or 45,
+            options.response or 85,
+        )
     s, rows = settings(options), []
     for size in options.shapes.split(",") if device.type == "cuda" else ["tiny"]:
         config = plan.qwen(size) if size != "tiny" else sft.tiny_config(768)
         load = lambda: model_file.random_model(config, std=0.02 if size != "tiny" else 0.08)
-        rows += bench(size, load, FixedPrompts(options.prompt or 512, config.vocab_size), s, pool, device, options.steps)
+        rows += bench(
+            size,
+            load,
+            FixedPrompts(options.prompt or 512, config.vocab_size),
+            s,
+            pool,
+            device,
+            options.steps,
+        )
     return rows
 
 
 def settings(options, **more):
-    prompts, samples, response = options.prompts or 64, options.samples or 16, options.response or 256
+    prompts, samples, response = (
+        options.prompts or 64,
+        options.samples or 16,
+        options.response or 256,
+    )
     return Settings(
-        prompts=prompts, samples=samples, max_new_tokens=response, token_budget=options.token_budget, slots=512, gradient_checkpointing=torch.cuda.is_available(), **more
-    )  # fmt: skip
+        prompts=prompts,
+        samples=samples,
+        max_new_tokens=response,
+        token_budget=options.token_budget,
+        slots=512,
+        gradient_checkpointing=torch.cuda.is_available(),
+        **more,
+    )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="bench.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench.py step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", help="checkpoint folder or hub id, on GSM8K questions")
     for name in ("prompts", "samples", "prompt", "response"):
         parser.add_argument(f"--{name}", type=int, default=0)
@@ -189,7 +286,11 @@ def main(arguments=None):
         sys.exit(load_language("prolog").missing())
     with Pool() as pool:
         device = distributed.setup()
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        name = (
+            torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+        )
         print(f"{name}, torch {torch.__version__}")
         rows = (bench_checkpoint if options.model else bench_random)(options, pool, device)
     print(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}))

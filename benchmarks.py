@@ -18,7 +18,14 @@ from tasks import find_data, language_of, read_jsonl
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
 # HumanEval-X's own file names; Python sources are HumanEval's canonical solutions.
-SOURCES = {"python": "humaneval", "cpp": "cpp", "java": "java", "javascript": "js", "go": "go", "rust": "rust"}
+SOURCES = {
+    "python": "humaneval",
+    "cpp": "cpp",
+    "java": "java",
+    "javascript": "js",
+    "go": "go",
+    "rust": "rust",
+}
 
 
 @dataclass(frozen=True)
@@ -66,37 +73,75 @@ def load_rows(bench, language, data=None, version="v3", source="python", count=N
 
 def tests_table(language):
     if "tests" not in language.answer:
-        raise ValueError(f"{language.name} has no [answer.tests] table: MultiPL-E does not have the language (use --bench gsm8k)")
+        raise ValueError(
+            f"{language.name} has no [answer.tests] table: MultiPL-E does not have the language (use --bench gsm8k)"
+        )
     return language.answer["tests"]
 
 
 def _need(name, data):
     path = find_data(name, data)
     if path is None:
-        raise ValueError(f"{name} is not in ../shared/data: give its folder by --data or RARECODE_DATA")
+        raise ValueError(
+            f"{name} is not in ../shared/data: give its folder by --data or RARECODE_DATA"
+        )
     return path
 
 
 def _multipl_row(bench, code, row):
-    return Row(f"{bench}/{code}/{row['name']}", bench, row["prompt"], row["prompt"], row["tests"], tuple(row["stop_tokens"]))
+    return Row(
+        f"{bench}/{code}/{row['name']}",
+        bench,
+        row["prompt"],
+        row["prompt"],
+        row["tests"],
+        tuple(row["stop_tokens"]),
+    )
 
 
 def _cross_row(row, code, source):
     id = f"crosspleval/{source}-{code}/{row['id']}"
-    return Row(id, "crosspleval", row["source"], row["prompt"], row["tests"], tuple(row["stop_tokens"]), row["source"], source)
+    return Row(
+        id,
+        "crosspleval",
+        row["source"],
+        row["prompt"],
+        row["tests"],
+        tuple(row["stop_tokens"]),
+        row["source"],
+        source,
+    )
 
 
 def _with_sources(rows, source, data):
     """Rows of translate: the canonical solution of the same number in the source language."""
     if source not in SOURCES:
         raise ValueError(f"no translation sources in {source!r}: use {', '.join(SOURCES)}")
-    name = "humaneval/HumanEval" if source == "python" else f"humaneval_x/humaneval_{SOURCES[source]}"
-    programs = dict(read_jsonl(_need(f"{name}.jsonl", data), lambda _, row: (row["task_id"].split("/")[1], row["prompt"] + row["canonical_solution"])))
+    name = (
+        "humaneval/HumanEval" if source == "python" else f"humaneval_x/humaneval_{SOURCES[source]}"
+    )
+    programs = dict(
+        read_jsonl(
+            _need(f"{name}.jsonl", data),
+            lambda _, row: (
+                row["task_id"].split("/")[1],
+                row["prompt"] + row["canonical_solution"],
+            ),
+        )
+    )
     found = []
     for row in rows:
         number = re.search(r"HumanEval_(\d+)_", row.id)[1]
         id = row.id.replace("translate/", f"translate/{source}-", 1)
-        found.append(replace(row, id=id, question=programs[number], source=programs[number], source_language=source))
+        found.append(
+            replace(
+                row,
+                id=id,
+                question=programs[number],
+                source=programs[number],
+                source_language=source,
+            )
+        )
     return found
 
 
@@ -126,10 +171,20 @@ def row_prompt(row, language, mode):
     language = language_of(language)
     if mode == "completion":
         commented = "".join(f"{language.comment} {line}\n" for line in row.source.splitlines())
-        return (f"{language.comment} {row.source_language}:\n{commented}\n" if row.source else "") + row.prompt.rstrip()
-    question = f"Translate this {row.source_language} program to {language.title}:\n{row.source}" if row.source else row.prompt.strip()
+        return (
+            f"{language.comment} {row.source_language}:\n{commented}\n" if row.source else ""
+        ) + row.prompt.rstrip()
+    question = (
+        f"Translate this {row.source_language} program to {language.title}:\n{row.source}"
+        if row.source
+        else row.prompt.strip()
+    )
     text = THINK.format(
-        title=language.title, fence=language.fence[0], question=question, starter=row.prompt.rstrip(), comment=language.comment
+        title=language.title,
+        fence=language.fence[0],
+        question=question,
+        starter=row.prompt.rstrip(),
+        comment=language.comment,
     )
     if mode == "think":
         return f"{text}\nAssistant: <think>"
@@ -139,7 +194,9 @@ def row_prompt(row, language, mode):
 def program(row, text, language, mode):
     """The whole program of a completion: prompt + completion, cut at the first stop token, + tests; "" when there is no code."""
     if mode == "completion":
-        cut = min((found for stop in row.stop_tokens if (found := text.find(stop)) >= 0), default=None)
+        cut = min(
+            (found for stop in row.stop_tokens if (found := text.find(stop)) >= 0), default=None
+        )
         return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
     unfinished = mode == "think" and "</think>" not in text
     code = "" if unfinished else answer_block(text, language_of(language))
@@ -179,7 +236,9 @@ def _preamble(row):
     """Lines of the prompt before its first comment or definition: #lang, imports, an enclosing class."""
     lines = []
     for line in row.prompt.splitlines():
-        if _signature(row) in line or re.match(r"\s*(//|#(?!lang|include)|--|;|\(\*|/\*|\"\"\"|def |function )", line):
+        if _signature(row) in line or re.match(
+            r"\s*(//|#(?!lang|include)|--|;|\(\*|/\*|\"\"\"|def |function )", line
+        ):
             break
         lines.append(line)
     return lines
@@ -222,27 +281,40 @@ class TestJudge:
             return
         result = self.pool.submit(self._job({self.language.file: self.table["probe"]})).result()
         if result.status not in ("ok", "sandbox_error"):
-            raise ValueError(f"MultiPL-E's {self.language.title} tests need {self.table['library']}, which is not here: {self.table['install']}")
+            raise ValueError(
+                f"MultiPL-E's {self.language.title} tests need {self.table['library']}, which is not here: {self.table['install']}"
+            )
 
     def submit(self, row, text, sample=0):
         """Start a completion's program under the row's tests. Returns the Submission that collect() takes."""
         source = program(row, text, self.language, self.mode)
         outcome = concurrent.futures.Future() if source else None  # of (status, passed)
         if source:
-            self._start(source, f"{row.id}/{sample}", outcome, lambda *first: self._confirm(row, text, outcome, *first))
+            self._start(
+                source,
+                f"{row.id}/{sample}",
+                outcome,
+                lambda *first: self._confirm(row, text, outcome, *first),
+            )
         return Submission(row, sample, text, Parsed("", source, "", bool(source)), "", outcome)
 
     def _start(self, source, id, outcome, then):
         """Run a program with its tests. A thread of the pool sets `outcome` to then(status, passed), unless that is None."""
         # Numbers per program, not per sample: equal programs stay equal jobs, which the pool's cache runs once.
         digest = hmac.new(self._secret, source.encode("utf-8", "replace"), "sha256").digest()
-        numbers = [int.from_bytes(part, "big") % 10**14 for part in (digest[:8], digest[8:16])]  # their sum is exact in a double
+        numbers = [
+            int.from_bytes(part, "big") % 10**14 for part in (digest[:8], digest[8:16])
+        ]  # their sum is exact in a double
 
         def ended(future):
             try:
                 result = future.result()
-                verdict = then(result.status, result.status == "ok" and self.passes(result, str(sum(numbers))))
-            except Exception as error:  # nobody would see it in this thread, and the outcome would never come
+                verdict = then(
+                    result.status, result.status == "ok" and self.passes(result, str(sum(numbers)))
+                )
+            except (
+                Exception
+            ) as error:  # nobody would see it in this thread, and the outcome would never come
                 outcome.set_exception(error)
             else:
                 if verdict:
@@ -252,25 +324,52 @@ class TestJudge:
 
     def _confirm(self, row, text, outcome, status, passed):
         """The outcome of a program that failed; for one that passed None, and a run under exchanged answers."""
-        tests = exchange_answers(row, self.table["test"], random.Random(self._secret + text.encode("utf-8", "replace"))) if passed else None
+        tests = (
+            exchange_answers(
+                row,
+                self.table["test"],
+                random.Random(self._secret + text.encode("utf-8", "replace")),
+            )
+            if passed
+            else None
+        )
         if tests is None:
             return status, passed
 
         def verdict(status, passed):
-            return (status, False) if status == "sandbox_error" else ("forged", False) if passed else ("ok", True)
+            return (
+                (status, False)
+                if status == "sandbox_error"
+                else ("forged", False)
+                if passed
+                else ("ok", True)
+            )
 
-        self._start(program(replace(row, tests=tests), text, self.language, self.mode), row.id, outcome, verdict)
+        self._start(
+            program(replace(row, tests=tests), text, self.language, self.mode),
+            row.id,
+            outcome,
+            verdict,
+        )
 
     def job(self, source, numbers, id=None):
         """The sandbox job of a whole program with its tests: the sum of the numbers is printed where the last test has passed."""
-        printing = self.table["print"].replace("{a}", str(numbers[0])).replace("{b}", str(numbers[1]))
-        ended = re.sub(self.table.get("last", r"\Z"), lambda _: printing, source.rstrip() + "\n", count=1)
+        printing = (
+            self.table["print"].replace("{a}", str(numbers[0])).replace("{b}", str(numbers[1]))
+        )
+        ended = re.sub(
+            self.table.get("last", r"\Z"), lambda _: printing, source.rstrip() + "\n", count=1
+        )
         return self._job({self.table.get("file", self.language.file): ended}, id)
 
     def _job(self, files, id=None):
         run = self.table.get("run")
         compiles = run and self.language.compile  # such as go test
-        limits = replace(self.language.compile_limits if compiles else self.language.limits, cpu=self.table.get("cpu", 15.0), wall=None)
+        limits = replace(
+            self.language.compile_limits if compiles else self.language.limits,
+            cpu=self.table.get("cpu", 15.0),
+            wall=None,
+        )
         return Job(self.language.name, files, limits=limits, id=id, run=run)
 
     def collect(self, submissions, deadline=None):
@@ -281,15 +380,29 @@ class TestJudge:
     def _verdict(self, submission):
         status, passed = "no_program", False
         if submission.future:
-            status, passed = submission.future.result() if submission.future.done() else ("sandbox_error", False)
+            status, passed = (
+                submission.future.result() if submission.future.done() else ("sandbox_error", False)
+            )
         reward = float("nan") if status == "sandbox_error" else float(passed)
         return Verdict(
-            submission.problem.id, reward, {"correct": reward}, passed, status, None, submission.parsed.code, submission.parsed, False, False
+            submission.problem.id,
+            reward,
+            {"correct": reward},
+            passed,
+            status,
+            None,
+            submission.parsed.code,
+            submission.parsed,
+            False,
+            False,
         )
 
     def passes(self, result, printed):
         """Upstream's rule, and what was to be printed, on a line of its own."""
-        stdout, stderr = result.stdout.decode(errors="replace"), result.stderr.decode(errors="replace")
+        stdout, stderr = (
+            result.stdout.decode(errors="replace"),
+            result.stderr.decode(errors="replace"),
+        )
         both = stdout + stderr
         return (
             printed in (line.strip() for line in stdout.splitlines())
@@ -319,10 +432,17 @@ def exchange_answers(row, test, rng):
     """
     found = list(re.finditer(test.replace("{nested}", NESTED), row.tests))
     pairs = [(a, b) for a, b in itertools.combinations(found, 2) if a["expected"] != b["expected"]]
-    hidden = [pair for pair in pairs if not any(match["arguments"].strip() in row.prompt for match in pair)]
+    hidden = [
+        pair
+        for pair in pairs
+        if not any(match["arguments"].strip() in row.prompt for match in pair)
+    ]
     if pairs:
         first, second = rng.choice(hidden or pairs)
-        changes = [(first.span("expected"), second["expected"]), (second.span("expected"), first["expected"])]
+        changes = [
+            (first.span("expected"), second["expected"]),
+            (second.span("expected"), first["expected"]),
+        ]
     else:
         numbered = [match for match in found if re.search(r"\d", match["expected"])]
         changes = [(match.span("expected"), _raised(match["expected"])) for match in numbered[:1]]

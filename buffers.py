@@ -63,7 +63,9 @@ class Buffers(dict):
 
 
 def entry_of(row):
-    return Entry(row["program"], tuple(row["inputs"]), tuple(row["outputs"]), row["message"], row["step"])
+    return Entry(
+        row["program"], tuple(row["inputs"]), tuple(row["outputs"]), row["message"], row["step"]
+    )
 
 
 def read_seeds(path, language):
@@ -73,7 +75,11 @@ def read_seeds(path, language):
     """
     if str(path).endswith("selfplay.json"):
         found = json.loads(Path(path).read_text("utf-8"))
-        return [((task,), entry_of({**row, "outputs": (), "step": 0})) for task in TASKS for row in found[task]]
+        return [
+            ((task,), entry_of({**row, "outputs": (), "step": 0}))
+            for task in TASKS
+            for row in found[task]
+        ]
     return read_jsonl(path, lambda _, row: _seed(row, language))
 
 
@@ -93,9 +99,15 @@ def _seed(row, language):
 def load_puzzles(path, task, language):
     """Input or output prediction (CRUXEval's form) from a file of programs with inputs and outputs -> (list[Puzzle], rows left out because
     a value is no literal that values.py has)."""
-    rows = read_jsonl(path, lambda _, row: _known(row, language)) if not str(path).endswith("selfplay.json") else _stored(path)
+    rows = (
+        read_jsonl(path, lambda _, row: _known(row, language))
+        if not str(path).endswith("selfplay.json")
+        else _stored(path)
+    )
     whole = [(i, e) for i, e in enumerate(rows) if isinstance(e, Entry)]
-    return [Puzzle(f"crux/{task}/{i}", task, e, e.program) for i, e in whole], len(rows) - len(whole)
+    return [Puzzle(f"crux/{task}/{i}", task, e, e.program) for i, e in whole], len(rows) - len(
+        whole
+    )
 
 
 def _stored(path):
@@ -104,11 +116,21 @@ def _stored(path):
 
 
 def _known(row, language):
-    _, entry = _seed({**row, "inputs": [row["input"]] if "input" in row else row["inputs"][:1]}, language)
+    _, entry = _seed(
+        {**row, "inputs": [row["input"]] if "input" in row else row["inputs"][:1]}, language
+    )
     if isinstance(entry, Refused):
         return entry
     try:
-        return replace(entry, outputs=(write(read_one(row["output"] if "output" in row else row["outputs"][0], language), language),))
+        return replace(
+            entry,
+            outputs=(
+                write(
+                    read_one(row["output"] if "output" in row else row["outputs"][0], language),
+                    language,
+                ),
+            ),
+        )
     except ValueError:
         return Refused("no_value")
 

@@ -60,13 +60,19 @@ def new_folder(s):
     name = s.name or f"{s.task}-{s.lang.replace(',', '-')}-{datetime.now():%m%d-%H%M%S}"
     folder = Path("runs") / distributed.broadcast(name)
     if distributed.broadcast(folder.exists()) and not distributed.restarted():
-        raise SystemExit(f"{folder} exists: go on with it by --resume {folder}, or choose another --name")
+        raise SystemExit(
+            f"{folder} exists: go on with it by --resume {folder}, or choose another --name"
+        )
     return folder
 
 
 def restarted_run(s):
     """After a restart by torchrun: the folder of the run that died, the newest one with these settings, or None when it had not begun."""
-    found = [path.parent for path in Path("runs").glob(f"{s.name or '*'}/config.json") if json.loads(path.read_text()) == asdict(s)]
+    found = [
+        path.parent
+        for path in Path("runs").glob(f"{s.name or '*'}/config.json")
+        if json.loads(path.read_text()) == asdict(s)
+    ]
     return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime, default=None)
 
 
@@ -77,9 +83,19 @@ def warm_start(s, folder, problems, language, device, report):
     out = folder / "warm_start"
     if not distributed.broadcast(out.exists()):  # rank 0's machine decides
         supervised = sft.WarmStart(
-            task=s.task, lang=s.lang, out=str(out), examples=s.examples, short_prompt=s.short_prompt,
-            references=s.references, steps=s.warm_start_steps, batch=16, lr=2e-3, token_budget=s.token_budget, seed=s.seed, mistakes=s.warm_start_mistakes,
-        )  # fmt: skip
+            task=s.task,
+            lang=s.lang,
+            out=str(out),
+            examples=s.examples,
+            short_prompt=s.short_prompt,
+            references=s.references,
+            steps=s.warm_start_steps,
+            batch=16,
+            lr=2e-3,
+            token_budget=s.token_budget,
+            seed=s.seed,
+            mistakes=s.warm_start_mistakes,
+        )
         sft.run(supervised, problems, language, device, report)
     distributed.mirror(out)
     return out
@@ -89,9 +105,13 @@ def usable(problems, tokenizer, prompt, limit, report):
     """Drop problems whose prompt is longer than the limit; say how many."""
     kept = [p for p in problems if len(prompt_ids(tokenizer, prompt(p))) <= limit]
     if len(kept) < len(problems):
-        report(f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}")
+        report(
+            f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}"
+        )
     if not kept:
-        raise SystemExit(f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples")
+        raise SystemExit(
+            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples"
+        )
     return kept
 
 
@@ -100,29 +120,54 @@ def build(s, folder, language, pool, device, report):
     problems, held_out, judge, ask = load_task(s, language, pool)
     grpo.token_weights(s.loss, [1], s.max_new_tokens)
     if s.old_logprobs not in ("sampler", "trainer") or (s.tis and s.old_logprobs == "sampler"):
-        raise SystemExit(f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two")
+        raise SystemExit(
+            f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two"
+        )
     grpo.check_advantage(s.advantage)
     if s.exact and (device.type == "cpu" or s.lora_rank):
-        raise SystemExit("--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling")
+        raise SystemExit(
+            "--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling"
+        )
     source = warm_start(s, folder, problems, language, device, report)
     plan.check(model_file.read_config(source), s, device, report)
     model = model_file.load(source)
     tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
-    plain = device.type == "cpu" and not torch.distributed.is_initialized() and not s.lora_rank  # one torchrun rank is sharded, too
-    sampler_model = model if plain else model_file.load(source, torch.bfloat16 if device.type == "cuda" else torch.float32, device).requires_grad_(False)
+    plain = (
+        device.type == "cpu" and not torch.distributed.is_initialized() and not s.lora_rank
+    )  # one torchrun rank is sharded, too
+    sampler_model = (
+        model
+        if plain
+        else model_file.load(
+            source, torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        ).requires_grad_(False)
+    )
     if s.lora_rank:
         lora.attach(model, s.lora_rank, s.lora_alpha or s.lora_rank, s.seed)
     if s.exact:
         make_exact(model)
     model = distributed.shard(model, device)
     run = Run(
-        s, device, folder, language, tokenizer, source, model, make_optimizer(model, s.weight_decay, s.beta2),
-        Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact), judge, problems, held_out, ask,
+        s,
+        device,
+        folder,
+        language,
+        tokenizer,
+        source,
+        model,
+        make_optimizer(model, s.weight_decay, s.beta2),
+        Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact),
+        judge,
+        problems,
+        held_out,
+        ask,
         peak_flops=plan.peak_flops(device),
-    )  # fmt: skip
+    )
     if s.kl_coef and not s.lora_rank:
-        run.reference = distributed.shard(model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device)
+        run.reference = distributed.shard(
+            model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device
+        )
     if s.gepo:  # before anything is restored: the reference is the policy that the run starts from
         run.groups = gepo.prepare(s, tokenizer, run.model, device, folder, report)
     if s.task == "selfplay":
@@ -141,7 +186,9 @@ def load_task(s, language, pool):
     if s.task == "translate":
         return *translate.load_both(s), translate.make_judge(s, pool), ask
     judge = make_judge(s, pool, language)
-    problems = load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
+    problems = load_problems(
+        s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed
+    )
     held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
     return problems, held_out, judge, ask
 
@@ -153,7 +200,12 @@ def make_judge(s, pool, language):
     if s.reward == "random":
         return Judge(pool, language, random_reward=True, seed=s.seed)
     try:
-        components = {name: float(weight) for name, weight in (part.split("=") for part in s.reward.split(","))}
+        components = {
+            name: float(weight)
+            for name, weight in (part.split("=") for part in s.reward.split(","))
+        }
     except ValueError:
-        raise SystemExit(f"--reward {s.reward}: write random, or components with weights as correct=2,wrong=-1,tags=0.75") from None
+        raise SystemExit(
+            f"--reward {s.reward}: write random, or components with weights as correct=2,wrong=-1,tags=0.75"
+        ) from None
     return Judge(pool, language, components, gate=s.format_gate)

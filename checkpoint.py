@@ -64,13 +64,25 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep, best=None,
     problem = None
     if distributed.rank() == 0:
         try:
-            _write(Path(folder), step, model, weights, adapters, moments, state, tokenizer_from, texts or {})
+            _write(
+                Path(folder),
+                step,
+                model,
+                weights,
+                adapters,
+                moments,
+                state,
+                tokenizer_from,
+                texts or {},
+            )
             for old in sorted_checkpoints(folder)[keep:]:
                 if old.name != f"step_{best}":
                     shutil.rmtree(old)
         except OSError as error:
             problem = error
-    if problem := distributed.broadcast(problem):  # every rank stops together, none waits in a collective for a dead one
+    if problem := distributed.broadcast(
+        problem
+    ):  # every rank stops together, none waits in a collective for a dead one
         raise problem
 
 
@@ -78,7 +90,9 @@ def _write(folder, step, model, weights, adapters, moments, state, tokenizer_fro
     temporary, final = folder / f".step_{step}.tmp", folder / f"step_{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model_file.save(weights, model.config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from)
+        model_file.save(
+            weights, model.config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from
+        )
         if adapters:
             lora.save(adapters, model, temporary, tokenizer_from)
         save_file(moments, temporary / "optimizer.safetensors")
@@ -95,7 +109,11 @@ def _write(folder, step, model, weights, adapters, moments, state, tokenizer_fro
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk as its own error type; the caller should see one kind.
-        raise error if isinstance(error, OSError) else OSError(f"cannot write checkpoint {final}: {error}") from error
+        raise (
+            error
+            if isinstance(error, OSError)
+            else OSError(f"cannot write checkpoint {final}: {error}")
+        ) from error
 
 
 def sorted_checkpoints(folder):
@@ -133,7 +151,9 @@ def restore(checkpoint, model, optimizer):
     """Load weights (with LoRA the adapters: the base stays what it is) and moments into a (sharded) model and its optimizer -> the saved
     state. A collective: rank 0 reads and the others get their share from it, so checkpoints need not be on every machine."""
     first = distributed.rank() == 0
-    state = distributed.broadcast(json.loads((checkpoint / "state.json").read_text()) if first else None)
+    state = distributed.broadcast(
+        json.loads((checkpoint / "state.json").read_text()) if first else None
+    )
     moments = load_file(checkpoint / "optimizer.safetensors") if first else {}
     kept = set(distributed.broadcast(list(moments)))
     weights = dict(model_file.load(checkpoint).named_parameters()) if first else {}
@@ -141,8 +161,16 @@ def restore(checkpoint, model, optimizer):
     for name, parameter in model.named_parameters():
         if not lora.attached(model) or ".adapter." in name:
             with torch.no_grad():
-                parameter.copy_(distributed.shard_like(adapters.get(name, weights.get(name)), parameter))
+                parameter.copy_(
+                    distributed.shard_like(adapters.get(name, weights.get(name)), parameter)
+                )
         if f"exp_avg/{name}" in kept:
-            values = {key: distributed.shard_like(moments.get(f"{key}/{name}"), parameter) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"]), device=parameter.device), **values}
+            values = {
+                key: distributed.shard_like(moments.get(f"{key}/{name}"), parameter)
+                for key in MOMENTS
+            }
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(state["updates"]), device=parameter.device),
+                **values,
+            }
     return state

@@ -21,7 +21,14 @@ from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
 from model import causal_attention
 
-SIZES = (1, 2, 4, 8, 16, 32)  # rows of the CUDA graphs, then every 64: few graphs to record, at most a third of the rows dead above 64
+SIZES = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # rows of the CUDA graphs, then every 64: few graphs to record, at most a third of the rows dead above 64
 
 # One row per running sample: name -> dtype. Tables, stop ids and outputs are two-dimensional and sized by `new_state`.
 ROW = {
@@ -45,36 +52,62 @@ ROW = {
 def new_state(rows, widths, device):
     """Tensors for `rows` samples; widths: name -> (dtype, columns) of the two-dimensional ones."""
     state = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in ROW.items()}
-    return state | {name: torch.zeros(rows, width, dtype=dtype, device=device) for name, (dtype, width) in widths.items()}
+    return state | {
+        name: torch.zeros(rows, width, dtype=dtype, device=device)
+        for name, (dtype, width) in widths.items()
+    }
 
 
 class Decoder:
     """Model and page pool as two functions: `prefill` writes prompts to pages, `step` draws the next token of every row."""
 
     def __init__(self, model, pool, cpu, exact=False):
-        self.model, self.config, self.pool, self.cpu, self.exact = model, model.config, pool, cpu, exact
+        self.model, self.config, self.pool, self.cpu, self.exact = (
+            model,
+            model.config,
+            pool,
+            cpu,
+            exact,
+        )
         self.linear = exact_linear if exact else F.linear
         self.packed, self.stamp = {}, None
         # The torch references look at lengths on the host, so only the Triton kernels can be recorded.
-        self.graphs = {} if use_triton(model.embed.weight) and self.config.head_dim in (64, 128) else None
+        self.graphs = (
+            {} if use_triton(model.embed.weight) and self.config.head_dim in (64, 128) else None
+        )
 
     def refresh(self):
         """Pack the weights again if they changed; on CUDA they are read in place."""
-        matrices = [w for layer in self.model.layers for w in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight)]
+        matrices = [
+            w
+            for layer in self.model.layers
+            for w in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight)
+        ]
         stamp = [(w.data_ptr(), w._version) for w in (*matrices, self.model.head_weight)]
-        can_pack = self.cpu and torch.backends.mkldnn.is_available() and self.model.head_weight.dtype == torch.float32
+        can_pack = (
+            self.cpu
+            and torch.backends.mkldnn.is_available()
+            and self.model.head_weight.dtype == torch.float32
+        )
         if can_pack and stamp != self.stamp:
-            self.packed = {w.data_ptr(): torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64) for w in (*matrices, self.model.head_weight)}
+            self.packed = {
+                w.data_ptr(): torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64)
+                for w in (*matrices, self.model.head_weight)
+            }
             self.stamp, self.linear = stamp, self._packed_linear
 
     def _packed_linear(self, x, weight, bias=None):
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed[weight.data_ptr()], bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.packed[weight.data_ptr()], bias, "none", [], ""
+        )
 
     def _linear_plus(self, x, weight, other):
         """x @ weight.T + other: in one call where the weights are packed, with the same bits as in two."""
         if not self.packed:
             return other + self.linear(x, weight)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed[weight.data_ptr()], None, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(
+            x, other, self.packed[weight.data_ptr()], None, "add"
+        )
 
     def _decode_on_cpu(self, tokens, positions, alive, *where):
         """Model.decode in as few calls as can be, with attention over the pool.
@@ -83,16 +116,26 @@ class Decoder:
         """
         c = self.config
         cos, sin = rope_tables(positions, c.head_dim, c.rope_theta)
-        attend = native.attention((c.num_attention_heads, c.num_key_value_heads, c.head_dim), cos, sin, *where, alive)
-        mixed = torch.zeros(len(tokens), c.num_attention_heads * c.head_dim, dtype=self.pool.k[0].dtype)
+        attend = native.attention(
+            (c.num_attention_heads, c.num_key_value_heads, c.head_dim), cos, sin, *where, alive
+        )
+        mixed = torch.zeros(
+            len(tokens), c.num_attention_heads * c.head_dim, dtype=self.pool.k[0].dtype
+        )
         total = self.model.embed(tokens)
         for layer, cache in zip(self.model.layers, self.pool.joint):
-            qkv = self.linear(native.rms_norm(total, layer.input_norm, c.rms_norm_eps), layer.qkv.weight, layer.qkv.bias)
+            qkv = self.linear(
+                native.rms_norm(total, layer.input_norm, c.rms_norm_eps),
+                layer.qkv.weight,
+                layer.qkv.bias,
+            )
             if layer.qkv.bias is None:
                 qkv = layer.norm_heads(qkv)
             attend(qkv, cache.flatten(1, 2), mixed)
             total = self._linear_plus(mixed, layer.o.weight, total)
-            gate_up = self.linear(native.rms_norm(total, layer.post_norm, c.rms_norm_eps), layer.gate_up.weight)
+            gate_up = self.linear(
+                native.rms_norm(total, layer.post_norm, c.rms_norm_eps), layer.gate_up.weight
+            )
             total = self._linear_plus(native.swiglu(gate_up), layer.down.weight, total)
         return native.rms_norm(total, self.model.norm, c.rms_norm_eps)
 
@@ -100,7 +143,9 @@ class Decoder:
         """Rows to run for `count` living ones."""
         if not self.cpu:
             return next((size for size in SIZES if size >= count), -(-count // 64) * 64)
-        return next((size for size in (4, 8) if size >= count), -(-count // 16) * 16)  # oneDNN takes longer for 2 rows than for 4: 34 ms a step, not 28
+        return next(
+            (size for size in (4, 8) if size >= count), -(-count // 16) * 16
+        )  # oneDNN takes longer for 2 rows than for 4: 34 ms a step, not 28
 
     def prefill(self, prompts, pages):
         """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
@@ -111,18 +156,45 @@ class Decoder:
         page_size = self.pool.page_size
         if self.cpu:  # every token is a row, with the prompt up to itself as its own tokens
             own = torch.tensor([taken[0] * page_size for taken in pages]).repeat_interleave(lengths)
-            rows = (tokens, positions, torch.ones(len(tokens), dtype=torch.bool), own, torch.zeros_like(own), own, positions + 1)
-            self._decode_on_cpu(*(F.pad(x, (0, -len(tokens) % 16)) for x in rows))  # filler rows are not alive
+            rows = (
+                tokens,
+                positions,
+                torch.ones(len(tokens), dtype=torch.bool),
+                own,
+                torch.zeros_like(own),
+                own,
+                positions + 1,
+            )
+            self._decode_on_cpu(
+                *(F.pad(x, (0, -len(tokens) % 16)) for x in rows)
+            )  # filler rows are not alive
             return
         table, sequence = _ragged(pages), torch.arange(len(prompts)).repeat_interleave(lengths)
-        slots = (table[sequence, positions // page_size] * page_size + positions % page_size).to(device)
+        slots = (table[sequence, positions // page_size] * page_size + positions % page_size).to(
+            device
+        )
         positions = positions.to(device)
-        causal = causal_attention(self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32))
+        causal = causal_attention(
+            self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        )
         tables, upto = table.int().to(device)[sequence.to(device)], (positions + 1).int()
 
         def attend(i, qkv, bias, cos, sin):
-            q = qkv_rope_write(qkv, bias, cos, sin, self.pool.k[i], self.pool.v[i], slots, self.config.num_attention_heads)
-            return attend_to_pages(q, self.pool.k[i], self.pool.v[i], tables, upto) if self.exact else causal(i, qkv, bias, cos, sin)
+            q = qkv_rope_write(
+                qkv,
+                bias,
+                cos,
+                sin,
+                self.pool.k[i],
+                self.pool.v[i],
+                slots,
+                self.config.num_attention_heads,
+            )
+            return (
+                attend_to_pages(q, self.pool.k[i], self.pool.v[i], tables, upto)
+                if self.exact
+                else causal(i, qkv, bias, cos, sin)
+            )
 
         self.model.decode(tokens, positions, attend, self.linear)
 
@@ -152,7 +224,9 @@ class Decoder:
             self.step(state, False, temperature)
         torch.cuda.current_stream().wait_stream(stream)
         graph, known = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=known.pool() if known else None):  # one memory pool for all: they never run together
+        with torch.cuda.graph(
+            graph, pool=known.pool() if known else None
+        ):  # one memory pool for all: they never run together
             self.step(state, False, temperature)
         state["alive"].copy_(alive)
         return graph
@@ -162,14 +236,23 @@ class Decoder:
         s, alive, positions = state, state["alive"], state["positions"]
         if self.cpu:
             run, page_size = self.pool.run_pages * self.pool.page_size, self.pool.page_size
-            where = (s["tables"][:, 0].long() * page_size, s["start"] - 1, s["slot"] * run, positions - s["start"] + 2)
+            where = (
+                s["tables"][:, 0].long() * page_size,
+                s["start"] - 1,
+                s["slot"] * run,
+                positions - s["start"] + 2,
+            )
             hidden = self._decode_on_cpu(s["tokens"], positions, alive, *where)
         else:
-            hidden = self.model.decode(s["tokens"], positions, self._paged_attention(s), self.linear)
+            hidden = self.model.decode(
+                s["tokens"], positions, self._paged_attention(s), self.linear
+            )
         tokens, logprobs = self._draw(hidden, s, positions + 1, truncated, temperature)
         column = (positions + 1 - s["start"])[:, None]
         for out, value in (("out_tokens", tokens), ("out_logprobs", logprobs)):
-            s[out].scatter_(1, column, torch.where(alive[:, None], value[:, None], s[out].gather(1, column)))
+            s[out].scatter_(
+                1, column, torch.where(alive[:, None], value[:, None], s[out].gather(1, column))
+            )
         goes_on = alive & ~(tokens[:, None] == s["stop_ids"]).any(1) & (positions + 1 < s["last"])
         s["tokens"].copy_(torch.where(goes_on, tokens, s["tokens"]))
         s["positions"].add_(goes_on)
@@ -186,17 +269,23 @@ class Decoder:
             q = qkv_rope_write(qkv, bias, cos, sin, pool.k[i], pool.v[i], slots, heads)
             if self.exact:
                 return attend_to_pages(q, pool.k[i], pool.v[i], s["tables"], lengths)
-            return shared_prefix_attention(q, pool.k[i], pool.v[i], s["tables"], lengths, s["prefix"], s["group"], scale).flatten(1)
+            return shared_prefix_attention(
+                q, pool.k[i], pool.v[i], s["tables"], lengths, s["prefix"], s["group"], scale
+            ).flatten(1)
 
         return attend
 
     def _draw(self, hidden, s, positions, truncated, temperature):
         key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
         if truncated:
-            return sample_logits(self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"])[:2]
+            return sample_logits(
+                self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"]
+            )[:2]
         if self.cpu:
             return draw(self.linear(hidden, self.model.head_weight).float(), *key)
-        tokens, logprobs, _ = sample_tokens(hidden, self.model.head_weight, *key, one_tile=self.exact)
+        tokens, logprobs, _ = sample_tokens(
+            hidden, self.model.head_weight, *key, one_tile=self.exact
+        )
         if self.exact:  # the trainer's own kernel has the last word on the log-prob
             logprobs, _ = token_logprobs(hidden, self.model.head_weight, tokens, temperature or 1.0)
         return tokens, logprobs
@@ -216,7 +305,9 @@ def draw(logits, temperature, *key):
     greedy = temperature <= 0
     if not bool((greedy | (temperature == 1)).all()):
         logits.div_(torch.where(greedy, 1.0, temperature)[:, None])
-    top, best = logits.max(-1) if bool(greedy.any()) else (logits.amax(-1), torch.zeros_like(key[0]))
+    top, best = (
+        logits.max(-1) if bool(greedy.any()) else (logits.amax(-1), torch.zeros_like(key[0]))
+    )
     below = logits.sub_(top[:, None])
     weights = F.pad(below.exp(), (0, -logits.shape[1] % TILE)).view(len(logits), -1, TILE)
     masses, (u0, u1) = weights.sum(-1), uniforms_reference(*key)

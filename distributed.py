@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-
 # cast_forward_inputs would round the rotary tables, which are fp32 arguments of a layer, to bf16: an angle's error of 2^-9 that the sampler does not have.
 MIXED = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
@@ -19,7 +18,9 @@ def setup():
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **_meeting_point())
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **_meeting_point()
+        )
     elif cuda:  # FSDP2 gives one GPU its fp32 masters and bf16 compute too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -66,7 +67,9 @@ def restarted():
 def stop_together(problem):
     """End on every rank when any has a problem (a sentence, or None), with that sentence: a rank that left alone would keep the others
     waiting in a collective."""
-    found = [f"rank {i}: {p}" if world_size() > 1 else p for i, p in enumerate(gather([problem])) if p]
+    found = [
+        f"rank {i}: {p}" if world_size() > 1 else p for i, p in enumerate(gather([problem])) if p
+    ]
     if found:
         raise SystemExit(found[0])
 
@@ -150,4 +153,6 @@ def shard_like(whole, parameter):
     from torch.distributed.tensor import distribute_tensor
 
     whole = torch.empty(parameter.shape, dtype=parameter.dtype) if whole is None else whole.detach()
-    return distribute_tensor(whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements
+    )

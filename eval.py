@@ -12,7 +12,9 @@ Every program and verdict goes to OUT/samples.jsonl; the same command goes on wh
 train.py calls in the loop; under torchrun both spread over the ranks and give the numbers of one process.
 """
 
-import cpu  # noqa: F401 (first: before torch)
+import cpu  # noqa: F401 (before torch)
+
+# isort: split
 
 import argparse
 import json
@@ -46,7 +48,20 @@ from tokenizer import ChatTokenizer
 
 
 def evaluate(
-    sampler, tokenizer, judge, problems, *, prompt, n=1, temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=256, seed=0, numbers=None, on_rows=None
+    sampler,
+    tokenizer,
+    judge,
+    problems,
+    *,
+    prompt,
+    n=1,
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    max_new_tokens=256,
+    seed=0,
+    numbers=None,
+    on_rows=None,
 ):
     """Sample n completions per problem, judge them, spread over the ranks -> (metrics, one row per sample, in problem order).
 
@@ -55,9 +70,21 @@ def evaluate(
     change them. on_rows(rows) is called with a problem's rows as soon as they are judged, on the rank that judged them. Samples
     that the sandbox could not judge are left out of every figure and counted in sandbox/sandbox_error_frac.
     """
-    numbered = distributed.share(list(zip(range(len(problems)) if numbers is None else numbers, problems)))
+    numbered = distributed.share(
+        list(zip(range(len(problems)) if numbers is None else numbers, problems))
+    )
     requests = [
-        Request(prompt_ids(tokenizer, prompt(p)), n, max_new_tokens, temperature, top_p, top_k, stop_ids=tokenizer.stop_ids, seed=seed, id=number)
+        Request(
+            prompt_ids(tokenizer, prompt(p)),
+            n,
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            stop_ids=tokenizer.stop_ids,
+            seed=seed,
+            id=number,
+        )
         for number, p in numbered
     ]
     waiting, rows = {}, [None] * len(requests)
@@ -65,13 +92,25 @@ def evaluate(
     def finish(i):
         completions, submissions = waiting.pop(i)
         verdicts = judge.collect(submissions)
-        rows[i] = [row(numbered[i][1], c, s.text, v) for c, s, v in zip(completions, submissions, verdicts)]
+        rows[i] = [
+            row(numbered[i][1], c, s.text, v) for c, s, v in zip(completions, submissions, verdicts)
+        ]
         if on_rows:
             on_rows(rows[i])
 
     def start_judging(i, completions):
-        waiting[i] = completions, [judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample) for c in completions]
-        for j in [j for j, (_, submissions) in waiting.items() if all(s.future is None or s.future.done() for s in submissions)]:
+        waiting[i] = (
+            completions,
+            [
+                judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample)
+                for c in completions
+            ],
+        )
+        for j in [
+            j
+            for j, (_, submissions) in waiting.items()
+            if all(s.future is None or s.future.done() for s in submissions)
+        ]:
             finish(j)
 
     sampler.generate(requests, on_done=start_judging)
@@ -113,18 +152,27 @@ def summary(rows):
     shares of rewards.shares."""
     outcomes = per_problem(rows)
     if not outcomes:
-        raise ValueError("nothing could be judged: every sample ended in a sandbox error (python -m sandbox doctor says why)")
+        raise ValueError(
+            "nothing could be judged: every sample ended in a sandbox error (python -m sandbox doctor says why)"
+        )
     fewest, found = min(len(o) for o in outcomes.values()), {}
     for k in (2**i for i in range(fewest.bit_length())):
         rates = [pass_at_k(len(o), sum(o), k) for o in outcomes.values()]
         low, high = interval(rates)
-        found |= {f"pass@{k}": statistics.fmean(rates), f"pass@{k}_low": low, f"pass@{k}_high": high}
+        found |= {
+            f"pass@{k}": statistics.fmean(rates),
+            f"pass@{k}_low": low,
+            f"pass@{k}_high": high,
+        }
     if fewest > 1:
         found["any_of_n"] = statistics.fmean(any(o) for o in outcomes.values())
         found["all_of_n"] = statistics.fmean(all(o) for o in outcomes.values())
     found["mean_tokens"] = statistics.fmean(r["tokens"] for r in rows)
     found["cut_frac"] = statistics.fmean(r["finish_reason"] == "length" for r in rows)
-    verdicts = [SimpleNamespace(**r, problem=r["id"], parsed=SimpleNamespace(format_ok=r["format_ok"])) for r in rows]
+    verdicts = [
+        SimpleNamespace(**r, problem=r["id"], parsed=SimpleNamespace(format_ok=r["format_ok"]))
+        for r in rows
+    ]
     return {**found, **shares(verdicts)}
 
 
@@ -154,7 +202,10 @@ def interval(rates, z=1.96):
     mean, count = statistics.fmean(rates), len(rates)
     if 0 < mean < 1 and (spread := statistics.pvariance(rates)) > 0:
         count = count * mean * (1 - mean) / spread
-    middle, half = mean + z * z / (2 * count), z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    middle, half = (
+        mean + z * z / (2 * count),
+        z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count)),
+    )
     scale = 1 + z * z / count
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 
@@ -167,11 +218,15 @@ def compare(rows_a, rows_b, draws=10_000):
     a, b = per_problem(rows_a), per_problem(rows_b)
     common = [id for id in a if id in b]
     if not common:
-        raise ValueError("the two evaluations have no problem in common: compare runs of the same --bench and --lang")
+        raise ValueError(
+            "the two evaluations have no problem in common: compare runs of the same --bench and --lang"
+        )
     rates = [(sum(a[id]) / len(a[id]), sum(b[id]) / len(b[id])) for id in common]
     differences = [after - before for before, after in rates]
     rng = random.Random(0)
-    means = sorted(statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(draws))
+    means = sorted(
+        statistics.fmean(rng.choices(differences, k=len(differences))) for _ in range(draws)
+    )
     opposite = min(sum(m <= 0 for m in means), sum(m >= 0 for m in means)) / draws
     return {
         "problems": len(common),
@@ -193,7 +248,9 @@ def print_gained(before, after, count=3):
     """Programs of the first `count` problems that were wrong before and are right after; rows of the same samples in the same order."""
     gained = {a["id"]: (a, b) for a, b in zip(before, after) if b["correct"] and not a["correct"]}
     for a, b in list(gained.values())[:count]:
-        print(f"\n--- {a['id']}: {a['question']}\nbefore ({a['status']}, value {a['value']}):\n{a['program']}\nafter (value {b['value']}):\n{b['program']}")
+        print(
+            f"\n--- {a['id']}: {a['question']}\nbefore ({a['status']}, value {a['value']}):\n{a['program']}\nafter (value {b['value']}):\n{b['program']}"
+        )
 
 
 # ---- the command ----
@@ -206,28 +263,54 @@ class EvalSettings:
     model: str = setting("", "checkpoint folder or hub id")
     bench: str = setting("gsm8k", f"gsm8k, sums, crux, {', '.join(BENCHMARKS)}")
     lang: str = setting("prolog", "language, or several with commas")
-    source: str = setting("python", "translate: source language (python, cpp, java, javascript, go, rust), or several with commas")
-    data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
-    out: str = setting("", "folder for samples.jsonl and results.json (default: runs/eval/MODEL-BENCH)")
+    source: str = setting(
+        "python",
+        "translate: source language (python, cpp, java, javascript, go, rust), or several with commas",
+    )
+    data: str = setting(
+        "", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)"
+    )
+    out: str = setting(
+        "", "folder for samples.jsonl and results.json (default: runs/eval/MODEL-BENCH)"
+    )
     problems: int = setting(0, "judge a random subset of so many problems; 0 = all")
     samples: int = setting(1, "completions per problem")
-    temperature: float = setting(0.0, "0 = greedy; published practice: 0.2 with 20 samples (MultiPL-E), 0.1 with 4 (arXiv 2506.11027)")
+    temperature: float = setting(
+        0.0,
+        "0 = greedy; published practice: 0.2 with 20 samples (MultiPL-E), 0.1 with 4 (arXiv 2506.11027)",
+    )
     top_p: float = setting(1.0, "nucleus; published practice: 0.95")
     top_k: int = setting(0, "0 = all")
     max_new_tokens: int = setting(512, "longest completion")
     examples: int = setting(1, "gsm8k: worked examples in the prompt: 0, 1 or 5")
-    short_prompt: bool = setting(False, "gsm8k, crux: leave the long instructions out (for models trained without them)")
-    mode: str = setting("completion", "humaneval, mbpp, translate: completion (base models), chat (instruct) or think (self-play models)")
-    programs: str = setting("", "crux: JSON lines of code, input, output, or a checkpoint's selfplay.json (default: cruxeval for Python, else built-in triples)")
+    short_prompt: bool = setting(
+        False, "gsm8k, crux: leave the long instructions out (for models trained without them)"
+    )
+    mode: str = setting(
+        "completion",
+        "humaneval, mbpp, translate: completion (base models), chat (instruct) or think (self-play models)",
+    )
+    programs: str = setting(
+        "",
+        "crux: JSON lines of code, input, output, or a checkpoint's selfplay.json (default: cruxeval for Python, else built-in triples)",
+    )
     version: str = setting("v3", "MultiPL-E's data: v3 or v0.4")
     seed: int = setting(0, "decides every sampled token, and the subset")
     slots: int = setting(256, "sequences sampled at once")
-    sandbox: str = setting("kernel", "weakest sandbox level that is accepted: portable, kernel or namespaces")
+    sandbox: str = setting(
+        "kernel", "weakest sandbox level that is accepted: portable, kernel or namespaces"
+    )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two evaluation folders, side by side")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two evaluation folders, side by side"
+    )
     add_flags(parser, EvalSettings)
     given = vars(parser.parse_args(arguments))
     if folders := given.pop("compare"):
@@ -240,10 +323,15 @@ def main(arguments=None):
     sources = {"translate": s.source.split(","), "crux": ["output", "input"]}.get(s.bench, [""])
     cells = [(source, lang) for source in sources for lang in s.lang.split(",")]
     with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does
-        loaded = [load_cell(s, pool, source, load_language(lang)) for source, lang in cells]  # what is missing is said before the model loads
+        loaded = [
+            load_cell(s, pool, source, load_language(lang)) for source, lang in cells
+        ]  # what is missing is said before the model loads
         device = distributed.setup()
         folder = find_checkpoint(s.model)
-        sampler = Sampler(load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device), slots=s.slots)
+        sampler = Sampler(
+            load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device),
+            slots=s.slots,
+        )
         tokenizer = ChatTokenizer(folder)
         results = [run_cell(s, sampler, tokenizer, *cell) for cell in loaded]
     if distributed.rank() == 0:
@@ -257,32 +345,71 @@ def load_cell(s, pool, source, language):
     if sentence := language.missing():
         raise ValueError(sentence)
     if s.bench in ("gsm8k", "sums"):
-        problems = load_problems(s.bench, "test", s.data or None, s.problems or (500 if s.bench == "sums" else None), s.seed)
-        return source, language, problems, Judge(pool, language), lambda p: messages(p, language, s.examples, system=not s.short_prompt)
+        problems = load_problems(
+            s.bench,
+            "test",
+            s.data or None,
+            s.problems or (500 if s.bench == "sums" else None),
+            s.seed,
+        )
+        return (
+            source,
+            language,
+            problems,
+            Judge(pool, language),
+            lambda p: messages(p, language, s.examples, system=not s.short_prompt),
+        )
     if s.bench == "crux":
         puzzles = crux_puzzles(s, {"output": "deduction", "input": "abduction"}[source], language)
-        return source, language, puzzles, SolveJudge(pool, language), lambda p: solve_prompt(p, language, s.short_prompt)
-    rows = load_rows(s.bench, language, s.data or None, s.version, source or s.source, s.problems or None, s.seed)
-    return source, language, rows, TestJudge(pool, language, s.mode), lambda row: row_prompt(row, language, s.mode)
+        return (
+            source,
+            language,
+            puzzles,
+            SolveJudge(pool, language),
+            lambda p: solve_prompt(p, language, s.short_prompt),
+        )
+    rows = load_rows(
+        s.bench, language, s.data or None, s.version, source or s.source, s.problems or None, s.seed
+    )
+    return (
+        source,
+        language,
+        rows,
+        TestJudge(pool, language, s.mode),
+        lambda row: row_prompt(row, language, s.mode),
+    )
 
 
 def crux_puzzles(s, task, language):
     """Input (abduction) or output (deduction) prediction on --programs, on CRUXEval (Python), or on the built-in triples."""
-    path = s.programs or (find_data("cruxeval/cruxeval.jsonl", s.data or None) if language.name == "python" else None)
+    path = s.programs or (
+        find_data("cruxeval/cruxeval.jsonl", s.data or None) if language.name == "python" else None
+    )
     if path:
         puzzles, left_out = load_puzzles(path, task, language)
-        print(f"{path}: {len(puzzles)} problems; {left_out} left out, whose input or output is no literal", file=sys.stderr)
+        print(
+            f"{path}: {len(puzzles)} problems; {left_out} left out, whose input or output is no literal",
+            file=sys.stderr,
+        )
     else:
         puzzles = triples.held_out(language, s.problems or 200, s.seed, tasks=(task,))
-    chosen = random.Random(s.seed).sample(range(len(puzzles)), s.problems) if 0 < s.problems < len(puzzles) else range(len(puzzles))
+    chosen = (
+        random.Random(s.seed).sample(range(len(puzzles)), s.problems)
+        if 0 < s.problems < len(puzzles)
+        else range(len(puzzles))
+    )
     if not puzzles:
-        raise ValueError(f"{path} has no program with an input and output that are literals of {language.name}")
+        raise ValueError(
+            f"{path} has no program with an input and output that are literals of {language.name}"
+        )
     return [puzzles[i] for i in sorted(chosen)]
 
 
 def run_cell(s, sampler, tokenizer, source, language, problems, judge, prompt):
     """Evaluate one language (and source), or go on with it -> its figures, also in results.json."""
-    folder = Path(s.out or f"runs/eval/{Path(s.model).name}-{s.bench}") / "-".join(part for part in (source, language.name) if part)
+    folder = Path(s.out or f"runs/eval/{Path(s.model).name}-{s.bench}") / "-".join(
+        part for part in (source, language.name) if part
+    )
     done = resume(folder, s, source, language)
     numbers = [n for n, p in enumerate(problems) if p.id not in done]
     title = " ".join(part for part in (s.bench, source, language.name) if part)
@@ -291,20 +418,40 @@ def run_cell(s, sampler, tokenizer, source, language, problems, judge, prompt):
         log = Progress(title, partial, len(problems), done)
         if any(distributed.gather([bool(numbers)])):
             evaluate(
-                sampler, tokenizer, judge, [problems[n] for n in numbers], prompt=prompt, n=s.samples, temperature=s.temperature,
-                top_p=s.top_p, top_k=s.top_k, max_new_tokens=s.max_new_tokens, seed=s.seed, numbers=numbers, on_rows=log,
-            )  # fmt: skip
+                sampler,
+                tokenizer,
+                judge,
+                [problems[n] for n in numbers],
+                prompt=prompt,
+                n=s.samples,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+                max_new_tokens=s.max_new_tokens,
+                seed=s.seed,
+                numbers=numbers,
+                on_rows=log,
+            )
     return conclude(folder, problems, title)
 
 
 def resume(folder, s, source, language):
     """{problem id: rows} that an earlier, interrupted evaluation with the same settings has judged."""
-    settings = {**asdict(s), "lang": language.name, "source": source, "out": "", "data": "", "slots": 0}
+    settings = {
+        **asdict(s),
+        "lang": language.name,
+        "source": source,
+        "out": "",
+        "data": "",
+        "slots": 0,
+    }
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "settings.json"
         if file.exists() and json.loads(file.read_text("utf-8")) != settings:
-            raise SystemExit(f"{folder} holds an evaluation with other settings: choose another --out")
+            raise SystemExit(
+                f"{folder} holds an evaluation with other settings: choose another --out"
+            )
         file.write_text(json.dumps(settings, indent=1), "utf-8")
     distributed.barrier()
     return distributed.broadcast(read_partial(folder, s.samples))
@@ -337,7 +484,11 @@ class Progress:
         self.file.flush()
         self.count, self.right = self.count + 1, self.right + rows[0]["correct"]
         if distributed.rank() == 0:
-            left = (time.perf_counter() - self.started) / (self.count - self.before) * (self.total / distributed.world_size() - self.count)
+            left = (
+                (time.perf_counter() - self.started)
+                / (self.count - self.before)
+                * (self.total / distributed.world_size() - self.count)
+            )
             bar = "#" * (20 * self.count // self.total)
             text = f"{self.title} [{bar:<20}] {self.count}/{self.total}  first sample right {self.right / self.count:.3f}  {max(left, 0):.0f} s left"
             print(f"\r{text}  ", end="", file=sys.stderr, flush=True)
@@ -350,12 +501,19 @@ def conclude(folder, problems, title):
     rows = [r for p in problems for r in found[p.id]]
     figures = {"problems": len(problems), **summary(rows)}
     if distributed.rank() == 0:
-        for name, text in (("samples.jsonl", "".join(json.dumps(r) + "\n" for r in rows)), ("results.json", json.dumps(figures, indent=1))):
+        for name, text in (
+            ("samples.jsonl", "".join(json.dumps(r) + "\n" for r in rows)),
+            ("results.json", json.dumps(figures, indent=1)),
+        ):
             (folder / f".{name}").write_text(text, "utf-8")
             (folder / f".{name}").replace(folder / name)
         print(f"\n\n{title}: {len(problems)} problems -> {folder}\n{'-' * 44}")
         for name, value in figures.items():
-            print(f"{name:<34}{value:>10.4f}" if isinstance(value, float) else f"{name:<34}{value:>10}")
+            print(
+                f"{name:<34}{value:>10.4f}"
+                if isinstance(value, float)
+                else f"{name:<34}{value:>10}"
+            )
     return {"cell": title, "folder": str(folder), **figures}
 
 
@@ -363,11 +521,16 @@ def print_matrix(s, cells, results):
     """pass@1 of every source x target."""
     if len(cells) < 2:
         return
-    sources, langs = list(dict.fromkeys(source for source, _ in cells)), list(dict.fromkeys(lang for _, lang in cells))
+    sources, langs = (
+        list(dict.fromkeys(source for source, _ in cells)),
+        list(dict.fromkeys(lang for _, lang in cells)),
+    )
     figures = {cell: result["pass@1"] for cell, result in zip(cells, results)}
     print(f"\npass@1 {s.bench:<12}" + "".join(f"{lang:>12}" for lang in langs))
     for source in sources:
-        print(f"{source or 'all':<19}" + "".join(f"{figures[source, lang]:>12.4f}" for lang in langs))
+        print(
+            f"{source or 'all':<19}" + "".join(f"{figures[source, lang]:>12.4f}" for lang in langs)
+        )
 
 
 def print_comparison(a, b):
@@ -380,14 +543,18 @@ def print_comparison(a, b):
         f"{'pass@1':<12}{found['pass@1_a']:>10.4f}{found['pass@1_b']:>10.4f}{found['difference']:>+10.4f}   "
         f"[{found['difference_low']:+.4f}, {found['difference_high']:+.4f}]   {found['p']:.4f}"
     )
-    print(f"{found['problems']} problems: {len(found['gained'])} gained, {len(found['lost'])} lost, {found['unchanged']} unchanged")
+    print(
+        f"{found['problems']} problems: {len(found['gained'])} gained, {len(found['lost'])} lost, {found['unchanged']} unchanged"
+    )
     print(json.dumps({**found, "gained": len(found["gained"]), "lost": len(found["lost"])}))
 
 
 def read_samples(folder):
     path = Path(folder) / "samples.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: give the folder of a finished evaluation (one language)")
+        raise ValueError(
+            f"{path} does not exist: give the folder of a finished evaluation (one language)"
+        )
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 

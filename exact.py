@@ -60,19 +60,30 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, gradient):
         inputs = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         with torch.enable_grad():
-            found = torch.autograd.grad(ctx.plain(*inputs), [t for t in inputs if t is not None], gradient)
+            found = torch.autograd.grad(
+                ctx.plain(*inputs), [t for t in inputs if t is not None], gradient
+            )
         return None, None, found[0], found[1] if len(found) > 1 else None
 
 
 def exact_attention(config, cu_seqlens, parents=None):
     """model.causal_attention in the decode kernel's arithmetic: keys and values of the packed batch go to pages, then every token is a query."""
-    plain, size, device = causal_attention(config, cu_seqlens, parents), page_size(config), cu_seqlens.device
+    plain, size, device = (
+        causal_attention(config, cu_seqlens, parents),
+        page_size(config),
+        cu_seqlens.device,
+    )
     lengths, rows = cu_seqlens.diff().long(), torch.arange(int(cu_seqlens[-1]), device=device)
     query = rows  # which of `rows` are asked: every token once
-    if parents is not None:  # a segment that continues a prompt gets the prompt's keys in pages of its own
+    if (
+        parents is not None
+    ):  # a segment that continues a prompt gets the prompt's keys in pages of its own
         roots = len(lengths) - len(parents)
         before, seen = rows[: cu_seqlens[roots]], seen_by_children(lengths, parents)
-        rows, query = torch.cat([before, seen]), torch.cat([before, len(before) + (seen >= len(before)).nonzero().squeeze(1)])
+        rows, query = (
+            torch.cat([before, seen]),
+            torch.cat([before, len(before) + (seen >= len(before)).nonzero().squeeze(1)]),
+        )
         lengths = torch.cat([lengths[:roots], lengths[roots:] + lengths[parents]])
     segment = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     position = torch.arange(len(rows), device=device) - (lengths.cumsum(0) - lengths)[segment]
@@ -85,13 +96,33 @@ def exact_attention(config, cu_seqlens, parents=None):
     def attend(index, qkv, bias, cos, sin):
         if not buffers:
             shape = (int(pages.sum()), config.num_key_value_heads, size, config.head_dim)
-            buffers.update(k=torch.empty(shape, dtype=qkv.dtype, device=qkv.device), v=torch.empty(shape, dtype=qkv.dtype, device=qkv.device))
+            buffers.update(
+                k=torch.empty(shape, dtype=qkv.dtype, device=qkv.device),
+                v=torch.empty(shape, dtype=qkv.dtype, device=qkv.device),
+            )
 
         def exact(qkv, bias):
-            q = qkv_rope_write(qkv[rows], bias, cos[rows], sin[rows], buffers["k"], buffers["v"], slots, config.num_attention_heads)
-            return attend_to_pages(q[query], buffers["k"], buffers["v"], tables[segment[query]], (position[query] + 1).int())
+            q = qkv_rope_write(
+                qkv[rows],
+                bias,
+                cos[rows],
+                sin[rows],
+                buffers["k"],
+                buffers["v"],
+                slots,
+                config.num_attention_heads,
+            )
+            return attend_to_pages(
+                q[query],
+                buffers["k"],
+                buffers["v"],
+                tables[segment[query]],
+                (position[query] + 1).int(),
+            )
 
-        return _Attention.apply(exact, lambda qkv, bias: plain(index, qkv, bias, cos, sin), qkv, bias)
+        return _Attention.apply(
+            exact, lambda qkv, bias: plain(index, qkv, bias, cos, sin), qkv, bias
+        )
 
     return attend
 
@@ -100,4 +131,9 @@ def attend_to_pages(q, k_pages, v_pages, tables, lengths):
     """Every token as a query of the decode kernel: q [T, H, hd], tables [T, pages] and lengths [T] (itself included) -> [T, H * hd]."""
     parts = [slice(start, start + QUERIES) for start in range(0, len(q), QUERIES)]
     scale = q.shape[2] ** -0.5
-    return torch.cat([paged_attention(q[rows], k_pages, v_pages, tables[rows], lengths[rows], scale) for rows in parts]).flatten(1)
+    return torch.cat(
+        [
+            paged_attention(q[rows], k_pages, v_pages, tables[rows], lengths[rows], scale)
+            for rows in parts
+        ]
+    ).flatten(1)

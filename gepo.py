@@ -72,7 +72,12 @@ class Group:
 
 def messages(c):
     """The prompt C -> IR."""
-    return [{"role": "user", "content": f"Compile this C code to LLVM IR. Answer with one ```llvm code block.\n\n```c\n{c.strip()}\n```"}]
+    return [
+        {
+            "role": "user",
+            "content": f"Compile this C code to LLVM IR. Answer with one ```llvm code block.\n\n```c\n{c.strip()}\n```",
+        }
+    ]
 
 
 def load_groups(s, tokenizer, report=print):
@@ -81,23 +86,42 @@ def load_groups(s, tokenizer, report=print):
     Says how many groups have too few winners or losers, or are too long; SystemExit when none is left.
     """
     try:
-        rows = read_jsonl(s.gepo_data, lambda _, row: (row["id"], row["c"], row["winners"], row["losers"] + (row["cheap"] if s.gepo_cheap else [])))
+        rows = read_jsonl(
+            s.gepo_data,
+            lambda _, row: (
+                row["id"],
+                row["c"],
+                row["winners"],
+                row["losers"] + (row["cheap"] if s.gepo_cheap else []),
+            ),
+        )
     except ValueError as problem:
-        raise SystemExit(f"{problem}; make groups by python gepo.py build --out {s.gepo_data}, or leave --gepo out") from None
+        raise SystemExit(
+            f"{problem}; make groups by python gepo.py build --out {s.gepo_data}, or leave --gepo out"
+        ) from None
     few_winners = [r for r in rows if len(r[2]) < s.gepo_winners]
     few_losers = [r for r in rows if len(r[2]) >= s.gepo_winners and len(r[3]) < s.gepo_losers]
-    groups = [make_group(r, s, tokenizer) for r in rows if len(r[2]) >= s.gepo_winners and len(r[3]) >= s.gepo_losers]
+    groups = [
+        make_group(r, s, tokenizer)
+        for r in rows
+        if len(r[2]) >= s.gepo_winners and len(r[3]) >= s.gepo_losers
+    ]
     short = [g for g in groups if max(map(len, g.members)) <= s.gepo_max_tokens]
     report(
         f"GEPO: {len(short)} of {len(rows)} groups; {len(few_winners)} have fewer than {s.gepo_winners} winners, {len(few_losers)} fewer than "
         f"{s.gepo_losers} losers, {len(groups) - len(short)} are longer than --gepo_max_tokens {s.gepo_max_tokens}"
     )
     kinds = Counter(kind for g in short for kind in g.kinds)
-    report("GEPO's losers: " + ", ".join(f"{kind} {count / kinds.total():.0%}" for kind, count in kinds.most_common()))
+    report(
+        "GEPO's losers: "
+        + ", ".join(f"{kind} {count / kinds.total():.0%}" for kind, count in kinds.most_common())
+    )
     held_out = [g for g in short if random.Random(g.id).random() < 0.1]
     train = [g for g in short if random.Random(g.id).random() >= 0.1]
     if not train or not held_out:
-        raise SystemExit(f"{s.gepo_data} leaves {len(train)} groups to train on and {len(held_out)} held out: build more, or raise --gepo_max_tokens")
+        raise SystemExit(
+            f"{s.gepo_data} leaves {len(train)} groups to train on and {len(held_out)} held out: build more, or raise --gepo_max_tokens"
+        )
     return train, held_out[: s.gepo_eval]
 
 
@@ -118,18 +142,26 @@ def cache_reference(groups, model, s, device, folder):
     Call it on every rank before the first update, with all groups; each rank computes its share.
     """
     path = Path(folder) / "gepo_reference.json"
-    known = distributed.broadcast(json.loads(path.read_text()) if distributed.rank() == 0 and path.exists() else None)
+    known = distributed.broadcast(
+        json.loads(path.read_text()) if distributed.rank() == 0 and path.exists() else None
+    )
     if known is None:
         mine = distributed.share(groups)
         rows = iter(score(model, [q for g in mine for q in g.members], s.token_budget, device))
-        known = dict(distributed.gather([(g.id, [[len(q.tokens), sum(next(rows))] for q in g.members]) for g in mine]))
+        known = dict(
+            distributed.gather(
+                [(g.id, [[len(q.tokens), sum(next(rows))] for q in g.members]) for g in mine]
+            )
+        )
         if distributed.rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(known))
             path.with_suffix(".tmp").replace(path)
     for g in groups:
         if [len(q.tokens) for q in g.members] != [n for n, _ in known.get(g.id, ())]:
-            raise SystemExit(f"{path} does not fit {s.gepo_data}: the groups or a --gepo setting changed since the run began; start a new run")
+            raise SystemExit(
+                f"{path} does not fit {s.gepo_data}: the groups or a --gepo setting changed since the run began; start a new run"
+            )
         g.reference = [total for _, total in known[g.id]]
         for q, total in zip(g.members, g.reference):
             q.ref_logprobs = total / len(q.tokens)
@@ -155,7 +187,9 @@ def prepare(s, tokenizer, model, device, folder, report=print):
 
 def step_groups(gepo, s, step):
     """The groups of step 1, 2, ... over all ranks: each pass over the data in a new order that depends on seed and pass alone."""
-    return in_passes(gepo.train, range((step - 1) * s.gepo_batch, step * s.gepo_batch), f"{s.seed}/gepo")
+    return in_passes(
+        gepo.train, range((step - 1) * s.gepo_batch, step * s.gepo_batch), f"{s.seed}/gepo"
+    )
 
 
 def add_gradient(model, groups, s, device):
@@ -169,7 +203,11 @@ def add_gradient(model, groups, s, device):
     rewards = (packed_groups if packed else serial_groups)(model, mine, len(groups), s, device)
     rewards = torch.tensor(distributed.gather(rewards))
     losses = gepo_loss(rewards, s.gepo_winners, s.gepo_lam, s.gepo_unbiased)
-    return {"gepo/loss": float(losses.mean()), "gepo/packed": float(packed), **spread(rewards, s.gepo_winners)}
+    return {
+        "gepo/loss": float(losses.mean()),
+        "gepo/packed": float(packed),
+        **spread(rewards, s.gepo_winners),
+    }
 
 
 def packed_groups(model, groups, total, s, device):
@@ -188,9 +226,15 @@ def packed_groups(model, groups, total, s, device):
         if len(rewards) % size:  # the empty pass of a rank that has no group left
             return rewards.sum() * 0.0, []
         rewards = rewards.view(-1, size)
-        return s.gepo * gepo_loss(rewards, s.gepo_winners, s.gepo_lam, s.gepo_unbiased).sum() / total, rewards.tolist()
+        return s.gepo * gepo_loss(
+            rewards, s.gepo_winners, s.gepo_lam, s.gepo_unbiased
+        ).sum() / total, rewards.tolist()
 
-    return [row for _, rows in accumulate_parts(model, parts, loss_of, device, s.share_prompts) for row in rows]
+    return [
+        row
+        for _, rows in accumulate_parts(model, parts, loss_of, device, s.share_prompts)
+        for row in rows
+    ]
 
 
 def serial_groups(model, groups, total, s, device):
@@ -198,12 +242,28 @@ def serial_groups(model, groups, total, s, device):
     members = [q for g in groups for q in g.members]
     lengths = [len(q.tokens) if s.gepo_length_norm else 1 for q in members]
     logprobs = score(model, members, s.token_budget, device)
-    ratios = [(sum(new) - old) / n for new, old, n in zip(logprobs, [x for g in groups for x in g.reference], lengths)]
-    rewards = (s.gepo_beta * torch.tensor(ratios, dtype=torch.float64)).view(len(groups), s.gepo_winners + s.gepo_losers).requires_grad_()
-    (s.gepo * gepo_loss(rewards, s.gepo_winners, s.gepo_lam, s.gepo_unbiased).sum() / total).backward()
+    ratios = [
+        (sum(new) - old) / n
+        for new, old, n in zip(logprobs, [x for g in groups for x in g.reference], lengths)
+    ]
+    rewards = (
+        (s.gepo_beta * torch.tensor(ratios, dtype=torch.float64))
+        .view(len(groups), s.gepo_winners + s.gepo_losers)
+        .requires_grad_()
+    )
+    (
+        s.gepo * gepo_loss(rewards, s.gepo_winners, s.gepo_lam, s.gepo_unbiased).sum() / total
+    ).backward()
     for q, slope, n in zip(members, rewards.grad.flatten().tolist(), lengths):
         q.weight = slope * s.gepo_beta / n
-    accumulate(model, members, lambda batch: ((batch.weights * forward(model, batch)).sum(), None), s.token_budget, device, s.share_prompts)
+    accumulate(
+        model,
+        members,
+        lambda batch: ((batch.weights * forward(model, batch)).sum(), None),
+        s.token_budget,
+        device,
+        s.share_prompts,
+    )
     return rewards.tolist()
 
 
@@ -226,7 +286,9 @@ def spread(rewards, winners):
     """How well winners are told from losers, and how far they are from each other."""
     wins, losses = rewards[:, :winners], rewards[:, winners:]
     return {
-        "gepo/rank_accuracy": ranking(rewards, winners, tie=1e-3),  # the same log-probs in another micro-batch differ by up to 1e-4
+        "gepo/rank_accuracy": ranking(
+            rewards, winners, tie=1e-3
+        ),  # the same log-probs in another micro-batch differ by up to 1e-4
         "gepo/margin": float((wins.mean(1) - losses.mean(1)).mean()),
         "gepo/winner_std": float(wins.std(1, unbiased=False).mean()),
     }
@@ -240,10 +302,18 @@ def held_out_metrics(gepo, model, s, device):
     for g in mine:
         scored = [next(rows) for _ in g.members]
         norm = lambda row: len(row) if s.gepo_length_norm else 1
-        rewards.append([s.gepo_beta * (sum(row) - old) / norm(row) for row, old in zip(scored, g.reference)])
+        rewards.append(
+            [s.gepo_beta * (sum(row) - old) / norm(row) for row, old in zip(scored, g.reference)]
+        )
         means.append([sum(row) / len(row) for row in scored])
-    rewards, means = torch.tensor(distributed.gather(rewards)), torch.tensor(distributed.gather(means))
-    logprobs = {"gepo/logprob_rank_accuracy": ranking(means, s.gepo_winners), "gepo/winner_logprob_std": float(means[:, : s.gepo_winners].std(1, unbiased=False).mean())}
+    rewards, means = (
+        torch.tensor(distributed.gather(rewards)),
+        torch.tensor(distributed.gather(means)),
+    )
+    logprobs = {
+        "gepo/logprob_rank_accuracy": ranking(means, s.gepo_winners),
+        "gepo/winner_logprob_std": float(means[:, : s.gepo_winners].std(1, unbiased=False).mean()),
+    }
     return {**spread(rewards, s.gepo_winners), **logprobs}
 
 
@@ -251,13 +321,28 @@ def held_out_metrics(gepo, model, s, device):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("command", choices=["build"], help="make groups of LLVM IR from C functions")
-    parser.add_argument("--src", nargs="+", required=True, help="C files, folders of them, or JSON lines with c_unit (transcoder_gfg) or example (Exercism)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "command", choices=["build"], help="make groups of LLVM IR from C functions"
+    )
+    parser.add_argument(
+        "--src",
+        nargs="+",
+        required=True,
+        help="C files, folders of them, or JSON lines with c_unit (transcoder_gfg) or example (Exercism)",
+    )
     parser.add_argument("--out", required=True, help="groups.jsonl to write, or to go on with")
     parser.add_argument("--workers", type=int, help="functions at the same time [cores]")
     parser.add_argument("--limit", type=int, help="only the first so many functions")
-    parser.add_argument("--vectorize", action="store_true", help="let clang vectorise and unroll: three to five times as long")
+    parser.add_argument(
+        "--vectorize",
+        action="store_true",
+        help="let clang vectorise and unroll: three to five times as long",
+    )
     parser.add_argument("--seed", type=int, default=0, help="decides the edits")
     given = parser.parse_args(arguments)
     ir_groups.build(given.src, given.out, given.workers, given.limit, given.vectorize, given.seed)

@@ -50,11 +50,18 @@ def reinforce_advantages(rewards, lengths, group_ids, baseline=False, kl=None, c
     values = rewards.masked_fill(~judged, 0.0)
     if baseline:
         count = torch.bincount(index[judged], minlength=int(index.max()) + 1).clamp(min=1)
-        values = values - (torch.zeros(len(count), dtype=values.dtype).index_add_(0, index, values) / count)[index]
+        values = (
+            values
+            - (torch.zeros(len(count), dtype=values.dtype).index_add_(0, index, values) / count)[
+                index
+            ]
+        )
     lengths = torch.as_tensor(lengths)
     returns = torch.repeat_interleave(values, lengths)
     if kl is not None:
-        returns = returns - coef * torch.cat([torch.tensor(row, dtype=torch.float64).flip(0).cumsum(0).flip(0) for row in kl])
+        returns = returns - coef * torch.cat(
+            [torch.tensor(row, dtype=torch.float64).flip(0).cumsum(0).flip(0) for row in kl]
+        )
     used = torch.repeat_interleave(judged, lengths)
     if used.sum() < 2:
         return [[0.0] * n for n in lengths.tolist()]
@@ -66,8 +73,12 @@ def reinforce_advantages(rewards, lengths, group_ids, baseline=False, kl=None, c
 def _equal_groups(rewards, judged, index):
     """True where every judged reward of the sample's group is the same number, by exact comparison."""
     count = int(index.max()) + 1
-    low = torch.full((count,), float("inf"), dtype=rewards.dtype).scatter_reduce_(0, index, rewards.masked_fill(~judged, float("inf")), "amin")
-    high = torch.full((count,), float("-inf"), dtype=rewards.dtype).scatter_reduce_(0, index, rewards.masked_fill(~judged, float("-inf")), "amax")
+    low = torch.full((count,), float("inf"), dtype=rewards.dtype).scatter_reduce_(
+        0, index, rewards.masked_fill(~judged, float("inf")), "amin"
+    )
+    high = torch.full((count,), float("-inf"), dtype=rewards.dtype).scatter_reduce_(
+        0, index, rewards.masked_fill(~judged, float("-inf")), "amax"
+    )
     return (low >= high)[index]
 
 
@@ -104,9 +115,13 @@ def gspo_loss(logprobs, old_logprobs, advantages, sequence, clip_low, clip_high)
     """
     log_ratio = logprobs - old_logprobs
     count = int(sequence.max()) + 1 if sequence.numel() else 0
-    lengths = torch.zeros(count, device=logprobs.device, dtype=logprobs.dtype).index_add(0, sequence, torch.ones_like(log_ratio))
+    lengths = torch.zeros(count, device=logprobs.device, dtype=logprobs.dtype).index_add(
+        0, sequence, torch.ones_like(log_ratio)
+    )
     mean = torch.zeros_like(lengths).index_add(0, sequence, log_ratio) / lengths
-    return clipped_loss(mean[sequence], torch.zeros_like(old_logprobs), advantages, clip_low, clip_high)
+    return clipped_loss(
+        mean[sequence], torch.zeros_like(old_logprobs), advantages, clip_low, clip_high
+    )
 
 
 def cispo_loss(logprobs, old_logprobs, advantages, clip_high):
@@ -152,7 +167,9 @@ def token_loss(s, logprobs, entropy, batch, rows=slice(None)):
     """What one token adds to the loss before its weight: the policy loss, the KL to the reference, the entropy bonus (settings s)."""
     loss = policy_loss(s.loss, logprobs, batch, s.clip_low, s.clip_high, rows, s.tis)
     if s.kl_coef and not s.advantage.startswith("reinforce"):  # REINFORCE++ has it in the reward
-        loss = loss + s.kl_coef * reference_kl(logprobs, batch.old_logprobs[rows], batch.ref_logprobs[rows])
+        loss = loss + s.kl_coef * reference_kl(
+            logprobs, batch.old_logprobs[rows], batch.ref_logprobs[rows]
+        )
     return loss - s.entropy_coef * entropy if s.entropy_coef else loss
 
 
@@ -161,14 +178,40 @@ def measure(s, logprobs, entropy, batch):
 
     ratio, k1, k2, k3 of log-probs against the sampler's estimate their mismatch; ref_k1, ref_k2, ref_k3 the KL to the reference.
     """
-    _, moments = clipped_loss_and_moments(logprobs, batch.old_logprobs, batch.advantages, batch.weights, s.clip_low, s.clip_high, entropy)
+    _, moments = clipped_loss_and_moments(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.weights,
+        s.clip_low,
+        s.clip_high,
+        entropy,
+    )
     *sums, largest = moments.tolist()
     named = dict(zip(MOMENTS, sums))
-    if s.old_logprobs == "trainer":  # clipping is told from the trainer's old log-probs, the mismatch from the sampler's
-        _, moments = clipped_loss_and_moments(logprobs, batch.sampler_logprobs, batch.advantages, batch.weights)
+    if (
+        s.old_logprobs == "trainer"
+    ):  # clipping is told from the trainer's old log-probs, the mismatch from the sampler's
+        _, moments = clipped_loss_and_moments(
+            logprobs, batch.sampler_logprobs, batch.advantages, batch.weights
+        )
         *sums, largest = moments.tolist()
-        named.update({name: value for name, value in zip(MOMENTS, sums) if name in ("ratio", "difference", "k1", "k2", "k3")})
+        named.update(
+            {
+                name: value
+                for name, value in zip(MOMENTS, sums)
+                if name in ("ratio", "difference", "k1", "k2", "k3")
+            }
+        )
     if s.kl_coef:
-        _, moments = clipped_loss_and_moments(batch.ref_logprobs, logprobs, batch.advantages, batch.weights)
-        named.update({f"ref_{name}": value for name, value in zip(MOMENTS, moments.tolist()) if name in ("k1", "k2", "k3")})
+        _, moments = clipped_loss_and_moments(
+            batch.ref_logprobs, logprobs, batch.advantages, batch.weights
+        )
+        named.update(
+            {
+                f"ref_{name}": value
+                for name, value in zip(MOMENTS, moments.tolist())
+                if name in ("k1", "k2", "k3")
+            }
+        )
     return named, largest

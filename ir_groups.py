@@ -28,7 +28,9 @@ PLAIN_LOOPS = ["-fno-vectorize", "-fno-slp-vectorize", "-fno-unroll-loops"]
 TRIES = 3  # edits of each kind that are run for one function
 LOSERS = 8  # kept of them, spread over the kinds
 TESTS = 12
-LIMITS = Limits(cpu=0.15, wall=5.0)  # a right one takes 0.03 s of processor time; an edit that loops for ever takes all of it
+LIMITS = Limits(
+    cpu=0.15, wall=5.0
+)  # a right one takes 0.03 s of processor time; an edit that loops for ever takes all of it
 
 INTEGERS = {
     "char": 8, "signed char": 8, "unsigned char": 8, "short": 16, "unsigned short": 16, "int": 32, "signed": 32, "signed int": 32, "unsigned": 32, "unsigned int": 32,
@@ -63,39 +65,82 @@ def read_units(sources):
             files = sorted(source.rglob("*.c")) if source.is_dir() else [source]
             for file in files:
                 if not file.is_file():
-                    raise ValueError(f"{file} does not exist: give C files, folders of them, or JSON lines with c_unit or example")
-                units += _functions(str(file), _inline_headers(file.read_text(errors="replace"), {p.name: p.read_text(errors="replace") for p in file.parent.glob("*.h")}))
+                    raise ValueError(
+                        f"{file} does not exist: give C files, folders of them, or JSON lines with c_unit or example"
+                    )
+                units += _functions(
+                    str(file),
+                    _inline_headers(
+                        file.read_text(errors="replace"),
+                        {p.name: p.read_text(errors="replace") for p in file.parent.glob("*.h")},
+                    ),
+                )
         else:
             units += [u for row in read_jsonl(source, lambda _, row: _row_units(row)) for u in row]
     if not units:
-        raise ValueError(f"no C function in {', '.join(map(str, sources))}: give C files, folders of them, or JSON lines with c_unit or example")
+        raise ValueError(
+            f"no C function in {', '.join(map(str, sources))}: give C files, folders of them, or JSON lines with c_unit or example"
+        )
     return units
 
 
 def _row_units(row):
     if row.get("c_unit"):
-        return [Unit(f"gfg/{row['name']}", row["c_unit"], "f_gold", [t["args"] for t in row["io_tests"] or []] or None)]
+        return [
+            Unit(
+                f"gfg/{row['name']}",
+                row["c_unit"],
+                "f_gold",
+                [t["args"] for t in row["io_tests"] or []] or None,
+            )
+        ]
     if "example" in row:
         text = lambda name: name.rpartition("/")[2]
-        headers = {text(n): t for n, t in {**row.get("stub", {}), **row["example"]}.items() if n.endswith(".h")}
-        headers |= {f"{row['slug'].replace('-', '_')}.h": t for n, t in row["example"].items() if n.endswith("example.h")}
-        return [u for n, t in row["example"].items() if n.endswith(".c") for u in _functions(f"exercism/{row['slug']}", _inline_headers(t, headers))]
+        headers = {
+            text(n): t
+            for n, t in {**row.get("stub", {}), **row["example"]}.items()
+            if n.endswith(".h")
+        }
+        headers |= {
+            f"{row['slug'].replace('-', '_')}.h": t
+            for n, t in row["example"].items()
+            if n.endswith("example.h")
+        }
+        return [
+            u
+            for n, t in row["example"].items()
+            if n.endswith(".c")
+            for u in _functions(f"exercism/{row['slug']}", _inline_headers(t, headers))
+        ]
     if "functions" not in row and "c_unit" not in row:
-        raise ValueError("a row needs c_unit (a C file that defines f_gold), or example ({path: C text})")
+        raise ValueError(
+            "a row needs c_unit (a C file that defines f_gold), or example ({path: C text})"
+        )
     return []
 
 
 def _inline_headers(text, headers):
     """The C file with its own headers in place: #include "x.h" -> its text, guards and all."""
     for _ in range(3):
-        text = re.sub(r'^\s*#\s*include\s+"([^"]+)".*$', lambda m: headers.get(m[1].rpartition("/")[2], m[0]), text, flags=re.MULTILINE)
+        text = re.sub(
+            r'^\s*#\s*include\s+"([^"]+)".*$',
+            lambda m: headers.get(m[1].rpartition("/")[2], m[0]),
+            text,
+            flags=re.MULTILINE,
+        )
     return text
 
 
 def _functions(name, text):
     """One Unit for each function that a C file makes visible, but main."""
-    found = re.findall(r"^(?!static)[A-Za-z_][\w \t]*[ \t*]+(\w+)\s*\([^();{}]*\)\s*\{", text, re.MULTILINE)
-    return [Unit(f"{name}:{entry}", text, entry, None) for entry in dict.fromkeys(found) if entry not in ("main", "if", "while", "for", "switch")]
+    found = re.findall(
+        r"^(?!static)[A-Za-z_][\w \t]*[ \t*]+(\w+)\s*\([^();{}]*\)\s*\{", text, re.MULTILINE
+    )
+    return [
+        Unit(f"{name}:{entry}", text, entry, None)
+        for entry in dict.fromkeys(found)
+        if entry not in ("main", "if", "while", "for", "switch")
+    ]
 
 
 def signature(unit):
@@ -103,15 +148,23 @@ def signature(unit):
     found = re.search(rf"^([\w \t]+?[\s*]+){unit.entry}\s*\(([^()]*)\)\s*\{{", unit.c, re.MULTILINE)
     if not found:
         raise Skip("unsupported signature")
-    parameters = [] if found[2].strip() in ("", "void") else [_parameter(p) for p in found[2].split(",")]
+    parameters = (
+        [] if found[2].strip() in ("", "void") else [_parameter(p) for p in found[2].split(",")]
+    )
     result = _words(found[1])
-    if not (result in INTEGERS or result in FLOATS or (result == "void" and any(array for _, array in parameters))):
+    if not (
+        result in INTEGERS
+        or result in FLOATS
+        or (result == "void" and any(array for _, array in parameters))
+    ):
         raise Skip("unsupported signature")
     return result, parameters
 
 
 def _words(text):
-    return " ".join(w for w in text.split() if w not in ("const", "inline", "register", "extern", "restrict"))
+    return " ".join(
+        w for w in text.split() if w not in ("const", "inline", "register", "extern", "restrict")
+    )
 
 
 def _parameter(text):
@@ -128,9 +181,17 @@ def _parameter(text):
 
 def made_up(parameters, draw):
     """Arguments for a function nobody has tests for: arrays of 24, integers small enough to be their lengths."""
-    scalar = lambda kind: round(draw.uniform(-9, 9), 2) if kind in FLOATS else draw.randint(0, 1 if INTEGERS[kind] == 1 else 20)
+    scalar = lambda kind: (
+        round(draw.uniform(-9, 9), 2)
+        if kind in FLOATS
+        else draw.randint(0, 1 if INTEGERS[kind] == 1 else 20)
+    )
     word = lambda: "".join(draw.choice("abcdeABz 019") for _ in range(draw.randint(3, 12)))
-    array = lambda kind: word() if kind == "char" else [scalar(kind) - draw.randint(0, 9) * (kind == "int") for _ in range(24)]
+    array = lambda kind: (
+        word()
+        if kind == "char"
+        else [scalar(kind) - draw.randint(0, 9) * (kind == "int") for _ in range(24)]
+    )
     return [array(kind) if is_array else scalar(kind) for kind, is_array in parameters]
 
 
@@ -140,7 +201,9 @@ def _scalar(kind, value):
         value = ord(value)
     if kind in FLOATS and isinstance(value, (int, float)):
         return repr(float(value))
-    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << (INTEGERS[kind] if kind.startswith(("u", "size")) else max(INTEGERS[kind] - 1, 1)):
+    if not isinstance(value, int) or not -(1 << 63) <= value < 1 << (
+        INTEGERS[kind] if kind.startswith(("u", "size")) else max(INTEGERS[kind] - 1, 1)
+    ):
         raise Skip("no usable test input")
     return f"({kind}){value}LL" if value > -(1 << 63) else "(-9223372036854775807LL - 1)"
 
@@ -151,16 +214,28 @@ def _call(unit, number, result, parameters, values):
     if len(values) != len(parameters):
         raise Skip("no usable test input")
     for i, ((kind, array), value) in enumerate(zip(parameters, values)):
-        if array != isinstance(value, (list, str)) and not (kind == "char" and isinstance(value, str)):
+        if array != isinstance(value, (list, str)) and not (
+            kind == "char" and isinstance(value, str)
+        ):
             raise Skip("no usable test input")
         if array:
             # Zeros on both sides: a function that looks one element too far should see the same at every level.
             text = ", ".join(_scalar(kind, v) for v in value)
-            lines.append(f"static {kind} a{number}_{i}[{len(value) + 80}] = {{{', '.join(['0'] * 16)}{', ' if text else ''}{text}}};")
-            shown.append(f"for (int i = 0; i < {len(value)}; i++) show((double)a{number}_{i}[16 + i]);")
+            lines.append(
+                f"static {kind} a{number}_{i}[{len(value) + 80}] = {{{', '.join(['0'] * 16)}{', ' if text else ''}{text}}};"
+            )
+            shown.append(
+                f"for (int i = 0; i < {len(value)}; i++) show((double)a{number}_{i}[16 + i]);"
+            )
         names.append(f"a{number}_{i} + 16" if array else _scalar(kind, value))
     call = f"{unit.entry}({', '.join(names)})"
-    before = f"{call};" if result == "void" else f"show_exact((long long){call});" if result in INTEGERS else f"show((double){call});"
+    before = (
+        f"{call};"
+        if result == "void"
+        else f"show_exact((long long){call});"
+        if result in INTEGERS
+        else f"show((double){call});"
+    )
     return "\n".join([*lines, before, *shown, 'puts("");', "fflush(stdout);"])
 
 
@@ -178,9 +253,17 @@ def driver(unit, seed=0):
             break
     if len(calls) < 2:
         raise Skip("no usable test input")
-    head = ["#include <stdio.h>", "#include <stdbool.h>", "#include <stdint.h>", "#include <stddef.h>"]
+    head = [
+        "#include <stdio.h>",
+        "#include <stdbool.h>",
+        "#include <stdint.h>",
+        "#include <stddef.h>",
+    ]
     declared = ", ".join(kind + " *" * array for kind, array in parameters) or "void"
-    show = ['static void show(double x) { printf("%.9g ", x); }', 'static void show_exact(long long x) { printf("%lld ", x); }']
+    show = [
+        'static void show(double x) { printf("%.9g ", x); }',
+        'static void show_exact(long long x) { printf("%lld ", x); }',
+    ]
     main = ["int main(void) {", *calls, "return 0;", "}"]
     return "\n".join([*head, f"{result} {unit.entry}({declared});", *show, *main]), len(calls)
 
@@ -196,13 +279,31 @@ def tool(name):
 
 
 def _run_tool(command, text):
-    return subprocess.run(command, input=text, capture_output=True, text=True, errors="replace", timeout=60)
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, errors="replace", timeout=60
+    )
 
 
 def compile_c(text, level, vectorize=False):
     """C text -> LLVM IR as clang prints it. Skip when it does not compile."""
     loops = [] if vectorize else PLAIN_LOOPS
-    done = _run_tool([tool("clang"), "-x", "c", "-w", f"-{level}", "-S", "-emit-llvm", "-g0", *loops, "-o", "-", "-"], text)
+    done = _run_tool(
+        [
+            tool("clang"),
+            "-x",
+            "c",
+            "-w",
+            f"-{level}",
+            "-S",
+            "-emit-llvm",
+            "-g0",
+            *loops,
+            "-o",
+            "-",
+            "-",
+        ],
+        text,
+    )
     if done.returncode:
         raise Skip("does not compile")
     return done.stdout
@@ -210,8 +311,18 @@ def compile_c(text, level, vectorize=False):
 
 def only(ir, entry):
     """The module with `entry` and what it needs; helpers that were inlined everywhere go."""
-    done = _run_tool([tool("opt"), "-S", "-passes=internalize,globaldce", f"-internalize-public-api-list={entry}"], ir)
-    if done.returncode or not re.search(rf"^define .*@{re.escape(entry)}\(", done.stdout, re.MULTILINE):
+    done = _run_tool(
+        [
+            tool("opt"),
+            "-S",
+            "-passes=internalize,globaldce",
+            f"-internalize-public-api-list={entry}",
+        ],
+        ir,
+    )
+    if done.returncode or not re.search(
+        rf"^define .*@{re.escape(entry)}\(", done.stdout, re.MULTILINE
+    ):
         raise Skip("does not compile")
     return done.stdout
 
@@ -224,7 +335,9 @@ def winners(unit, vectorize=False):
     """[{"level", "ir"}], one for each distinct text; a text that several levels share carries all their names ("O2,O3")."""
     levels = {}
     for level in LEVELS:
-        text = ir_mutations.renumber(ir_mutations.strip(only(compile_c(unit.c, level, vectorize), unit.entry)))
+        text = ir_mutations.renumber(
+            ir_mutations.strip(only(compile_c(unit.c, level, vectorize), unit.entry))
+        )
         levels.setdefault(text, []).append(level)
     return [{"level": ",".join(names), "ir": text} for text, names in levels.items()]
 
@@ -238,11 +351,23 @@ class Runner:
     def __init__(self, pool, main_c):
         self.pool = pool
         self.main = compile_c(main_c, "O0")
-        self.target = "".join(re.findall(r"^target .*\n", self.main, re.MULTILINE))  # taken off the groups' texts; the two modules must agree
+        self.target = "".join(
+            re.findall(r"^target .*\n", self.main, re.MULTILINE)
+        )  # taken off the groups' texts; the two modules must agree
 
     def __call__(self, texts):
         run = ["lli", "-extra-module=unit.ll", "main.ll"]
-        futures = [self.pool.submit(Job("llvm-ir", {"main.ll": self.main, "unit.ll": self.target + t}, run=run, limits=LIMITS)) for t in texts]
+        futures = [
+            self.pool.submit(
+                Job(
+                    "llvm-ir",
+                    {"main.ll": self.main, "unit.ll": self.target + t},
+                    run=run,
+                    limits=LIMITS,
+                )
+            )
+            for t in texts
+        ]
         results = [future.result() for future in futures]
         if any(r.status == "sandbox_error" for r in results):
             raise Skip("sandbox error")
@@ -262,7 +387,15 @@ def group(unit, pool, vectorize=False, seed=0):
     losers, tried = verified_losers(right, outputs[0], run, draw)
     if not losers:
         raise Skip("no edit differs")
-    row = {"id": unit.id, "c": unit.c, "entry": unit.entry, "tests": tests, "winners": right, "losers": losers, "cheap": cheap_losers(right, draw)}
+    row = {
+        "id": unit.id,
+        "c": unit.c,
+        "entry": unit.entry,
+        "tests": tests,
+        "winners": right,
+        "losers": losers,
+        "cheap": cheap_losers(right, draw),
+    }
     return row | {"tried": tried}
 
 
@@ -284,10 +417,21 @@ def verified_losers(right, expected, run, draw):
     candidates = edits(right, ir_mutations.KINDS, TRIES, draw)
     outcomes, kept = {}, []
     for loser, output in zip(candidates, run([c["ir"] for c in candidates])):
-        outcome = "does not run" if output is None else "same" if output == expected else "differs" if verifies(loser["ir"]) else "invalid"
+        outcome = (
+            "does not run"
+            if output is None
+            else "same"
+            if output == expected
+            else "differs"
+            if verifies(loser["ir"])
+            else "invalid"
+        )
         if outcome == "differs":
             lines = zip(output.splitlines(), expected.splitlines())
-            kept.append(loser | {"differs": sum(a != b for a, b in lines), "tests": len(expected.splitlines())})
+            kept.append(
+                loser
+                | {"differs": sum(a != b for a, b in lines), "tests": len(expected.splitlines())}
+            )
         outcomes.setdefault(loser["kind"], Counter())[outcome] += 1
     draw.shuffle(kept)
     rank = Counter()
@@ -300,7 +444,10 @@ def verified_losers(right, expected, run, draw):
 
 def cheap_losers(right, draw):
     """The paper's kind: edits that nobody has run; many are not even valid IR, and the row says which."""
-    return [loser | {"valid": verifies(loser["ir"])} for loser in edits(right, ir_mutations.CHEAP, 2, draw)]
+    return [
+        loser | {"valid": verifies(loser["ir"])}
+        for loser in edits(right, ir_mutations.CHEAP, 2, draw)
+    ]
 
 
 # ---- the whole build ----
@@ -317,7 +464,12 @@ def build(sources, out, workers=None, limit=None, vectorize=False, seed=0, repor
     report(f"{len(units)} C functions, {len(units) - len(waiting)} done before")
     out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    with Pool(workers=workers) as pool, ThreadPoolExecutor((workers or 2) + 1) as threads, open(out, "a") as good, open(skipped, "a") as bad:
+    with (
+        Pool(workers=workers) as pool,
+        ThreadPoolExecutor((workers or 2) + 1) as threads,
+        open(out, "a") as good,
+        open(skipped, "a") as bad,
+    ):
 
         def one(unit):
             try:
@@ -357,12 +509,25 @@ def summary(out, skipped, seconds, report=print):
     kept = Counter(loser["kind"] for row in groups for loser in row["losers"])
     cheap = Counter((loser["kind"], loser["valid"]) for row in groups for loser in row["cheap"])
     sizes = Counter(len(row["winners"]) for row in groups)
-    report(f"{len(groups)} groups from {len(groups) + sum(reasons.values())} functions in {seconds:.0f} s; {sizes[1]} of them have one winner only, which serves n = 1 alone")
+    report(
+        f"{len(groups)} groups from {len(groups) + sum(reasons.values())} functions in {seconds:.0f} s; {sizes[1]} of them have one winner only, which serves n = 1 alone"
+    )
     report("winners per group: " + ", ".join(f"{n}: {count}" for n, count in sorted(sizes.items())))
     for reason, count in reasons.most_common():
         report(f"skipped, {reason}: {count}")
     for kind in sorted(outcomes):
-        report(f"{kind}: kept {kept[kind]}; tried " + ", ".join(f"{o} {c}" for o, c in outcomes[kind].most_common()))
+        report(
+            f"{kind}: kept {kept[kind]}; tried "
+            + ", ".join(f"{o} {c}" for o, c in outcomes[kind].most_common())
+        )
     for kind in sorted({k for k, _ in cheap}):
-        report(f"{kind}: {cheap[kind, True] + cheap[kind, False]}, of them {cheap[kind, True]} valid IR")
-    return {"groups": len(groups), "skipped": dict(reasons), "kept": dict(kept), "one_winner": sizes[1], "seconds": seconds}
+        report(
+            f"{kind}: {cheap[kind, True] + cheap[kind, False]}, of them {cheap[kind, True]} valid IR"
+        )
+    return {
+        "groups": len(groups),
+        "skipped": dict(reasons),
+        "kept": dict(kept),
+        "one_winner": sizes[1],
+        "seconds": seconds,
+    }

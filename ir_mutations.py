@@ -11,9 +11,22 @@ DEFINED = re.compile(rf"\s*({LOCAL}) = ")
 LABEL = re.compile(r"(\d+|n\d+):")
 TYPE = r"(?:\[[^\]]*\]|<[^>]*>|[a-z]\w*|%[\w.]+)\**"
 FLAGS = r"(?:(?:nsw|nuw|exact|inbounds|fast|nnan|ninf|nsz|arcp|contract|afn|reassoc|tail|notail|musttail)\s+)*"
-BINARY = re.compile(rf"(\s*{LOCAL} = (?:sub|sdiv|udiv|srem|urem|shl|lshr|ashr|fsub|fdiv|icmp \w+|fcmp \w+) {FLAGS}{TYPE}) ([^,]+), ([^,]+)$")
+BINARY = re.compile(
+    rf"(\s*{LOCAL} = (?:sub|sdiv|udiv|srem|urem|shl|lshr|ashr|fsub|fdiv|icmp \w+|fcmp \w+) {FLAGS}{TYPE}) ([^,]+), ([^,]+)$"
+)
 CONSTANT = re.compile(r"(?<=[ (])(-?\d+(?:\.\d+e[-+]\d+)?|true|false)(?=[,)\]]|$| \])")
-SIGNED = {"eq": "i", "ne": "i", "slt": "s", "sle": "s", "sgt": "s", "sge": "s", "ult": "u", "ule": "u", "ugt": "u", "uge": "u"}
+SIGNED = {
+    "eq": "i",
+    "ne": "i",
+    "slt": "s",
+    "sle": "s",
+    "sgt": "s",
+    "sge": "s",
+    "ult": "u",
+    "ule": "u",
+    "ugt": "u",
+    "uge": "u",
+}
 UNSIGNED_TWINS = {
     "sext": "zext", "zext": "sext", "sdiv": "udiv", "udiv": "sdiv", "srem": "urem", "urem": "srem", "ashr": "lshr", "lshr": "ashr",
     "sitofp": "uitofp", "uitofp": "sitofp", "fptosi": "fptoui", "fptoui": "fptosi",
@@ -30,7 +43,9 @@ def strip(ir):
             continue
         line = re.sub(r"\s*;[^\"]*$", "", line)
         line = re.sub(r",? ![\w.]+(?: ![\w.]+)?(?=,|$| \{)", "", line)
-        line = re.sub(r" (?:#\d+|dso_local|local_unnamed_addr|unnamed_addr|mustprogress)\b", "", line)
+        line = re.sub(
+            r" (?:#\d+|dso_local|local_unnamed_addr|unnamed_addr|mustprogress)\b", "", line
+        )
         kept.append(line.rstrip())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip() + "\n"
 
@@ -44,7 +59,9 @@ def renumber(ir):
     for line in ir.splitlines():
         body.append(line)
         if line == "}" or not (body[0].startswith("define")):
-            out += _renumber_function(body) if line == "}" and body[0].startswith("define") else body
+            out += (
+                _renumber_function(body) if line == "}" and body[0].startswith("define") else body
+            )
             body = []
     return "\n".join(out + body) + "\n"
 
@@ -59,7 +76,9 @@ def _renumber_function(lines):
     numbers = {name: f"%{i}" for i, name in enumerate(dict.fromkeys(names))}
     new = lambda found: numbers.setdefault(found[0], f"%{len(numbers)}")
     label = lambda found: new([f"%{found[1]}"])[1:] + ":"
-    return [LABEL.sub(label, line) if LABEL.match(line) else re.sub(LOCAL, new, line) for line in lines]
+    return [
+        LABEL.sub(label, line) if LABEL.match(line) else re.sub(LOCAL, new, line) for line in lines
+    ]
 
 
 # ---- what an edit has to know of the text ----
@@ -67,7 +86,9 @@ def _renumber_function(lines):
 
 def value_types(lines):
     """{value: type} of one function's parameters and instructions, as far as the text shows it."""
-    types = {name: kind for kind, name in re.findall(rf"({TYPE})(?: [a-z][\w()]*)* ({LOCAL})", lines[0])}
+    types = {
+        name: kind for kind, name in re.findall(rf"({TYPE})(?: [a-z][\w()]*)* ({LOCAL})", lines[0])
+    }
     for line in lines[1:]:
         if not (found := DEFINED.match(line)):
             continue
@@ -76,7 +97,9 @@ def value_types(lines):
             types[found[1]] = cast[1]
         elif re.match("[if]cmp", rest):
             types[found[1]] = "i1"
-        elif pointer := re.match(rf"getelementptr {FLAGS}({TYPE}), ({TYPE}) [^,]+, i64 [^,]+$", rest):
+        elif pointer := re.match(
+            rf"getelementptr {FLAGS}({TYPE}), ({TYPE}) [^,]+, i64 [^,]+$", rest
+        ):
             types[found[1]] = pointer[2]
         elif select := re.match(rf"select {FLAGS}i1 [^,]+, ({TYPE})", rest):
             types[found[1]] = select[1]
@@ -88,8 +111,17 @@ def value_types(lines):
 def uses(line):
     """Matches of the values that a line reads: not the one it defines, not block names."""
     start = found.end() if (found := DEFINED.match(line)) else 0
-    blocks = {m.start(1) for m in re.finditer(rf"label ({LOCAL})|, ({LOCAL}) \]", line) for _ in "1" if m[1]}
-    blocks |= {m.start(1) for m in re.finditer(rf", ({LOCAL}) \]", line)} if re.search(r"= phi ", line) else set()
+    blocks = {
+        m.start(1)
+        for m in re.finditer(rf"label ({LOCAL})|, ({LOCAL}) \]", line)
+        for _ in "1"
+        if m[1]
+    }
+    blocks |= (
+        {m.start(1) for m in re.finditer(rf", ({LOCAL}) \]", line)}
+        if re.search(r"= phi ", line)
+        else set()
+    )
     return [m for m in re.finditer(LOCAL, line) if m.start() >= start and m.start() not in blocks]
 
 
@@ -108,9 +140,11 @@ def _pick(random, lines, fits):
 
 def constant(random, lines):
     """Change a constant: 0 -> 1, 7 -> 8, 6, -7 or 14, true -> false, 2.5 -> 3.5."""
-    found = lambda line: [] if re.match(r"\s*(call|br|switch)|.*= (?:tail )?call|.*alloca", line) else [
-        m for m in CONSTANT.finditer(line) if not line[: m.start()].endswith("align ")
-    ]  # fmt: skip
+    found = lambda line: (
+        []
+        if re.match(r"\s*(call|br|switch)|.*= (?:tail )?call|.*alloca", line)
+        else [m for m in CONSTANT.finditer(line) if not line[: m.start()].endswith("align ")]
+    )
     if (i := _pick(random, lines, found)) is None:
         return None
     match = random.choice(found(lines[i]))
@@ -120,7 +154,11 @@ def constant(random, lines):
     elif "e" in old:
         new = f"{float(old) + random.choice([1.0, -1.0, 0.5]):.6e}"
     else:
-        new = str(random.choice([n for n in (int(old) + 1, int(old) - 1, -int(old), 2 * int(old)) if n != int(old)]))
+        new = str(
+            random.choice(
+                [n for n in (int(old) + 1, int(old) - 1, -int(old), 2 * int(old)) if n != int(old)]
+            )
+        )
     return [*lines[:i], _replace(lines[i], match, new), *lines[i + 1 :]]
 
 
@@ -131,7 +169,11 @@ def predicate(random, lines):
         return None
     kind, old = form.search(lines[i]).groups()
     if kind == "i":
-        others = [p for p, sign in SIGNED.items() if p != old and "i" in (sign, SIGNED[old]) or sign == SIGNED[old] and p != old]
+        others = [
+            p
+            for p, sign in SIGNED.items()
+            if p != old and "i" in (sign, SIGNED[old]) or sign == SIGNED[old] and p != old
+        ]
     else:
         others = [old[0] + p for p in ("eq", "ne", "lt", "le", "gt", "ge") if old[0] + p != old]
     return [*lines[:i], form.sub(f"{kind}cmp {random.choice(others)}", lines[i]), *lines[i + 1 :]]
@@ -150,15 +192,24 @@ def operand(random, lines):
 def drop(random, lines):
     """Leave an instruction out; its readers read one of its operands of the same type, or 0. Stores and calls of nothing just go."""
     types = value_types(lines)
-    gone = lambda line: re.match(r"\s*(store|(tail )?call void)", line) or (
-        (found := DEFINED.match(line)) and types.get(found[1], "").startswith("i") and not re.search("= phi", line)
+    gone = lambda line: (
+        re.match(r"\s*(store|(tail )?call void)", line)
+        or (
+            (found := DEFINED.match(line))
+            and types.get(found[1], "").startswith("i")
+            and not re.search("= phi", line)
+        )
     )
     if (i := _pick(random, lines, gone)) is None:
         return None
     if not (found := DEFINED.match(lines[i])):
         return lines[:i] + lines[i + 1 :]
     same = [m[0] for m in uses(lines[i]) if types.get(m[0]) == types[found[1]]]
-    return _substitute(lines[:i] + lines[i + 1 :], found[1], random.choice(same) if same else _zero(types[found[1]]))
+    return _substitute(
+        lines[:i] + lines[i + 1 :],
+        found[1],
+        random.choice(same) if same else _zero(types[found[1]]),
+    )
 
 
 def _zero(kind):
@@ -175,7 +226,13 @@ def swap(random, lines):
     select = re.compile(rf"(\s*{LOCAL} = select {FLAGS}i1 [^,]+), ([^,]+), ([^,]+)$")
     fits = lambda line: BINARY.match(line) or branch.match(line) or select.match(line)
     if random.random() < 0.2:
-        i = _pick(random, lines[:-2], lambda line: line.startswith("  ") and not line.lstrip().startswith(("br", "ret", "switch")))
+        i = _pick(
+            random,
+            lines[:-2],
+            lambda line: (
+                line.startswith("  ") and not line.lstrip().startswith(("br", "ret", "switch"))
+            ),
+        )
         return None if i is None else [*lines[:i], lines[i + 1], lines[i], *lines[i + 2 :]]
     if (i := _pick(random, lines, fits)) is None:
         return None
@@ -188,13 +245,20 @@ def type_(random, lines):
     """Treat signed as unsigned or the reverse (sext -> zext, sdiv -> udiv, slt -> ult), or cut an integer to eight bits and widen it again."""
     types = value_types(lines)
     form = re.compile("(?<== )(" + "|".join(UNSIGNED_TWINS) + r")\b")
-    wide = lambda line: (found := DEFINED.match(line)) and types.get(found[1]) in ("i16", "i32", "i64") and not re.search("= phi", line)
+    wide = lambda line: (
+        (found := DEFINED.match(line))
+        and types.get(found[1]) in ("i16", "i32", "i64")
+        and not re.search("= phi", line)
+    )
     if random.random() < 0.5 and (i := _pick(random, lines, form.search)) is not None:
         return [*lines[:i], form.sub(lambda m: UNSIGNED_TWINS[m[1]], lines[i]), *lines[i + 1 :]]
     if (i := _pick(random, lines, wide)) is None:
         return None
     name = DEFINED.match(lines[i])[1]
-    cut = [f"  %n1 = trunc {types[name]} {name} to i8", f"  %n2 = {random.choice(['sext', 'zext'])} i8 %n1 to {types[name]}"]
+    cut = [
+        f"  %n1 = trunc {types[name]} {name} to i8",
+        f"  %n2 = {random.choice(['sext', 'zext'])} i8 %n1 to {types[name]}",
+    ]
     return [*lines[: i + 1], *cut, *_substitute(lines[i + 1 :], name, "%n2")]
 
 
@@ -219,11 +283,26 @@ def cheap_operand(random, lines):
     if len(types) < 2 or (i := _pick(random, lines, uses)) is None:
         return None
     match = random.choice(uses(lines[i]))
-    return [*lines[:i], _replace(lines[i], match, random.choice([v for v in types if v != match[0]] or [match[0]])), *lines[i + 1 :]]
+    return [
+        *lines[:i],
+        _replace(lines[i], match, random.choice([v for v in types if v != match[0]] or [match[0]])),
+        *lines[i + 1 :],
+    ]
 
 
-KINDS = {"constant": constant, "predicate": predicate, "operand": operand, "drop": drop, "swap": swap, "type": type_}
-CHEAP = {"cheap_drop_cast": cheap_drop_cast, "cheap_dangling": cheap_dangling, "cheap_operand": cheap_operand}
+KINDS = {
+    "constant": constant,
+    "predicate": predicate,
+    "operand": operand,
+    "drop": drop,
+    "swap": swap,
+    "type": type_,
+}
+CHEAP = {
+    "cheap_drop_cast": cheap_drop_cast,
+    "cheap_dangling": cheap_dangling,
+    "cheap_operand": cheap_operand,
+}
 
 
 def mutate(random, ir, edit):

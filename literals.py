@@ -10,7 +10,20 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from values import LUA_SMALLEST, MAX_TEXT, Char, Compound, Map, Pair, Set, Symbol, cons, key_of, table_of, write
+from values import (
+    LUA_SMALLEST,
+    MAX_TEXT,
+    Char,
+    Compound,
+    Map,
+    Pair,
+    Set,
+    Symbol,
+    cons,
+    key_of,
+    table_of,
+    write,
+)
 
 MAX_DEPTH = 30
 
@@ -23,7 +36,9 @@ def read(text, language):
     reader = (_ListReader if table["family"] == "lists" else _BracketReader)(text, table)
     found = reader.sequence()
     for value in found:
-        write(value, language)  # what cannot be written (an infinite float, a control character) is no value either
+        write(
+            value, language
+        )  # what cannot be written (an infinite float, a control character) is no value either
     return found
 
 
@@ -35,7 +50,17 @@ def read_one(text, language):
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d{1,4})?")
-_SIMPLE_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "e": "\x1b"}
+_SIMPLE_ESCAPES = {
+    "n": "\n",
+    "t": "\t",
+    "r": "\r",
+    "0": "\0",
+    "a": "\a",
+    "b": "\b",
+    "f": "\f",
+    "v": "\v",
+    "e": "\x1b",
+}
 
 
 def _number(text, table):
@@ -86,7 +111,9 @@ class _Reader:
         """The rest of a string after its opening quote."""
         parts = []
         while True:
-            parts.append(self.take(rf"[^\\{quote}{re.escape(self.table.get('interpolation', ''))}]*"))
+            parts.append(
+                self.take(rf"[^\\{quote}{re.escape(self.table.get('interpolation', ''))}]*")
+            )
             if self.at >= len(self.text):
                 self.fail("a string without an end")
             mark = self.text[self.at]
@@ -98,7 +125,9 @@ class _Reader:
             parts.append(self.escape())
 
     def escape(self):
-        if code := self.take(r"x[0-9a-fA-F]{1,6}\\?" if self.table.get("escape_ends") else r"x[0-9a-fA-F]{2}"):
+        if code := self.take(
+            r"x[0-9a-fA-F]{1,6}\\?" if self.table.get("escape_ends") else r"x[0-9a-fA-F]{2}"
+        ):
             return chr(int(code.strip("x\\"), 16))
         if code := self.take(r"u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]{1,6}\}"):
             return chr(int(code.strip("u{}"), 16))
@@ -133,7 +162,9 @@ class _BracketReader(_Reader):
     def entry(self):
         """A value, or key and value of a dictionary."""
         arrow = self.table.get("arrow")
-        if self.table.get("key") and (name := self.take(r"\[\s*|[A-Za-z_]\w*(?=\s*=)")):  # Lua: [1] = 2, name = 2
+        if self.table.get("key") and (
+            name := self.take(r"\[\s*|[A-Za-z_]\w*(?=\s*=)")
+        ):  # Lua: [1] = 2, name = 2
             key = name if name[0] != "[" else self.nested(self.value)
             self.space()
             if name[0] == "[" and not self.take(r"\]"):
@@ -149,7 +180,9 @@ class _BracketReader(_Reader):
     def value(self):
         value = self.simple()
         self.space()
-        while operator := self.table.get("operators") and self.take(self.table["operators"]):  # Prolog: a-1, k=v
+        while operator := self.table.get("operators") and self.take(
+            self.table["operators"]
+        ):  # Prolog: a-1, k=v
             self.space()
             self.terms += 1
             if self.terms > 3 * MAX_DEPTH:
@@ -160,7 +193,9 @@ class _BracketReader(_Reader):
 
     def simple(self):
         table, start = self.table, self.at
-        if table.get("ratio") and (text := self.take(rf"[-+]?\d+{re.escape(table['ratio'])}\d+(?!\w)")):
+        if table.get("ratio") and (
+            text := self.take(rf"[-+]?\d+{re.escape(table['ratio'])}\d+(?!\w)")
+        ):
             return _number(text, table)
         if text := self.take(rf"{_NUMBER.pattern}(?![\w.])"):
             return _number(text, table)
@@ -177,11 +212,17 @@ class _BracketReader(_Reader):
             return Char(text) if len(text) == 1 else self.fail("a character has one letter")
         if quote := self.take(f"[{table['quotes']}]"):
             return self.quoted(quote)
-        if "symbol" in table and (text := self.take(table["symbol"].split("...")[0] + f"(?:{table['symbol_name']})(?!\\w)")):
+        if "symbol" in table and (
+            text := self.take(
+                table["symbol"].split("...")[0] + f"(?:{table['symbol_name']})(?!\\w)"
+            )
+        ):
             return self.word(text)
         if "atom_quote" in table and self.take(table["atom_quote"]):
             return self.compound(self.quoted(table["atom_quote"]))
-        if (text := self.take(r"[A-Za-z_]\w*")) in [table.get(k) for k in ("true", "false", "none")] and text:
+        if (text := self.take(r"[A-Za-z_]\w*")) in [
+            table.get(k) for k in ("true", "false", "none")
+        ] and text:
             return {table.get("true"): True, table.get("false"): False}.get(text)
         self.at = start
         self.fail("no literal")
@@ -195,7 +236,11 @@ class _BracketReader(_Reader):
     def compound(self, name):
         if "operators" in self.table and self.take(r"\("):
             args = self.nested(lambda: self.items(r"\)"))
-            return Compound(name, tuple(args)) if args and _TRAILING not in args else self.fail("arguments are missing")
+            return (
+                Compound(name, tuple(args))
+                if args and _TRAILING not in args
+                else self.fail("arguments are missing")
+            )
         return Symbol(name)
 
     def opener(self, kind):
@@ -211,7 +256,13 @@ class _BracketReader(_Reader):
         if kind == "map" and shared:  # Python: {} is a dictionary, {1} a set
             return Set(tuple(values)) if values else Map(())
         if kind == "map":  # Lua: {1, 2} is a list
-            return values if self.table["list"] == self.table["map"] else Map(()) if not values else self.fail("a key is missing")
+            return (
+                values
+                if self.table["list"] == self.table["map"]
+                else Map(())
+                if not values
+                else self.fail("a key is missing")
+            )
         if kind == "tuple":
             if len(values) == 1:
                 return values[0]  # (1) is 1 in parentheses
@@ -219,16 +270,27 @@ class _BracketReader(_Reader):
         return Set(tuple(values)) if kind == "set" else values
 
     def dictionary(self, kind, values):
-        if kind != "map" or (not self.table.get("key") and not all(isinstance(v, _Entry) for v in values)):
+        if kind != "map" or (
+            not self.table.get("key") and not all(isinstance(v, _Entry) for v in values)
+        ):
             self.fail("keys and values where none are allowed")
         places = iter(range(1, len(values) + 1))  # Lua: what has no key has the next place
-        pairs = {(key_of(e.key, self.table)): (e.key, e.value) for e in (v if isinstance(v, _Entry) else _Entry(next(places), v) for v in values)}
-        return _table_as_list(Map(tuple(pairs.values()))) if self.table.get("key") else Map(tuple(pairs.values()))
+        pairs = {
+            (key_of(e.key, self.table)): (e.key, e.value)
+            for e in (v if isinstance(v, _Entry) else _Entry(next(places), v) for v in values)
+        }
+        return (
+            _table_as_list(Map(tuple(pairs.values())))
+            if self.table.get("key")
+            else Map(tuple(pairs.values()))
+        )
 
 
 def promoted(values):
     """Julia makes [1, 2.5] a list of floats (Any[1, 2.5] stays as it is)."""
-    mixed = {type(v) for v in values} - {int, Fraction, float} == set() and any(isinstance(v, float) for v in values)
+    mixed = {type(v) for v in values} - {int, Fraction, float} == set() and any(
+        isinstance(v, float) for v in values
+    )
     return [float(v) for v in values] if mixed else values
 
 
@@ -285,7 +347,11 @@ class _ListReader(_Reader):
                 self.fail("a key without a value")
             return Map(tuple(zip(args[::2], args[1::2])))
         if kind == "alist":
-            return self.map_of(args[0]) if len(args) == 1 and isinstance(args[0], list) else self.fail("a list of pairs is missing")
+            return (
+                self.map_of(args[0])
+                if len(args) == 1 and isinstance(args[0], list)
+                else self.fail("a list of pairs is missing")
+            )
         return tuple(args) if kind == "vector" else args
 
     def datum(self, quoted=True):
@@ -303,17 +369,29 @@ class _ListReader(_Reader):
             name = self.take(r"[A-Za-z]+|[\s\S]") or self.fail("a character is missing")
             letter = name if len(name) == 1 else table["char_names"].get(name.lower())
             return Char(letter) if letter else self.fail("unknown character")
-        return self.atom(self.take(r"[^\s()\[\]{}\"';`,|#\\][^\s()\[\]{}\"';`,|\\]*|#[a-z]+|\|[^|\\]*\|") or "", quoted)
+        return self.atom(
+            self.take(r"[^\s()\[\]{}\"';`,|#\\][^\s()\[\]{}\"';`,|\\]*|#[a-z]+|\|[^|\\]*\|") or "",
+            quoted,
+        )
 
     def atom(self, text, quoted):
         table = self.table
-        number = _number(re.sub(r"(?<=[\d.])[dDfF](?=[-+]?\d+$)", "e", text) if table.get("casefold") else text, table)
+        number = _number(
+            re.sub(r"(?<=[\d.])[dDfF](?=[-+]?\d+$)", "e", text) if table.get("casefold") else text,
+            table,
+        )
         if number is not None:
             return number
         name = text.lower() if table.get("casefold") else text
         if name in table["words"]:
             return {"true": True, "false": False, "empty": []}[table["words"][name]]
-        if not text or text[0] in "#|" or (not quoted and text[0] != ":") or name == "." or not re.fullmatch(r"[\x21-\x7e]+", text):
+        if (
+            not text
+            or text[0] in "#|"
+            or (not quoted and text[0] != ":")
+            or name == "."
+            or not re.fullmatch(r"[\x21-\x7e]+", text)
+        ):
             self.fail("no literal")
         return Symbol(name)
 
@@ -335,6 +413,10 @@ class _ListReader(_Reader):
         return tail[0] if tail else values
 
     def map_of(self, pairs):
-        if not isinstance(pairs, list) or not all(isinstance(p, Pair) or (isinstance(p, list) and p) for p in pairs):
+        if not isinstance(pairs, list) or not all(
+            isinstance(p, Pair) or (isinstance(p, list) and p) for p in pairs
+        ):
             self.fail("a dictionary is made of pairs")
-        return Map(tuple((p.first, p.second) if isinstance(p, Pair) else (p[0], p[1:]) for p in pairs))
+        return Map(
+            tuple((p.first, p.second) if isinstance(p, Pair) else (p[0], p[1:]) for p in pairs)
+        )

@@ -43,7 +43,9 @@ def write_config(folder, config, rank):
 class RunLog:
     """Files of one run, written by rank 0 only (`enabled`)."""
 
-    def __init__(self, folder, config, enabled=True, resume_step=None, wandb_mode="auto", wandb_id=None):
+    def __init__(
+        self, folder, config, enabled=True, resume_step=None, wandb_mode="auto", wandb_id=None
+    ):
         self.folder, self.enabled, self.wandb, self.wandb_id = Path(folder), enabled, None, wandb_id
         if not enabled:
             return
@@ -60,8 +62,18 @@ class RunLog:
     def _copy_source(self):
         root = Path(__file__).parent
         target = self.folder / "source"
-        shutil.copytree(root / "kernels", target / "kernels", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-        shutil.copytree(root / "sandbox", target / "sandbox", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        shutil.copytree(
+            root / "kernels",
+            target / "kernels",
+            ignore=shutil.ignore_patterns("__pycache__"),
+            dirs_exist_ok=True,
+        )
+        shutil.copytree(
+            root / "sandbox",
+            target / "sandbox",
+            ignore=shutil.ignore_patterns("__pycache__"),
+            dirs_exist_ok=True,
+        )
         for path in root.glob("*.py"):
             shutil.copy(path, target / path.name)
 
@@ -72,13 +84,26 @@ class RunLog:
         try:
             import wandb
         except ImportError:
-            print("wandb is not installed: metrics.jsonl has everything (pip install wandb to watch the run)", file=sys.stderr)
+            print(
+                "wandb is not installed: metrics.jsonl has everything (pip install wandb to watch the run)",
+                file=sys.stderr,
+            )
             return
         if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists() else "offline"
+            mode = (
+                "online"
+                if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+                else "offline"
+            )
         os.environ.setdefault("WANDB_SILENT", "true")
         self.wandb = wandb.init(
-            project="rarecode", name=self.folder.name, config=config, dir=str(self.folder), mode=mode, id=self.wandb_id, resume="allow"
+            project="rarecode",
+            name=self.folder.name,
+            config=config,
+            dir=str(self.folder),
+            mode=mode,
+            id=self.wandb_id,
+            resume="allow",
         )
         self.wandb_id = self.wandb.id
 
@@ -110,7 +135,14 @@ class RunLog:
             import wandb
 
             columns = list(rows[0])
-            self.wandb.log({"eval/samples": wandb.Table(columns=columns, data=[[str(r.get(c)) for c in columns] for r in rows[:16]])}, step=step)
+            self.wandb.log(
+                {
+                    "eval/samples": wandb.Table(
+                        columns=columns, data=[[str(r.get(c)) for c in columns] for r in rows[:16]]
+                    )
+                },
+                step=step,
+            )
 
     def close(self):
         if self.enabled:

@@ -24,12 +24,16 @@ class Adapter(nn.Module):
         super().__init__()
         self.outputs, self.rank, self.scale, self.enabled = outputs, rank, alpha / rank, True
         bound = inputs**-0.5  # peft's kaiming_uniform(a=sqrt 5)
-        self.a = nn.Parameter(torch.empty(len(outputs) * rank, inputs).uniform_(-bound, bound, generator=generator))
+        self.a = nn.Parameter(
+            torch.empty(len(outputs) * rank, inputs).uniform_(-bound, bound, generator=generator)
+        )
         self.b = nn.Parameter(torch.zeros(sum(outputs), rank))
 
     def forward(self, x):
         inner = (x @ self.a.T).split(self.rank, dim=1)
-        return self.scale * torch.cat([h @ b.T for h, b in zip(inner, self.b.split(self.outputs))], dim=1)
+        return self.scale * torch.cat(
+            [h @ b.T for h, b in zip(inner, self.b.split(self.outputs))], dim=1
+        )
 
 
 def attach(model, rank, alpha, seed=0):
@@ -39,7 +43,9 @@ def attach(model, rank, alpha, seed=0):
     for i, layer in enumerate(model.layers):
         for name in MATRICES:
             linear = getattr(layer, name)
-            outputs = part_rows(model.config, f"layers.{i}.{name}.weight") or [linear.weight.shape[0]]
+            outputs = part_rows(model.config, f"layers.{i}.{name}.weight") or [
+                linear.weight.shape[0]
+            ]
             linear.adapter = Adapter(linear.weight.shape[1], outputs, rank, alpha, generator)
 
 
@@ -69,7 +75,10 @@ def merged(model):
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
             continue
-        whole, adapter = distributed.full(parameter), adapters.get(name.removesuffix("weight") + "adapter")
+        whole, adapter = (
+            distributed.full(parameter),
+            adapters.get(name.removesuffix("weight") + "adapter"),
+        )
         if adapter is not None:
             whole = whole + delta(distributed.full(adapter.a), distributed.full(adapter.b), adapter)
         yield name, whole
@@ -82,19 +91,37 @@ def tensors(model):
         for name in MATRICES:
             adapter = getattr(layer, name).adapter
             if adapter is not None:
-                a, b = distributed.full(adapter.a).cpu().split(adapter.rank), distributed.full(adapter.b).cpu().split(adapter.outputs)
+                a, b = (
+                    distributed.full(adapter.a).cpu().split(adapter.rank),
+                    distributed.full(adapter.b).cpu().split(adapter.outputs),
+                )
                 for theirs, a_i, b_i in zip(LAYER_NAMES[f"{name}.weight"], a, b):
                     prefix = f"base_model.model.model.layers.{i}.{theirs.removesuffix('.weight')}"
-                    found[f"{prefix}.lora_A.weight"], found[f"{prefix}.lora_B.weight"] = a_i.contiguous(), b_i.contiguous()
+                    found[f"{prefix}.lora_A.weight"], found[f"{prefix}.lora_B.weight"] = (
+                        a_i.contiguous(),
+                        b_i.contiguous(),
+                    )
     return found
 
 
 def save(matrices, model, folder, base):
     """adapter_model.safetensors and adapter_config.json, which peft loads on top of `base`."""
     adapter = model.layers[0].qkv.adapter
-    targets = sorted({name.split(".")[-2] for part in MATRICES for name in LAYER_NAMES[f"{part}.weight"]})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": adapter.rank}
-    config |= {"lora_alpha": adapter.scale * adapter.rank, "lora_dropout": 0.0, "bias": "none", "target_modules": targets}
+    targets = sorted(
+        {name.split(".")[-2] for part in MATRICES for name in LAYER_NAMES[f"{part}.weight"]}
+    )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": adapter.rank,
+    }
+    config |= {
+        "lora_alpha": adapter.scale * adapter.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+    }
     (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(matrices, Path(folder) / "adapter_model.safetensors")
 
@@ -108,7 +135,12 @@ def read(folder, model):
     saved, found = load_file(Path(folder) / "adapter_model.safetensors"), {}
     for i in range(len(model.layers)):
         for name in MATRICES:
-            prefixes = [f"base_model.model.model.layers.{i}.{t.removesuffix('.weight')}" for t in LAYER_NAMES[f"{name}.weight"]]
+            prefixes = [
+                f"base_model.model.model.layers.{i}.{t.removesuffix('.weight')}"
+                for t in LAYER_NAMES[f"{name}.weight"]
+            ]
             for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
-                found[f"layers.{i}.{name}.adapter.{ours}"] = torch.cat([saved[f"{prefix}.{theirs}.weight"] for prefix in prefixes])
+                found[f"layers.{i}.{name}.adapter.{ours}"] = torch.cat(
+                    [saved[f"{prefix}.{theirs}.weight"] for prefix in prefixes]
+                )
     return found

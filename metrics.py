@@ -18,9 +18,17 @@ def loss_metrics(collected, on_policy):
         "loss": sum(loss for loss, _ in everyone),
         "clip_ratio/low_mean": mean(everyone, "clip_low"),
         "clip_ratio/high_mean": mean(everyone, "clip_high"),
-        "num_train_tokens": float(total(everyone, "computed")),  # through the model in the update, shared prompts once
-        "policy/entropy": mean(everyone, "entropy"),  # of the whole distribution, where the loss was computed
-        **{f"kl/{k}": mean(everyone, f"ref_{k}") for k in ("k1", "k2", "k3") if f"ref_{k}" in everyone[0][1][0]},
+        "num_train_tokens": float(
+            total(everyone, "computed")
+        ),  # through the model in the update, shared prompts once
+        "policy/entropy": mean(
+            everyone, "entropy"
+        ),  # of the whole distribution, where the loss was computed
+        **{
+            f"kl/{k}": mean(everyone, f"ref_{k}")
+            for k in ("k1", "k2", "k3")
+            if f"ref_{k}" in everyone[0][1][0]
+        },
     }
     if first:  # none when the first update had no rollout with signal, GEPO's groups alone
         found |= {
@@ -45,10 +53,12 @@ def rollout_metrics(pairs, samples, stop_ids):
         "reward_std": float(judged.std()),
         "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
         "pass_rate": float(solved.float().mean()),
-        "entropy": sum(-sum(c.logprobs) for c, _ in pairs) / float(lengths.sum()),  # -log p of sampled tokens: unbiased
+        "entropy": sum(-sum(c.logprobs) for c, _ in pairs)
+        / float(lengths.sum()),  # -log p of sampled tokens: unbiased
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": sum(c.tokens[-1] not in stop_ids for c, _ in pairs) / len(pairs),
+        "completions/clipped_ratio": sum(c.tokens[-1] not in stop_ids for c, _ in pairs)
+        / len(pairs),
         "completions/length_solved": float(lengths[solved].mean()),
         "completions/length_unsolved": float(lengths[~solved].mean()),
         "num_tokens": float(lengths.sum()),

@@ -48,13 +48,19 @@ class Config:
     def from_dict(cls, raw, source="config"):
         """Read the dict of a config.json with `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
         if raw.get("model_type") not in ("qwen2", "qwen3"):
-            raise CheckpointError(f"{source}: model_type is {raw.get('model_type')!r}; this code runs Qwen2 checkpoints (Qwen2.5, Qwen2.5-Coder) and dense Qwen3")
+            raise CheckpointError(
+                f"{source}: model_type is {raw.get('model_type')!r}; this code runs Qwen2 checkpoints (Qwen2.5, Qwen2.5-Coder) and dense Qwen3"
+            )
         if raw["model_type"] == "qwen3" and raw.get("attention_bias"):
-            raise CheckpointError(f"{source}: attention_bias is not supported; Qwen3's published checkpoints have none")
+            raise CheckpointError(
+                f"{source}: attention_bias is not supported; Qwen3's published checkpoints have none"
+            )
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or raw.get("use_sliding_window"):
-            raise CheckpointError(f"{source}: rope type {kind!r} or a sliding window is not supported; use a checkpoint with plain RoPE and full attention")
+            raise CheckpointError(
+                f"{source}: rope type {kind!r} or a sliding window is not supported; use a checkpoint with plain RoPE and full attention"
+            )
         try:
             return cls(
                 vocab_size=raw["vocab_size"],
@@ -72,13 +78,19 @@ class Config:
                 raw=dict(raw),
             )
         except KeyError as missing:
-            raise CheckpointError(f"{source}: {missing} is missing, so this is not a complete Qwen config.json") from None
+            raise CheckpointError(
+                f"{source}: {missing} is missing, so this is not a complete Qwen config.json"
+            ) from None
 
     def to_dict(self):
         """The config.json that transformers 4 and 5 and vLLM read: both spellings of the RoPE base."""
         shapes = {k: v for k, v in self.__dict__.items() if k != "raw"}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        fixed = {"architectures": [f"{self.model_type.capitalize()}ForCausalLM"], "hidden_act": "silu", "rope_parameters": rope}
+        fixed = {
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
+            "hidden_act": "silu",
+            "rope_parameters": rope,
+        }
         return {**self.raw, **shapes, **fixed}
 
 
@@ -130,7 +142,10 @@ class Layer(nn.Module):
         """Qwen3: RMSNorm over each head of q and of k, before the rotation. Here, so that no `attend` has to know."""
         head_dim = len(self.q_norm)
         q, k, v = qkv.view(len(qkv), -1, head_dim).split(self.heads, dim=1)
-        q, k = (rms_norm(x.reshape(-1, head_dim), weight, self.eps).view_as(x) for x, weight in ((q, self.q_norm), (k, self.k_norm)))
+        q, k = (
+            rms_norm(x.reshape(-1, head_dim), weight, self.eps).view_as(x)
+            for x, weight in ((q, self.q_norm), (k, self.k_norm))
+        )
         return torch.cat([q, k, v], dim=1).flatten(1)
 
 
@@ -142,10 +157,18 @@ class Model(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.attention, self.linear = causal_attention, F.linear  # exact.py puts others here
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size))
+        self.embed = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        )
 
     @property
     def head_weight(self):
@@ -158,7 +181,9 @@ class Model(nn.Module):
         With `head`, returns head(hidden, head_weight) instead: log-probs or a fused loss, computed inside the forward so that
         FSDP has the head's weight gathered (kernels/logprob.py). Logits [T, V] never exist here.
         """
-        hidden = self.decode(tokens, positions, self.attention(self.config, cu_seqlens, parents), self.linear)
+        hidden = self.decode(
+            tokens, positions, self.attention(self.config, cu_seqlens, parents), self.linear
+        )
         return hidden if head is None else head(hidden, self.head_weight)
 
     def decode(self, tokens, positions, attend, linear=F.linear):
@@ -170,7 +195,9 @@ class Model(nn.Module):
         x, residual = self.embed(tokens), None
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, x, residual, attend, index, cos, sin, linear, use_reentrant=False)
+                x, residual = checkpoint(
+                    layer, x, residual, attend, index, cos, sin, linear, use_reentrant=False
+                )
             else:
                 x, residual = layer(x, residual, attend, index, cos, sin, linear)
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
@@ -202,7 +229,9 @@ def causal_attention(config, cu_seqlens, parents=None):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if parents is None:
             return whole(q, k, v).flatten(1)
-        return torch.cat([whole(q[:rows], k[:rows], v[:rows]), continued(q[rows:], k[seen], v[seen])]).flatten(1)
+        return torch.cat(
+            [whole(q[:rows], k[:rows], v[:rows]), continued(q[rows:], k[seen], v[seen])]
+        ).flatten(1)
 
     return attend
 
@@ -212,7 +241,9 @@ def seen_by_children(lengths, parents):
     starts = lengths.cumsum(0) - lengths
     first = torch.stack([starts[parents], starts[len(lengths) - len(parents) :]], 1).flatten()
     counts = torch.stack([lengths[parents], lengths[len(lengths) - len(parents) :]], 1).flatten()
-    within = torch.arange(int(counts.sum()), device=lengths.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    within = torch.arange(int(counts.sum()), device=lengths.device) - torch.repeat_interleave(
+        counts.cumsum(0) - counts, counts
+    )
     return torch.repeat_interleave(first, counts) + within
 
 
@@ -224,7 +255,9 @@ def _flash_varlen(queries, keys):
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys))
     longest_q, longest_k = int(queries.max()), int(keys.max())
-    return lambda q, k, v: varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(-1, 0), **gqa)
+    return lambda q, k, v: varlen_attn(
+        q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(-1, 0), **gqa
+    )
 
 
 def _padded_sdpa(queries, keys):
@@ -232,12 +265,19 @@ def _padded_sdpa(queries, keys):
     # the left and queries on the right, so that one mask tells padding and future apart; without a prefix is_causal does, which is faster.
     longest_q, longest_k = int(queries.max()), int(keys.max())
     shared = not torch.equal(queries, keys)
-    place_q, place_k = _places(queries, longest_q, 0), _places(keys, longest_k, (longest_k - keys) if shared else 0)
+    place_q, place_k = (
+        _places(queries, longest_q, 0),
+        _places(keys, longest_k, (longest_k - keys) if shared else 0),
+    )
     mask = None
     if shared:
         column, row = torch.arange(longest_k), torch.arange(longest_q)[:, None]
-        mask = (column >= (longest_k - keys)[:, None, None]) & (column <= row + (longest_k - queries)[:, None, None])
-        mask = (mask | (row >= queries[:, None, None]))[:, None]  # rows of padding look at anything: their result is dropped
+        mask = (column >= (longest_k - keys)[:, None, None]) & (
+            column <= row + (longest_k - queries)[:, None, None]
+        )
+        mask = (mask | (row >= queries[:, None, None]))[
+            :, None
+        ]  # rows of padding look at anything: their result is dropped
 
     def pad(x, place, longest):
         rows = x.new_zeros(len(queries) * longest, *x.shape[1:]).index_copy(0, place, x)
@@ -245,7 +285,9 @@ def _padded_sdpa(queries, keys):
 
     def mix(q, k, v):
         padded = pad(q, place_q, longest_q), pad(k, place_k, longest_k), pad(v, place_k, longest_k)
-        out = F.scaled_dot_product_attention(*padded, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            *padded, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return out.transpose(1, 2).reshape(len(queries) * longest_q, *q.shape[1:])[place_q]
 
     return mix
@@ -254,7 +296,9 @@ def _padded_sdpa(queries, keys):
 def _places(lengths, longest, offset):
     """Row of each packed token in a [segments * longest] table."""
     starts = torch.arange(len(lengths)) * longest + offset
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(
+        lengths.cumsum(0) - lengths, lengths
+    )
     return torch.repeat_interleave(starts, lengths) + within
 
 
@@ -302,7 +346,11 @@ def part_rows(config, ours):
     """Rows of each Hugging Face tensor inside our fused parameter, None when it is not fused."""
     hd = config.head_dim
     if ".qkv." in ours:
-        return [config.num_attention_heads * hd, config.num_key_value_heads * hd, config.num_key_value_heads * hd]
+        return [
+            config.num_attention_heads * hd,
+            config.num_key_value_heads * hd,
+            config.num_key_value_heads * hd,
+        ]
     return [config.intermediate_size] * 2 if ".gate_up." in ours else None
 
 
@@ -312,13 +360,21 @@ def find_checkpoint(name):
     if folder.is_dir():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"{name} is not a folder with a checkpoint (and not a hub id such as Qwen/Qwen2.5-Coder-0.5B-Instruct)")
+        raise CheckpointError(
+            f"{name} is not a folder with a checkpoint (and not a hub id such as Qwen/Qwen2.5-Coder-0.5B-Instruct)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
-    except Exception as problem:  # network, unknown id, gated: the user needs the cause, not its traceback
-        raise CheckpointError(f"cannot get {name} from the hub ({type(problem).__name__}); check the name and the network, or give a local folder") from None
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+        )
+    except (
+        Exception
+    ) as problem:  # network, unknown id, gated: the user needs the cause, not its traceback
+        raise CheckpointError(
+            f"cannot get {name} from the hub ({type(problem).__name__}); check the name and the network, or give a local folder"
+        ) from None
 
 
 def read_config(folder):
@@ -335,17 +391,25 @@ def read_config(folder):
 def _open_tensors(folder):
     """Hugging Face tensor name -> function that reads it; one file or many."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     readers = {}
     for name in files:
         path = folder / name
         if not path.exists():
-            raise CheckpointError(f"{path} is missing: the checkpoint is not complete, copy or download it again")
+            raise CheckpointError(
+                f"{path} is missing: the checkpoint is not complete, copy or download it again"
+            )
         try:
             opened = safe_open(path, framework="pt")
             readers.update({key: opened.get_tensor for key in opened.keys()})
         except (SafetensorError, OSError) as problem:
-            raise CheckpointError(f"{path} is damaged ({problem}): copy or download it again") from None
+            raise CheckpointError(
+                f"{path} is damaged ({problem}): copy or download it again"
+            ) from None
     return readers
 
 
@@ -358,14 +422,22 @@ def load(name, dtype=torch.float32, device="cpu"):
     for ours, theirs in hugging_face_names(config).items():
         missing = [t for t in theirs if t not in readers]
         if missing:
-            raise CheckpointError(f"{folder} has no tensor {missing[0]}: it is not the checkpoint its config.json describes")
+            raise CheckpointError(
+                f"{folder} has no tensor {missing[0]}: it is not the checkpoint its config.json describes"
+            )
         parts = [readers[t](t) for t in theirs]
-        state[ours] = torch.cat(parts).to(device=device, dtype=dtype) if len(parts) > 1 else parts[0].to(device=device, dtype=dtype)
+        state[ours] = (
+            torch.cat(parts).to(device=device, dtype=dtype)
+            if len(parts) > 1
+            else parts[0].to(device=device, dtype=dtype)
+        )
     with torch.device("meta"):
         model = Model(config)
     for ours, parameter in model.named_parameters():
         if state[ours].shape != parameter.shape:
-            raise CheckpointError(f"{folder}: {ours} has shape {list(state[ours].shape)}, config.json asks for {list(parameter.shape)}")
+            raise CheckpointError(
+                f"{folder}: {ours} has shape {list(state[ours].shape)}, config.json asks for {list(parameter.shape)}"
+            )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
@@ -381,11 +453,28 @@ def save(state, config, folder, dtype=torch.bfloat16, tokenizer_from=None):
     for ours, theirs in hugging_face_names(config).items():
         whole = state[ours].detach().to(device="cpu", dtype=dtype)
         parts = whole.split(part_rows(config, ours)) if len(theirs) > 1 else [whole]
-        tensors.update({name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(theirs, parts)})
+        tensors.update(
+            {
+                name: part.clone(memory_format=torch.contiguous_format)
+                for name, part in zip(theirs, parts)
+            }
+        )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     name = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": name, "torch_dtype": name}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({**config.to_dict(), "dtype": name, "torch_dtype": name}, indent=2) + "\n"
+    )
     for path in Path(tokenizer_from).glob("*") if tokenizer_from else []:
-        if path.name.startswith(("tokenizer", "generation_config", "chat_template", "vocab", "merges", "special_tokens", "added_tokens")):
+        if path.name.startswith(
+            (
+                "tokenizer",
+                "generation_config",
+                "chat_template",
+                "vocab",
+                "merges",
+                "special_tokens",
+                "added_tokens",
+            )
+        ):
             if path.resolve().parent != folder.resolve():
                 shutil.copy(path, folder / path.name)

@@ -13,7 +13,11 @@ def make_optimizer(model, weight_decay=0.0, beta2=0.99):
     """AdamW (fused), beta1 0.9. Matrices decay, norms and biases do not. beta2 0.99 is the first paper's (arXiv 2506.11027)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    groups = [{"params": p, "weight_decay": decay} for p, decay in ((matrices, weight_decay), (vectors, 0.0)) if p]
+    groups = [
+        {"params": p, "weight_decay": decay}
+        for p, decay in ((matrices, weight_decay), (vectors, 0.0))
+        if p
+    ]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), eps=1e-8, fused=True)
 
 
@@ -36,7 +40,9 @@ def accumulate(model, sequences, loss_of, token_budget, device, share_prompts=Fa
     loss_of(batch) -> (loss, anything). The loss must already carry the global denominator (batch.weights). Ranks may hold
     different amounts of work, none included: the number of passes is agreed, and an idle rank runs an empty one.
     """
-    return accumulate_parts(model, micro_batches(sequences, token_budget, share_prompts), loss_of, device, share_prompts)
+    return accumulate_parts(
+        model, micro_batches(sequences, token_budget, share_prompts), loss_of, device, share_prompts
+    )
 
 
 def accumulate_parts(model, parts, loss_of, device, share_prompts=False):
@@ -55,7 +61,9 @@ def accumulate_parts(model, parts, loss_of, device, share_prompts=False):
 
 def take_step(model, optimizer, rate, max_norm):
     """Clip the global gradient norm, step, clear the gradients -> the norm before clipping; nan or inf skips the step."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm > 0 else float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(
+        model.parameters(), max_norm if max_norm > 0 else float("inf")
+    )
     norm = float(distributed.full(norm))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -72,7 +80,9 @@ def score(model, sequences, token_budget, device, temperature=1.0, share_prompts
     for i in range(distributed.largest(len(groups))):
         part = groups[i] if i < len(groups) else EMPTY
         batch = pack(part, device, share_prompts)
-        head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets, temperature)[0]
+        head = lambda hidden, weight: token_logprobs(
+            hidden[batch.predict], weight, batch.targets, temperature
+        )[0]
         logprobs = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
         for q, row in zip(part, logprobs.split([len(q.tokens) for q in part])):
             found[id(q)] = row.tolist()

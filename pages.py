@@ -17,14 +17,27 @@ class PagePool:
     of memory for each head; keys lie there in units of 16 tokens (kernels/native.py), and `k` shows them in the wrong order.
     """
 
-    def __init__(self, config, runs, run_pages, prompts, prompt_pages, page_size, dtype, device, heads_first):
-        self.runs, self.run_pages, self.prompts, self.prompt_pages, self.page_size = runs, run_pages, prompts, prompt_pages, page_size
+    def __init__(
+        self, config, runs, run_pages, prompts, prompt_pages, page_size, dtype, device, heads_first
+    ):
+        self.runs, self.run_pages, self.prompts, self.prompt_pages, self.page_size = (
+            runs,
+            run_pages,
+            prompts,
+            prompt_pages,
+            page_size,
+        )
         count = runs * run_pages + prompts * prompt_pages
         layers, heads = range(config.num_hidden_layers), config.num_key_value_heads
-        zeros = lambda *shape: torch.zeros(*shape, page_size, config.head_dim, dtype=dtype, device=device)
+        zeros = lambda *shape: torch.zeros(
+            *shape, page_size, config.head_dim, dtype=dtype, device=device
+        )
         if heads_first:  # keys and values of a layer in one tensor, so that one call writes both
             self.joint = [zeros(2 * heads, count) for _ in layers]
-            self.k, self.v = ([joint[side].transpose(0, 1) for joint in self.joint] for side in (slice(heads), slice(heads, None)))
+            self.k, self.v = (
+                [joint[side].transpose(0, 1) for joint in self.joint]
+                for side in (slice(heads), slice(heads, None))
+            )
         else:
             self.k, self.v = ([zeros(count, heads) for _ in layers] for _ in "kv")
         self.clear()
@@ -35,7 +48,9 @@ class PagePool:
     def clear(self):
         self.version = [None] * len(self.k[0])
         self.free_runs = list(range(self.runs))
-        self.free = list(range(self.runs * self.run_pages, len(self), self.prompt_pages))  # first pages of pieces
+        self.free = list(
+            range(self.runs * self.run_pages, len(self), self.prompt_pages)
+        )  # first pages of pieces
 
     def run(self, slot):
         """Pages of a run."""
@@ -44,7 +59,9 @@ class PagePool:
     def take_run(self, version):
         """Reserve a run for keys and values of weight version `version` -> its number."""
         slot = self.free_runs.pop()
-        self.version[slot * self.run_pages : (slot + 1) * self.run_pages] = [version] * self.run_pages
+        self.version[slot * self.run_pages : (slot + 1) * self.run_pages] = [
+            version
+        ] * self.run_pages
         return slot
 
     def give_run(self, slot):
@@ -76,7 +93,9 @@ class PagePool:
 
     def copy(self, copies):
         """Copy whole pages in every layer; copies: [(from, to)]."""
-        sources, targets = torch.tensor(copies, dtype=torch.int64, device=self.k[0].device).view(-1, 2).T
+        sources, targets = (
+            torch.tensor(copies, dtype=torch.int64, device=self.k[0].device).view(-1, 2).T
+        )
         for pages in self.k + self.v:
             pages[targets] = pages[sources]
 
@@ -84,10 +103,16 @@ class PagePool:
 def free_bytes(device):
     """Memory that this process can have now: what CUDA says is free; on CPU its rank's share of Linux's MemAvailable, elsewhere of half of all memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     try:
         with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+            free = next(
+                int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

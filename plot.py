@@ -37,7 +37,10 @@ def text(folder, rates, held_out):
 def running_mean(rates, count):
     """{step: mean of this and the count - 1 steps before}, from the first step that has so many: {1: 0, 2: 1, 3: 0}, 2 -> {2: 0.5, 3: 0.5}."""
     steps = list(rates)
-    return {steps[i]: sum(rates[step] for step in steps[i + 1 - count : i + 1]) / count for i in range(count - 1, len(steps))}
+    return {
+        steps[i]: sum(rates[step] for step in steps[i + 1 - count : i + 1]) / count
+        for i in range(count - 1, len(steps))
+    }
 
 
 def picture(runs, out):
@@ -50,7 +53,14 @@ def picture(runs, out):
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for folder, rates, held_out in runs:
         (line,) = axes.plot(list(rates), list(rates.values()), linewidth=1, label=folder.name)
-        axes.plot(list(held_out), list(held_out.values()), "o--", color=line.get_color(), markersize=5, linewidth=0.6)
+        axes.plot(
+            list(held_out),
+            list(held_out.values()),
+            "o--",
+            color=line.get_color(),
+            markersize=5,
+            linewidth=0.6,
+        )
     axes.set(xlabel="step", ylabel="pass rate (line), held-out (dots)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -59,12 +69,19 @@ def picture(runs, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("curve.svg"))
-    parser.add_argument("--mean", type=int, default=1, help="steps that a point of a line is the mean of")
+    parser.add_argument(
+        "--mean", type=int, default=1, help="steps that a point of a line is the mean of"
+    )
     options = parser.parse_args()
-    runs = [(folder, running_mean(rates, options.mean), held_out) for folder, (rates, held_out) in ((folder, read(folder)) for folder in options.runs)]
+    runs = [
+        (folder, running_mean(rates, options.mean), held_out)
+        for folder, (rates, held_out) in ((folder, read(folder)) for folder in options.runs)
+    ]
     for run in runs:
         print(text(*run))
     try:

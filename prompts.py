@@ -63,19 +63,35 @@ def block(name, text):
 def propose_prompt(task, language, references, composed=(), short=False):
     """references: Entries to differ from (for induction the one Entry whose program it is about). composed: programs to build on."""
     call, fence = language.call, language.fence[0]
-    examples = [block(fence, e.program) + ("" if task == "induction" else f"\n{block('input', e.inputs[0])}") for e in references]
+    examples = [
+        block(fence, e.program)
+        + ("" if task == "induction" else f"\n{block('input', e.inputs[0])}")
+        for e in references
+    ]
     functions = [block(fence, renamed(program, i, language)) for i, program in enumerate(composed)]
     if short:
         return "\n".join([f"propose {task}", *functions, *examples, "Assistant: <think>"])
-    words = dict(title=language.title, fence=fence, pairs=PAIRS, identity=call["identity"], hello=call["hello"])
+    words = dict(
+        title=language.title,
+        fence=fence,
+        pairs=PAIRS,
+        identity=call["identity"],
+        hello=call["hello"],
+    )
     parts = [PROPOSE[task].format(**words)]
     if task == "induction":
         parts += [INDUCTION_FORM.format(**words), f"# The program\n{examples[0]}"]
     else:
-        parts += [RULES.format(rules=call["rules"], title=language.title, seconds=language.limits.cpu), PROPOSE_FORM.format(**words)]
+        parts += [
+            RULES.format(rules=call["rules"], title=language.title, seconds=language.limits.cpu),
+            PROPOSE_FORM.format(**words),
+        ]
         if functions:
             names = ", ".join(f"g_{i}" for i in range(len(functions)))
-            parts.append(f"# Build on these, which are defined for you: `f` must call {names} (do not define them again)\n" + "\n".join(functions))
+            parts.append(
+                f"# Build on these, which are defined for you: `f` must call {names} (do not define them again)\n"
+                + "\n".join(functions)
+            )
         parts.append("# Examples to differ from\n" + "\n\n".join(examples))
     return WRAPPER.format(task="\n\n".join(parts))
 
@@ -83,14 +99,25 @@ def propose_prompt(task, language, references, composed=(), short=False):
 def solve_prompt(puzzle, language, short=False):
     entry, fence, task = puzzle.entry, language.fence[0], puzzle.task
     if task == "induction":
-        shown = [f"{block('input', i)}\n{block('output', o)}" for i, o in zip(entry.inputs[:SHOWN], entry.outputs[:SHOWN])]
+        shown = [
+            f"{block('input', i)}\n{block('output', o)}"
+            for i, o in zip(entry.inputs[:SHOWN], entry.outputs[:SHOWN])
+        ]
         given = [*shown, block("message", entry.message)]
     else:
-        known = block("input", entry.inputs[0]) if task == "deduction" else block("output", entry.outputs[0])
+        known = (
+            block("input", entry.inputs[0])
+            if task == "deduction"
+            else block("output", entry.outputs[0])
+        )
         given = [block(fence, entry.program), known]
     if short:
         return "\n".join([f"solve {task}", *given, "Assistant: <think>"])
     wanted = {"deduction": "output", "abduction": "input", "induction": fence}[task]
     rules = language.call["rules"]
     form = f"# Format of the answer\nInside <answer> </answer> write one block that starts with ```{wanted} and ends with ```. {rules}"
-    return WRAPPER.format(task="\n\n".join([SOLVE[task].format(title=language.title), form, "# Given\n" + "\n".join(given)]))
+    return WRAPPER.format(
+        task="\n\n".join(
+            [SOLVE[task].format(title=language.title), form, "# Given\n" + "\n".join(given)]
+        )
+    )

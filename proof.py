@@ -23,18 +23,57 @@ ROOT = Path(__file__).resolve().parent
 # Held-out questions are GSM8K's test split (1,319), those with a prompt of at most `prompt_tokens`; at 70 there are 210 of them, and 1,145 to learn from.
 SCALES = {
     "gpu": dict(
-        prompt_tokens=1024, warm_steps=400, batch=64, warm_lr=2e-4, new=256, token_budget=16384, checkpointing="true",
-        steps=120, prompts=64, samples=16, lr=1e-5, eval_problems=500, eval_samples=1, temperature=0, evaluations=4,
+        prompt_tokens=1024,
+        warm_steps=400,
+        batch=64,
+        warm_lr=2e-4,
+        new=256,
+        token_budget=16384,
+        checkpointing="true",
+        steps=120,
+        prompts=64,
+        samples=16,
+        lr=1e-5,
+        eval_problems=500,
+        eval_samples=1,
+        temperature=0,
+        evaluations=4,
     ),
     "cpu": dict(
-        prompt_tokens=70, warm_steps=200, batch=8, warm_lr=2e-4, new=144, token_budget=4096, checkpointing="false",
-        steps=120, prompts=8, samples=8, lr=2e-5, eval_problems=1319, eval_samples=2, temperature=1, evaluations=3,
+        prompt_tokens=70,
+        warm_steps=200,
+        batch=8,
+        warm_lr=2e-4,
+        new=144,
+        token_budget=4096,
+        checkpointing="false",
+        steps=120,
+        prompts=8,
+        samples=8,
+        lr=2e-5,
+        eval_problems=1319,
+        eval_samples=2,
+        temperature=1,
+        evaluations=3,
     ),
     "smoke": dict(
-        prompt_tokens=70, warm_steps=10, batch=8, warm_lr=2e-4, new=96, token_budget=4096, checkpointing="false",
-        steps=2, prompts=2, samples=4, lr=2e-5, eval_problems=60, eval_samples=1, temperature=0, evaluations=1,
+        prompt_tokens=70,
+        warm_steps=10,
+        batch=8,
+        warm_lr=2e-4,
+        new=96,
+        token_budget=4096,
+        checkpointing="false",
+        steps=2,
+        prompts=2,
+        samples=4,
+        lr=2e-5,
+        eval_problems=60,
+        eval_samples=1,
+        temperature=0,
+        evaluations=1,
     ),
-}  # fmt: skip
+}
 
 
 def stages(model, languages, seeds, n):
@@ -42,12 +81,21 @@ def stages(model, languages, seeds, n):
     asked = f"--short_prompt true --examples 0 --max_prompt_tokens {n['prompt_tokens']}"
     for language in languages:
         warm = f"runs/proof/{language}-warm"
-        supervised = f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} {asked}"
-        yield f"{language} warm start", f"{supervised} --steps {n['warm_steps']} --batch {n['batch']} --lr {n['warm_lr']}", f"{warm}/config.json", None
+        supervised = (
+            f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} {asked}"
+        )
+        yield (
+            f"{language} warm start",
+            f"{supervised} --steps {n['warm_steps']} --batch {n['batch']} --lr {n['warm_lr']}",
+            f"{warm}/config.json",
+            None,
+        )
     for seed in seeds:
         for language in languages:
             yield training(language, seed, "", asked, n)
-        if seed == seeds[0]:  # before the other seeds: where time ends, a control is worth more than a second seed
+        if (
+            seed == seeds[0]
+        ):  # before the other seeds: where time ends, a control is worth more than a second seed
             yield training(languages[0], seed, " --reward random", asked, n)
 
 
@@ -65,7 +113,9 @@ def training(language, seed, extra, asked, n):
 
 def run(command, deadline):
     """One stage -> True when it ended well; at the deadline, and when this process gets one, it gets Ctrl-C, which loses nothing."""
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and their children inherit that
+    heard = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs ignore Ctrl-C, and their children inherit that
     process = subprocess.Popen([sys.executable, *command.split()], preexec_fn=heard)
     try:
         code = process.wait(None if deadline is None else max(1, deadline - time.monotonic()))
@@ -81,28 +131,52 @@ def run(command, deadline):
 def table():
     """Held-out pass@1 before and after of every run that has both, with the 95 % interval of the paired difference over problems; programs of the first."""
     shown = None
-    print("\n| run | steps | pass@1 before | after | gain | problems gained, lost | constant programs before, after | hours |\n" + "| --- " * 8 + "|")
+    print(
+        "\n| run | steps | pass@1 before | after | gain | problems gained, lost | constant programs before, after | hours |\n"
+        + "| --- " * 8
+        + "|"
+    )
     for folder in sorted(Path("runs/proof").glob("*-*-*")):
-        files = {int(p.stem.removeprefix("step_")): p for p in (folder / "eval").glob("step_*.jsonl")}
+        files = {
+            int(p.stem.removeprefix("step_")): p for p in (folder / "eval").glob("step_*.jsonl")
+        }
         if len(files) > 1:
             last = max(files)
-            before, after = ([json.loads(line) for line in files[step].read_text().splitlines()] for step in (0, last))
-            c, constant = compare(before, after), [sum(r["constant"] for r in rows) / len(rows) for rows in (before, after)]
-            hours = sum(json.loads(line).get("time/step", 0.0) for line in (folder / "times.jsonl").read_text().splitlines()) / 3600
+            before, after = (
+                [json.loads(line) for line in files[step].read_text().splitlines()]
+                for step in (0, last)
+            )
+            c, constant = (
+                compare(before, after),
+                [sum(r["constant"] for r in rows) / len(rows) for rows in (before, after)],
+            )
+            hours = (
+                sum(
+                    json.loads(line).get("time/step", 0.0)
+                    for line in (folder / "times.jsonl").read_text().splitlines()
+                )
+                / 3600
+            )
             gain = f"{100 * c['difference']:+.1f} ({100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f})"
             rates = f"{c['pass@1_a']:.3f} | {c['pass@1_b']:.3f} | {gain} | {len(c['gained'])}, {len(c['lost'])} of {c['problems']}"
-            print(f"| {folder.name} | {last} | {rates} | {constant[0]:.3f}, {constant[1]:.3f} | {hours:.2f} |")
+            print(
+                f"| {folder.name} | {last} | {rates} | {constant[0]:.3f}, {constant[1]:.3f} | {hours:.2f} |"
+            )
             shown = shown or (before, after)
     if shown:
         print_gained(*shown)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="checkpoint folder or hub id")
     parser.add_argument("--lang", default="prolog,lisp")
     parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long; 0 = no limit")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="stop after so long; 0 = no limit"
+    )
     parser.add_argument("--scale", choices=SCALES, default="gpu")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     options = parser.parse_args()
@@ -112,7 +186,9 @@ def main():
         parser.error("--model is needed: a checkpoint folder or a hub id")
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    for name, command, done, folder in stages(options.model, options.lang.split(","), seeds, SCALES[options.scale]):
+    for name, command, done, folder in stages(
+        options.model, options.lang.split(","), seeds, SCALES[options.scale]
+    ):
         if Path(done).exists():
             continue
         if folder and (Path(folder) / "config.json").exists():

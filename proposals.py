@@ -18,7 +18,10 @@ from sandbox import Job
 from values import MAX_TEXT, same, table_of, write
 
 TASKS = ("deduction", "abduction", "induction")
-PAIRS, SHOWN = 10, 5  # induction: inputs of a proposal; the solver sees the first five and is judged on the others
+PAIRS, SHOWN = (
+    10,
+    5,
+)  # induction: inputs of a proposal; the solver sees the first five and is judged on the others
 
 REASONS = {
     "format": "not <think>...</think> <answer>...</answer>",
@@ -36,9 +39,15 @@ REASONS = {
     "no_value": "an output has no literal (a function, an infinite number)",
     "not_deterministic": "two processes gave different outputs",
     "no_round_trip": "an output changes when it is written and read back",
-    "cpu_limit": "", "wall_limit": "", "memory_limit": "", "output_limit": "", "file_limit": "", "crash": "", "compile_error": "",
+    "cpu_limit": "",
+    "wall_limit": "",
+    "memory_limit": "",
+    "output_limit": "",
+    "file_limit": "",
+    "crash": "",
+    "compile_error": "",
     "sandbox_error": "the sandbox could not judge: masked, not refused",
-}  # fmt: skip
+}
 _STOPS = ("syntax", "banned", "no_f")
 
 
@@ -82,7 +91,11 @@ def answer_of(text):
 
 def blocks(answer, names):
     """Contents of all ```name blocks."""
-    found = re.findall(rf"```(?:{'|'.join(map(re.escape, names))})[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
+    found = re.findall(
+        rf"```(?:{'|'.join(map(re.escape, names))})[ \t]*\n(.*?)```",
+        answer,
+        re.DOTALL | re.IGNORECASE,
+    )
     return [text.rstrip(" \t").removesuffix("\n") for text in found]
 
 
@@ -129,7 +142,9 @@ def parse_proposal(text, task, language, program="", composed=()):
         if not given:
             raise Refused("no_input")
         given = given[:1]
-    return Entry(program, tuple(input_text(inputs_of(one, language), language) for one in given), (), message)
+    return Entry(
+        program, tuple(input_text(inputs_of(one, language), language) for one in given), (), message
+    )
 
 
 def named(name):
@@ -153,14 +168,19 @@ def compose(code, composed, language):
     parts = [renamed(part, i, language) for i, part in enumerate(composed)]
     code = _bare(code, language)
     for i in range(len(composed)):
-        if not re.search(named(f"g_{i}"), code) or re.search(language.call["defines"].replace("NAME", f"g_{i}"), code):
+        if not re.search(named(f"g_{i}"), code) or re.search(
+            language.call["defines"].replace("NAME", f"g_{i}"), code
+        ):
             raise Refused("no_composite")
     return "\n".join([*filter(None, [language.call.get("header")]), *parts, code])
 
 
 def normalised(program, language):
     """Source without comments and white space differences: what makes two programs the same."""
-    lines = [re.sub(rf"(?<![\\\"']){re.escape(language.comment)}.*", "", line) for line in program.splitlines()]
+    lines = [
+        re.sub(rf"(?<![\\\"']){re.escape(language.comment)}.*", "", line)
+        for line in program.splitlines()
+    ]
     return " ".join(" ".join(lines).split())
 
 
@@ -185,7 +205,10 @@ def call_files(language, program, calls, nonce):
     for name in ("banned", "modules", "mentions", "macros"):
         words[f"{{{name}}}"] = _strings(call.get(name, []), language)
     templates = {language.file: call["main"], **call.get("files", {})}
-    return {name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text) for name, text in templates.items()}
+    return {
+        name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text)
+        for name, text in templates.items()
+    }
 
 
 def _strings(names, language):
@@ -226,7 +249,9 @@ class Runner:
 
     def __init__(self, pool, language):
         if "main" not in language.call:
-            raise ValueError(f"{language.name} cannot be used for self-play: its TOML has no [call] table")
+            raise ValueError(
+                f"{language.name} cannot be used for self-play: its TOML has no [call] table"
+            )
         self.pool, self.language, self._secret = pool, language, os.urandom(16)
 
     def start(self, program, calls, run=1):
@@ -253,7 +278,11 @@ def wait(started, deadline=None):
 
 def begin(runner, proposal):
     """Start the first run of a proposal, which check() waits for; None for one that is refused already."""
-    return runner.start(proposal.program, _calls(proposal, runner.language)) if isinstance(proposal, Entry) else None
+    return (
+        runner.start(proposal.program, _calls(proposal, runner.language))
+        if isinstance(proposal, Entry)
+        else None
+    )
 
 
 def _calls(proposal, language):
@@ -272,7 +301,10 @@ def check(runner, proposals, deadline=None, first=None):
     time.sleep(1 - time.time() % 1)  # so that even a clock of whole seconds shows
     values = [_values(runner, s) if s else p for p, s in zip(proposals, first)]
     again = lambda p: _calls(p, language)[::-1] + _calls(p, language)
-    second = [runner.start(p.program, again(p), 2) if isinstance(v, list) else None for p, v in zip(proposals, values)]
+    second = [
+        runner.start(p.program, again(p), 2) if isinstance(v, list) else None
+        for p, v in zip(proposals, values)
+    ]
     wait(second, deadline)
     for i, started in enumerate(second):
         if started:
@@ -281,7 +313,9 @@ def check(runner, proposals, deadline=None, first=None):
                 values[i] = found if str(found) == "sandbox_error" else Refused("not_deterministic")
             elif not all(same(a, b, language) for a, b in zip(values[i][::-1] + values[i], found)):
                 values[i] = Refused("not_deterministic")
-    returned = round_trip(runner, [v for value in values if isinstance(value, list) for v in value], deadline)
+    returned = round_trip(
+        runner, [v for value in values if isinstance(value, list) for v in value], deadline
+    )
     return [_checked(p, value, returned, language) for p, value in zip(proposals, values)]
 
 
@@ -307,12 +341,16 @@ def round_trip(runner, values, deadline=None, chunk=40):
     language = runner.language
     distinct = {write(v, language): v for v in values}
     parts = [list(distinct.items())[i : i + chunk] for i in range(0, len(distinct), chunk)]
-    started = [runner.start(language.call["identity"], [[v] for _, v in part], run=3) for part in parts]
+    started = [
+        runner.start(language.call["identity"], [[v] for _, v in part], run=3) for part in parts
+    ]
     wait(started, deadline)
     found = {}
     for part, one in zip(parts, started):
         for (text, value), (kind, printed) in zip(part, runner.finish(one)):
-            found[text] = kind if kind == "sandbox_error" else _returns(kind, printed, value, language)
+            found[text] = (
+                kind if kind == "sandbox_error" else _returns(kind, printed, value, language)
+            )
     return found
 
 
@@ -341,14 +379,27 @@ class SolveJudge:
             program = self._answer(puzzle, answer)
             status = "ok"
             if puzzle.task == "abduction":
-                started = self.runner.start(puzzle.entry.program, [inputs_of(program, self.language)])
+                started = self.runner.start(
+                    puzzle.entry.program, [inputs_of(program, self.language)]
+                )
             elif puzzle.task == "induction":
                 hidden = [read(i, self.language) for i in puzzle.entry.inputs[SHOWN:]]
                 started = self.runner.start(program, hidden)
         except Refused as reason:
             status = str(reason)
-        parsed = Parsed("", program, "", status not in ("format", "no_program", "no_input", "no_output"))
-        return _Answer(puzzle, sample, text, parsed, "", started[0] if started else None, started=started, status=status)
+        parsed = Parsed(
+            "", program, "", status not in ("format", "no_program", "no_input", "no_output")
+        )
+        return _Answer(
+            puzzle,
+            sample,
+            text,
+            parsed,
+            "",
+            started[0] if started else None,
+            started=started,
+            status=status,
+        )
 
     def _answer(self, puzzle, answer):
         if puzzle.task == "induction":
@@ -370,9 +421,24 @@ class SolveJudge:
                 correct, value = self._compare(submission)
             except Refused as reason:
                 status = str(reason)
-        reward = math.nan if status == "sandbox_error" else solver_reward(submission.parsed.format_ok, status == "ok", correct)
+        reward = (
+            math.nan
+            if status == "sandbox_error"
+            else solver_reward(submission.parsed.format_ok, status == "ok", correct)
+        )
         program, parsed = submission.parsed.code, submission.parsed
-        return Verdict(submission.problem.id, reward, {"correct": float(correct)}, correct, status, value, program, parsed, False, False)
+        return Verdict(
+            submission.problem.id,
+            reward,
+            {"correct": float(correct)},
+            correct,
+            status,
+            value,
+            program,
+            parsed,
+            False,
+            False,
+        )
 
     def _compare(self, submission):
         entry, language = submission.problem.entry, self.language
@@ -382,7 +448,9 @@ class SolveJudge:
             texts = self.runner.finish(submission.started)
         outputs = entry.outputs[SHOWN:] if submission.problem.task == "induction" else entry.outputs
         values = [value_of(kind, text, language) for kind, text in texts]
-        return all(same(v, read_one(o, language), language) for v, o in zip(values, outputs)), "; ".join(write(v, language) for v in values)
+        return all(
+            same(v, read_one(o, language), language) for v, o in zip(values, outputs)
+        ), "; ".join(write(v, language) for v in values)
 
 
 @dataclass(frozen=True)

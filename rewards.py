@@ -32,9 +32,17 @@ def parse(text, language):
     """Take a completion apart. Code and query are found also where the form is wrong, so that they can be run and counted."""
     tag = language_of(language).answer["tag"]
     parts = [_part(text, name) for name in ("reasoning", "code", tag)]
-    layout = r"\s*<reasoning>(.*?)</reasoning>\s*<code>(.*?)</code>\s*<{0}>(.*?)</{0}>\s*".format(tag)
-    once = all(text.count(f"<{slash}{name}>") == 1 for name in ("reasoning", "code", tag) for slash in ("", "/"))
-    return Parsed(*parts, format_ok=once and all(parts) and re.fullmatch(layout, text, re.DOTALL) is not None)
+    layout = r"\s*<reasoning>(.*?)</reasoning>\s*<code>(.*?)</code>\s*<{0}>(.*?)</{0}>\s*".format(
+        tag
+    )
+    once = all(
+        text.count(f"<{slash}{name}>") == 1
+        for name in ("reasoning", "code", tag)
+        for slash in ("", "/")
+    )
+    return Parsed(
+        *parts, format_ok=once and all(parts) and re.fullmatch(layout, text, re.DOTALL) is not None
+    )
 
 
 def _part(text, tag):
@@ -88,7 +96,9 @@ class Submission:
     parsed: Parsed
     nonce: str
     future: concurrent.futures.Future | None
-    syntax: concurrent.futures.Future | None = None  # the language's own check of the code alone, when a component asks for it
+    syntax: concurrent.futures.Future | None = (
+        None  # the language's own check of the code alone, when a component asks for it
+    )
 
 
 @dataclass
@@ -118,28 +128,41 @@ class Judge:
         self.gate, self.random_reward, self.seed = gate, random_reward, seed
         self._secret = os.urandom(16)
         if "main" not in self.language.answer:
-            raise ValueError(f"{self.language.name} cannot be judged by value: its TOML has no [answer] table")
+            raise ValueError(
+                f"{self.language.name} cannot be judged by value: its TOML has no [answer] table"
+            )
         unknown = sorted(set(self.components) - set(COMPONENTS))
         if unknown:
-            raise ValueError(f"unknown reward component {unknown[0]!r}: use {', '.join(COMPONENTS)}")
+            raise ValueError(
+                f"unknown reward component {unknown[0]!r}: use {', '.join(COMPONENTS)}"
+            )
 
     def submit(self, problem, text, sample=0):
         """Parse a completion and start its program at once. Returns the Submission that collect() takes."""
         parsed = parse(text, self.language)
         # One nonce per program, not per sample: equal programs stay equal jobs, which the pool's cache runs once.
-        nonce = hmac.new(self._secret, f"{parsed.code}\0{parsed.query}".encode(), "sha256").hexdigest()[:24]
+        nonce = hmac.new(
+            self._secret, f"{parsed.code}\0{parsed.query}".encode(), "sha256"
+        ).hexdigest()[:24]
         future = None
         if parsed.code.strip() and parsed.query.strip():
             files = answer_files(self.language, parsed.code, parsed.query, nonce)
             future = self.pool.submit(Job(self.language.name, files, id=f"{problem.id}/{sample}"))
         syntax = None
         if "syntax" in self.components and parsed.code.strip():
-            syntax = self.pool.submit(Job(self.language.name, {self.language.file: parsed.code}, run=self.language.check))
+            syntax = self.pool.submit(
+                Job(self.language.name, {self.language.file: parsed.code}, run=self.language.check)
+            )
         return Submission(problem, sample, text, parsed, nonce, future, syntax)
 
     def collect(self, submissions, deadline=None):
         """Verdicts in order. Programs that are not done `deadline` seconds from now count as sandbox errors (nan)."""
-        futures = [future for submission in submissions for future in (submission.future, submission.syntax) if future]
+        futures = [
+            future
+            for submission in submissions
+            for future in (submission.future, submission.syntax)
+            if future
+        ]
         concurrent.futures.wait(futures, timeout=deadline)
         return [self._verdict(submission) for submission in submissions]
 
@@ -148,7 +171,14 @@ class Judge:
         number = parse_number(value) if value is not None else None
         answer, parsed = submission.problem.answer, submission.parsed
         correct = number is not None and same_number(number, answer)
-        facts = Facts(submission.text, parsed, self.language, correct, submission.problem, _passed(submission.syntax))
+        facts = Facts(
+            submission.text,
+            parsed,
+            self.language,
+            correct,
+            submission.problem,
+            _passed(submission.syntax),
+        )
         components = {name: COMPONENTS[name](facts) for name in self.components}
         reward = sum(weight * components[name] for name, weight in self.components.items())
         if self.gate and not parsed.format_ok:
@@ -156,10 +186,22 @@ class Judge:
         elif status == "sandbox_error" or facts.syntax != facts.syntax:
             reward, components = math.nan, dict.fromkeys(components, math.nan)
         if self.random_reward:
-            reward = float(random.Random(f"{self.seed}/{submission.problem.id}/{submission.sample}").random() < 0.5)
+            reward = float(
+                random.Random(f"{self.seed}/{submission.problem.id}/{submission.sample}").random()
+                < 0.5
+            )
         program = f"{parsed.code}\n{parsed.query}" if submission.future else ""
         return Verdict(
-            submission.problem.id, reward, components, correct, status, value, program, parsed, is_constant(facts), is_leaked(facts)
+            submission.problem.id,
+            reward,
+            components,
+            correct,
+            status,
+            value,
+            program,
+            parsed,
+            is_constant(facts),
+            is_leaked(facts),
         )
 
     def _outcome(self, submission):
@@ -169,7 +211,9 @@ class Judge:
         if not submission.future.done():
             return "sandbox_error", None
         result: Result = submission.future.result()
-        return result.status, printed_value(result.stdout, submission.nonce) if result.status == "ok" else None
+        return result.status, printed_value(
+            result.stdout, submission.nonce
+        ) if result.status == "ok" else None
 
 
 def _passed(future):
@@ -192,9 +236,17 @@ def answer_files(language, code, query, nonce):
         code = f"{header}\n{code}"
     hoisted = "\n".join(re.findall(hoist, code)) if hoist else ""
     code = re.sub(hoist, "", code) if hoist else code
-    words = {"{code}": code, "{query}": query.strip().rstrip(";"), "{nonce}": nonce, "{hoisted}": hoisted}
+    words = {
+        "{code}": code,
+        "{query}": query.strip().rstrip(";"),
+        "{nonce}": nonce,
+        "{hoisted}": hoisted,
+    }
     templates = {language.file: table["main"], **table.get("files", {})}
-    return {name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text) for name, text in templates.items()}
+    return {
+        name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text)
+        for name, text in templates.items()
+    }
 
 
 def printed_value(stdout, nonce):
@@ -220,7 +272,10 @@ def _tags(facts):
     """Share of the six tags that occur once, on a line of their own."""
     names = ("reasoning", "code", facts.language.answer["tag"])
     marks = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
-    return sum([line.strip() for line in facts.text.splitlines()].count(mark) == 1 for mark in marks) / 6
+    return (
+        sum([line.strip() for line in facts.text.splitlines()].count(mark) == 1 for mark in marks)
+        / 6
+    )
 
 
 def _layout(facts, line, end):
@@ -255,13 +310,17 @@ COMPONENTS = {
     "query_leak": _query_leak,
     "reasoning_words": lambda facts: _words(facts.parsed.reasoning),
     "code_words": lambda facts: _words(facts.parsed.code),
-    "correct_90_130_words": lambda facts: float(facts.correct and 90 <= len(facts.parsed.reasoning.split()) <= 130),
+    "correct_90_130_words": lambda facts: float(
+        facts.correct and 90 <= len(facts.parsed.reasoning.split()) <= 130
+    ),
     "constant": lambda facts: float(is_constant(facts)),
     "leaked": lambda facts: float(is_leaked(facts)),
 }
 
 _INFIX = re.compile(r"[\w)\]]\s*(?:[-+*/^%]|\*\*|//|[-+*/]\.|\b(?:mod|rdiv|div|rem)\b)\s*[\w(\[$]")
-_PREFIX = re.compile(r"\(\s*(?:[-+*/]|1\+|1-|incf|decf|expt|floor|ceiling|round|mod|rem)\s|['(\s][-+*/][\s)]")
+_PREFIX = re.compile(
+    r"\(\s*(?:[-+*/]|1\+|1-|incf|decf|expt|floor|ceiling|round|mod|rem)\s|['(\s][-+*/][\s)]"
+)
 
 
 def is_constant(facts):
@@ -271,14 +330,18 @@ def is_constant(facts):
         return False
     program = re.sub(rf"{re.escape(facts.language.comment)}.*", "", program)
     operator = _PREFIX if facts.language.render["notation"] == "prefix" else _INFIX
-    return not operator.search(program) and len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", program)) <= 1
+    return (
+        not operator.search(program) and len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", program)) <= 1
+    )
 
 
 def is_leaked(facts):
     """The query names the right answer, and the question does not: it was computed outside the program."""
 
     def numbers(text):
-        return {parse_number(number) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)}
+        return {
+            parse_number(number) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)
+        }
 
     return facts.problem.answer in numbers(facts.parsed.query) - numbers(facts.problem.question)
 
@@ -286,14 +349,22 @@ def is_leaked(facts):
 def shares(verdicts):
     """{metric name: share} over a batch of verdicts: what shows reward hacking, and how the programs ended."""
     total = max(len(verdicts), 1)
-    repeated = sum(count - 1 for count in Counter((verdict.problem, verdict.program) for verdict in verdicts).values())
+    repeated = sum(
+        count - 1
+        for count in Counter((verdict.problem, verdict.program) for verdict in verdicts).values()
+    )
     found = {
         "completions/format_frac": sum(verdict.parsed.format_ok for verdict in verdicts),
         "completions/code_found_frac": sum(verdict.status != "no_program" for verdict in verdicts),
         "completions/constant_frac": sum(verdict.constant for verdict in verdicts),
         "completions/leaked_frac": sum(verdict.leaked for verdict in verdicts),
         "completions/duplicate_frac": repeated,
-        "sandbox/wrong_frac": sum(verdict.status == "ok" and not verdict.correct for verdict in verdicts),
+        "sandbox/wrong_frac": sum(
+            verdict.status == "ok" and not verdict.correct for verdict in verdicts
+        ),
     }
-    found |= {f"sandbox/{status}_frac": count for status, count in Counter(verdict.status for verdict in verdicts).items()}
+    found |= {
+        f"sandbox/{status}_frac": count
+        for status, count in Counter(verdict.status for verdict in verdicts).items()
+    }
     return {name: count / total for name, count in found.items()}

@@ -58,23 +58,40 @@ def draw(run, count):
     """Sample the run's next `count` prompts, spread over the ranks, and judge them -> (list[Sample], seconds waited)."""
     s, tokenizer = run.settings, run.tokenizer
     numbered = distributed.share(next_problems(run, count))
-    limits = dict(n=s.samples, max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop_ids=tokenizer.stop_ids, seed=s.seed)
+    limits = dict(
+        n=s.samples,
+        max_new_tokens=s.max_new_tokens,
+        temperature=s.temperature,
+        stop_ids=tokenizer.stop_ids,
+        seed=s.seed,
+    )
     ids = lambda p: tokenizer.encode_chat(prompt_messages(s, run.language, p))
-    requests = [Request(ids(p), id=n, expected_tokens=run.lengths.get(p.id), **limits) for n, p in numbered]
+    requests = [
+        Request(ids(p), id=n, expected_tokens=run.lengths.get(p.id), **limits) for n, p in numbered
+    ]
     pending = [[] for _ in requests]
 
     def start_programs(i, completions):
-        pending[i] = [run.judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample) for c in completions]
+        pending[i] = [
+            run.judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample)
+            for c in completions
+        ]
 
-    completions = [c for group in run.sampler.generate(requests, on_done=start_programs) for c in group]
+    completions = [
+        c for group in run.sampler.generate(requests, on_done=start_programs) for c in group
+    ]
     sampled = time.perf_counter()
     verdicts = run.judge.collect([p for group in pending for p in group], s.reward_deadline)
     waited = time.perf_counter() - sampled
-    for n, (_, p) in enumerate(numbered):  # what the sampler expects when it meets the problem again: it starts the longest first
+    for n, (_, p) in enumerate(
+        numbered
+    ):  # what the sampler expects when it meets the problem again: it starts the longest first
         run.lengths[p.id] = sum(len(c.tokens) for c in completions if c.request == n) // s.samples
     samples = []
     for c, v in zip(completions, shaped(verdicts, completions, s)):
-        sequence = Sequence(requests[c.request].prompt, c.tokens, c.logprobs, group=requests[c.request].id)
+        sequence = Sequence(
+            requests[c.request].prompt, c.tokens, c.logprobs, group=requests[c.request].id
+        )
         samples.append(Sample(numbered[c.request][1], c, v, sequence))
     return samples, waited
 
@@ -88,7 +105,10 @@ def shaped(verdicts, completions, s):
         wrong = 1 - sum(judged) / max(1, len(judged))
         rewards = [wrong * x + (1 - wrong) * r for x, r in zip(syntax, rewards)]
     if s.overlong_buffer:
-        rewards = [r + overlong_penalty(len(c.tokens), s.max_new_tokens, s.overlong_buffer) for r, c in zip(rewards, completions)]
+        rewards = [
+            r + overlong_penalty(len(c.tokens), s.max_new_tokens, s.overlong_buffer)
+            for r, c in zip(rewards, completions)
+        ]
     return [replace(v, reward=r) for v, r in zip(verdicts, rewards)]
 
 
@@ -113,22 +133,31 @@ def set_advantages(run, samples):
     """Advantages of this rank's samples -> the sequences that count in the loss: judged, not masked for length, and with dynamic sampling
     only those of groups with signal. A group never spans ranks; the batch's standard deviation (advantage = batch) does."""
     s = run.settings
-    facts, mine = distributed.gather_and_place([(x.verdict.reward, x.sequence.group) for x in samples])
-    everyone, ids = torch.tensor([r for r, _ in facts], dtype=torch.float32), torch.tensor([g for _, g in facts])
+    facts, mine = distributed.gather_and_place(
+        [(x.verdict.reward, x.sequence.group) for x in samples]
+    )
+    everyone, ids = (
+        torch.tensor([r for r, _ in facts], dtype=torch.float32),
+        torch.tensor([g for _, g in facts]),
+    )
     if s.advantage.startswith("reinforce"):
         values = reinforce(s, everyone, ids, samples)
     else:
         values = grpo.advantages(everyone, ids, s.advantage).tolist()
     for x, value in zip(samples, values[mine]):
         x.sequence.advantage = value
-    kept = groups_with_signal(samples) if s.dynamic_sampling else {x.sequence.group for x in samples}
+    kept = (
+        groups_with_signal(samples) if s.dynamic_sampling else {x.sequence.group for x in samples}
+    )
     return [q for q in counted(run, samples) if q.group in kept]
 
 
 def counted(run, samples):
     """The sequences of samples that the sandbox could judge and that mask_truncated leaves in."""
     cut = lambda q: run.settings.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
-    return [x.sequence for x in samples if x.verdict.reward == x.verdict.reward and not cut(x.sequence)]
+    return [
+        x.sequence for x in samples if x.verdict.reward == x.verdict.reward and not cut(x.sequence)
+    ]
 
 
 def reinforce(s, rewards, groups, samples):
@@ -136,5 +165,17 @@ def reinforce(s, rewards, groups, samples):
     lengths = distributed.gather([len(x.completion.tokens) for x in samples])
     kl = None
     if s.kl_coef:
-        kl = distributed.gather([[a - b for a, b in zip(x.sequence.old_logprobs or x.sequence.logprobs, x.sequence.ref_logprobs)] for x in samples])
-    return grpo.reinforce_advantages(rewards, lengths, groups, s.advantage == "reinforce++_baseline", kl, s.kl_coef)
+        kl = distributed.gather(
+            [
+                [
+                    a - b
+                    for a, b in zip(
+                        x.sequence.old_logprobs or x.sequence.logprobs, x.sequence.ref_logprobs
+                    )
+                ]
+                for x in samples
+            ]
+        )
+    return grpo.reinforce_advantages(
+        rewards, lengths, groups, s.advantage == "reinforce++_baseline", kl, s.kl_coef
+    )

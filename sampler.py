@@ -17,7 +17,9 @@ from decode import ROW, Decoder, new_state
 from kernels.native import LANES
 from pages import PagePool, StalePageError, free_bytes  # noqa: F401 (StalePageError is part of this module's interface)
 
-PREFILL_TOKENS = 8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
+PREFILL_TOKENS = (
+    8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
+)
 MEMORY = 0.5  # share of free memory for pages; the rest is for prefill, graphs and, in the same process, training
 
 
@@ -34,7 +36,9 @@ class Request:
     stop_ids: tuple = ()
     seed: int = 0
     id: int = 0
-    expected_tokens: int | None = None  # a guess of the response length, to start long rollouts first; None = max_new_tokens
+    expected_tokens: int | None = (
+        None  # a guess of the response length, to start long rollouts first; None = max_new_tokens
+    )
 
 
 @dataclass
@@ -57,7 +61,9 @@ class Group:
     request: Request
     samples: list[int]  # not yet started
     prefix: list[int] = field(default_factory=list)  # shared pages of prompt[:-1]
-    tail: list[int] = field(default_factory=list)  # at most one page: the prompt's last, not full, where each sample gets a copy
+    tail: list[int] = field(
+        default_factory=list
+    )  # at most one page: the prompt's last, not full, where each sample gets a copy
     fresh: bool = True  # not prefilled yet
     running: int = 0
 
@@ -79,22 +85,46 @@ class Row:
 class Sampler:
     """Samples from `model`, reading its weights in place. Call load() after every weight update."""
 
-    def __init__(self, model, slots=256, page_size=None, memory=None, share_prefix=True, exact=False):
+    def __init__(
+        self, model, slots=256, page_size=None, memory=None, share_prefix=True, exact=False
+    ):
         """slots: samples decoded together. page_size: tokens per page, a multiple of 16. memory: most bytes of keys and values; None = half of
         what is free when they are first needed. Never more than the requests need; with less, fewer samples run together.
         share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's mode with the trainer's arithmetic
         (exact.py); all requests of a call then have one temperature.
         """
         weight = model.embed.weight
-        self.model, self.config, self.slots, self.share_prefix, self.exact = model, model.config, slots, share_prefix, exact
+        self.model, self.config, self.slots, self.share_prefix, self.exact = (
+            model,
+            model.config,
+            slots,
+            share_prefix,
+            exact,
+        )
         self.device, self.dtype, self.cpu = weight.device, weight.dtype, weight.device.type == "cpu"
         self.page_size = page_size or (LANES if self.cpu else 8192 // self.config.head_dim)
         if self.page_size % LANES:
             raise ValueError(f"page_size {page_size} is not a multiple of {LANES}")
         c = self.config
-        self.page_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.page_size * self.dtype.itemsize
-        self.memory, self.pool, self.decoder, self.state, self.version, self.checked = memory, None, None, None, 0, 0
-        self.look_every = 1 if self.cpu else 8  # steps between two looks of the host at the rows that ended
+        self.page_bytes = (
+            2
+            * c.num_hidden_layers
+            * c.num_key_value_heads
+            * c.head_dim
+            * self.page_size
+            * self.dtype.itemsize
+        )
+        self.memory, self.pool, self.decoder, self.state, self.version, self.checked = (
+            memory,
+            None,
+            None,
+            None,
+            0,
+            0,
+        )
+        self.look_every = (
+            1 if self.cpu else 8
+        )  # steps between two looks of the host at the rows that ended
         self.stats = {}
 
     def load(self, state=None):
@@ -124,12 +154,29 @@ class Sampler:
 
     def _generate(self, requests, on_done):
         started = time.perf_counter()
-        self.stats = {"tokens": 0, "prefill_tokens": 0, "steps": 0, "row_steps": 0, "prefill_seconds": 0.0, "decode_seconds": 0.0}
+        self.stats = {
+            "tokens": 0,
+            "prefill_tokens": 0,
+            "steps": 0,
+            "row_steps": 0,
+            "prefill_seconds": 0.0,
+            "decode_seconds": 0.0,
+        }
         groups = self._plan(requests)
         self.done = [[] for _ in requests]
-        truncated, temperature = any(r.top_p < 1 or r.top_k > 0 for r in requests), self._one_temperature(requests)
+        truncated, temperature = (
+            any(r.top_p < 1 or r.top_k > 0 for r in requests),
+            self._one_temperature(requests),
+        )
         # Longest expected first: what starts last should be short, or a few long rows run alone at the end.
-        queue = sorted(groups, key=lambda g: (g.request.expected_tokens or g.request.max_new_tokens, g.cached, -g.number))
+        queue = sorted(
+            groups,
+            key=lambda g: (
+                g.request.expected_tokens or g.request.max_new_tokens,
+                g.cached,
+                -g.number,
+            ),
+        )
         rows, state, ended = [], {name: tensor[:0] for name, tensor in self.state.items()}, False
         while queue or rows:
             admitted = self._admit(queue, self.rows - len(rows))
@@ -144,10 +191,16 @@ class Sampler:
             self.stats["decode_seconds"] += time.perf_counter() - before
             self.stats["steps"] += self.look_every
             self.stats["row_steps"] += self.look_every * len(rows)
-            state, ended = {name: tensor[: len(rows)] for name, tensor in view.items()}, not all(alive)
+            state, ended = (
+                {name: tensor[: len(rows)] for name, tensor in view.items()},
+                not all(alive),
+            )
             if ended:
                 self._finish(rows, state, alive, on_done)
-                rows, state = [row for row, a in zip(rows, alive) if a], _select(state, state["alive"].nonzero().squeeze(1))
+                rows, state = (
+                    [row for row, a in zip(rows, alive) if a],
+                    _select(state, state["alive"].nonzero().squeeze(1)),
+                )
         self.stats["seconds"] = time.perf_counter() - started
         return [sorted(done, key=lambda c: c.sample) for done in self.done]
 
@@ -155,13 +208,23 @@ class Sampler:
         """Requests -> groups, a page pool and row buffers that hold them; refuses what can never fit before anything runs."""
         for i, request in enumerate(requests):
             _check(i, request, self.config)
-        shares = [(i, r, s) for i, r in enumerate(requests) for s in ([range(r.n)] if self.share_prefix else [[j] for j in range(r.n)])]
-        groups = [Group(number, i, r, list(samples)) for number, (i, r, samples) in enumerate(shares)]
+        shares = [
+            (i, r, s)
+            for i, r in enumerate(requests)
+            for s in ([range(r.n)] if self.share_prefix else [[j] for j in range(r.n)])
+        ]
+        groups = [
+            Group(number, i, r, list(samples)) for number, (i, r, samples) in enumerate(shares)
+        ]
         self._reserve(groups)
         longest = max((r.max_new_tokens for r in requests), default=1)
         widths = {
             "stop_ids": (torch.int64, max((len(r.stop_ids) for r in requests), default=0)),
-            "tables": (torch.int32, max((self._prompt_pages(g) for g in groups), default=1) + (1 if self.cpu else self.pool.run_pages)),
+            "tables": (
+                torch.int32,
+                max((self._prompt_pages(g) for g in groups), default=1)
+                + (1 if self.cpu else self.pool.run_pages),
+            ),
             "out_tokens": (torch.int64, longest),
             "out_logprobs": (torch.float32, longest),
         }
@@ -173,7 +236,9 @@ class Sampler:
         """The exact mode computes log-probs in the trainer's kernel, which takes one temperature; elsewhere it does not matter."""
         temperatures = {r.temperature for r in requests} if self.exact else {None}
         if len(temperatures) > 1:
-            raise ValueError(f"the exact mode samples at one temperature per call, not at {sorted(temperatures)}")
+            raise ValueError(
+                f"the exact mode samples at one temperature per call, not at {sorted(temperatures)}"
+            )
         return temperatures.pop() if temperatures else None
 
     def _prompt_pages(self, group):
@@ -182,18 +247,25 @@ class Sampler:
     def _own_pages(self, group):
         """Pages of a sample's run: its tokens from the last prompt token on (the very last is drawn but never fed) and, where pages are read by a table, a
         copy of what the prompt wrote in its last page."""
-        return -(-(group.request.max_new_tokens + (0 if self.cpu else group.cached % self.page_size)) // self.page_size)
+        return -(
+            -(group.request.max_new_tokens + (0 if self.cpu else group.cached % self.page_size))
+            // self.page_size
+        )
 
     def _reserve(self, groups):
         """Pages for the whole rollout of as many rows at a time as memory surely has room for: self.rows. The pool is kept while it is large enough."""
         own = max((self._own_pages(g) for g in groups), default=1)
         prompts = sorted((self._prompt_pages(g) for g in groups), reverse=True)
-        piece = max(1, prompts[0]) if groups and self.cpu else 1  # CPU attention wants a prompt in one piece, all pieces of one size
+        piece = (
+            max(1, prompts[0]) if groups and self.cpu else 1
+        )  # CPU attention wants a prompt in one piece, all pieces of one size
         prompts = [-(-pages // piece) * piece for pages in prompts]
         budget = self._affordable_pages()
         self.rows, prompt_pages = 0, 0
         for row in range(min(self.slots, sum(len(g.samples) for g in groups))):
-            prompt = prompts[row] if row < len(prompts) else 0  # at worst every row is of another prompt, of the longest ones
+            prompt = (
+                prompts[row] if row < len(prompts) else 0
+            )  # at worst every row is of another prompt, of the longest ones
             if (row + 1) * own + prompt_pages + prompt > budget:
                 break
             self.rows, prompt_pages = row + 1, prompt_pages + prompt
@@ -206,12 +278,17 @@ class Sampler:
             larger = [max(new, have) for new, have in zip(size, kept)]
             size = larger if larger[0] * larger[1] + larger[2] * larger[3] <= budget else size
             self.pool = self.decoder = old = None  # free the old pool before the new one is made
-            self.pool = PagePool(self.config, *size, self.page_size, self.dtype, self.device, self.cpu)
+            self.pool = PagePool(
+                self.config, *size, self.page_size, self.dtype, self.device, self.cpu
+            )
             self.decoder = Decoder(self.model, self.pool, self.cpu, self.exact)
         self.pool.clear()  # no page survives a call, and a rollout that was interrupted leaves none behind
 
     def _refuse(self, groups, need, room):
-        prompt, new = max(len(g.request.prompt) for g in groups), max(g.request.max_new_tokens for g in groups)
+        prompt, new = (
+            max(len(g.request.prompt) for g in groups),
+            max(g.request.max_new_tokens for g in groups),
+        )
         worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g)).index
         raise ValueError(
             f"request {worst} can never fit: a prompt of {prompt} tokens and {new} new ones need {need} pages of {self.page_size} tokens and there is room "
@@ -220,17 +297,25 @@ class Sampler:
 
     def _make_buffers(self, widths):
         """Row buffers, kept from call to call while they are wide enough: CUDA graphs hold their addresses."""
-        if self.state and all(self.state[name].shape[1] >= width for name, (_, width) in widths.items()):
+        if self.state and all(
+            self.state[name].shape[1] >= width for name, (_, width) in widths.items()
+        ):
             return
         old = {name: self.state[name].shape[1] if self.state else 0 for name in widths}
         self.state = None
-        self.state = new_state(self.decoder.pad(self.slots), {n: (dtype, max(width, old[n])) for n, (dtype, width) in widths.items()}, self.device)
+        self.state = new_state(
+            self.decoder.pad(self.slots),
+            {n: (dtype, max(width, old[n])) for n, (dtype, width) in widths.items()},
+            self.device,
+        )
         self.decoder.graphs = {} if self.decoder.graphs is not None else None
 
     def _affordable_pages(self):
         """Pages in the memory that the sampler may take; the pool in use counts as free."""
         free = free_bytes(self.device) + self.held_bytes()
-        return int((free * MEMORY if self.memory is None else min(self.memory, free)) // self.page_bytes)
+        return int(
+            (free * MEMORY if self.memory is None else min(self.memory, free)) // self.page_bytes
+        )
 
     def held_bytes(self):
         """Keys and values in memory now, whether or not a rollout runs."""
@@ -266,13 +351,17 @@ class Sampler:
             while groups and groups[-1].cached <= room:
                 room -= groups[-1].cached
                 batch.append(groups.pop())
-            self.decoder.prefill([g.request.prompt[:-1] for g in batch], [g.prefix + g.tail for g in batch])
+            self.decoder.prefill(
+                [g.request.prompt[:-1] for g in batch], [g.prefix + g.tail for g in batch]
+            )
             self.stats["prefill_tokens"] += sum(g.cached for g in batch)
         self.stats["prefill_seconds"] += time.perf_counter() - started
 
     def _copy_tails(self, admitted):
         """Give every new sample its own copy of its prompt's last, not full page, to go on writing in."""
-        copies = [(row.group.tail[0], self.pool.run(row.slot)[0]) for row in admitted if row.group.tail]
+        copies = [
+            (row.group.tail[0], self.pool.run(row.slot)[0]) for row in admitted if row.group.tail
+        ]
         if copies:
             self.pool.copy(copies)
         for group in {row.group.number: row.group for row in admitted}.values():
@@ -283,9 +372,18 @@ class Sampler:
     def _join(self, rows, state, admitted):
         """Add new rows and sort by group, so that the samples of a group are neighbours."""
         new = [_row_values(row, self.page_size) for row in admitted]
-        fields = {name: torch.tensor([values[name] for values in new], dtype=dtype) for name, dtype in ROW.items()}
-        fields["stop_ids"] = _filled([list(row.group.request.stop_ids) for row in admitted], state["stop_ids"], -1)
-        fields["tables"] = _filled([row.group.prefix + ([] if self.cpu else self.pool.run(row.slot)) for row in admitted], state["tables"], 0)
+        fields = {
+            name: torch.tensor([values[name] for values in new], dtype=dtype)
+            for name, dtype in ROW.items()
+        }
+        fields["stop_ids"] = _filled(
+            [list(row.group.request.stop_ids) for row in admitted], state["stop_ids"], -1
+        )
+        fields["tables"] = _filled(
+            [row.group.prefix + ([] if self.cpu else self.pool.run(row.slot)) for row in admitted],
+            state["tables"],
+            0,
+        )
         for name in ("out_tokens", "out_logprobs"):
             fields[name] = torch.zeros(len(new), state[name].shape[1], dtype=state[name].dtype)
         joined = {name: torch.cat([state[name], fields[name].to(self.device)]) for name in state}
@@ -313,13 +411,19 @@ class Sampler:
         """Turn rows that ended into completions, free their pages, and hand over requests that are complete."""
         ended = [i for i, a in enumerate(alive) if not a]
         columns = ("positions", "start", "out_tokens", "out_logprobs")
-        s = _select({name: state[name] for name in columns}, torch.tensor(ended, device=self.device))
+        s = _select(
+            {name: state[name] for name in columns}, torch.tensor(ended, device=self.device)
+        )
         counts = (s["positions"] + 2 - s["start"]).tolist()
-        for i, count, tokens, logprobs in zip(ended, counts, s["out_tokens"].tolist(), s["out_logprobs"].tolist()):
+        for i, count, tokens, logprobs in zip(
+            ended, counts, s["out_tokens"].tolist(), s["out_logprobs"].tolist()
+        ):
             group = rows[i].group
             reason = "stop" if tokens[count - 1] in group.request.stop_ids else "length"
             done = self.done[group.index]
-            done.append(Completion(group.index, rows[i].sample, tokens[:count], logprobs[:count], reason))
+            done.append(
+                Completion(group.index, rows[i].sample, tokens[:count], logprobs[:count], reason)
+            )
             self.stats["tokens"] += count
             self._leave(rows[i])
             if on_done and len(done) == group.request.n:
@@ -336,16 +440,29 @@ def _row_values(row, page_size):
     """The one-number columns of a new row (decode.ROW)."""
     r, cached = row.group.request, row.group.cached
     return {
-        "tokens": r.prompt[-1], "positions": cached, "start": cached + 1, "last": cached + r.max_new_tokens, "group": row.group.number, "slot": row.slot,
-        "prefix": len(row.group.prefix) * page_size, "temperature": r.temperature, "top_p": r.top_p, "top_k": r.top_k, "seed": r.seed, "request": r.id,
-        "sample": row.sample, "alive": True,
-    }  # fmt: skip
+        "tokens": r.prompt[-1],
+        "positions": cached,
+        "start": cached + 1,
+        "last": cached + r.max_new_tokens,
+        "group": row.group.number,
+        "slot": row.slot,
+        "prefix": len(row.group.prefix) * page_size,
+        "temperature": r.temperature,
+        "top_p": r.top_p,
+        "top_k": r.top_k,
+        "seed": r.seed,
+        "request": r.id,
+        "sample": row.sample,
+        "alive": True,
+    }
 
 
 def _filled(lists, like, filler):
     """Lists of ints as rows as wide as `like`, filled up."""
     width = like.shape[1]
-    return torch.tensor([x + [filler] * (width - len(x)) for x in lists], dtype=like.dtype).view(len(lists), width)
+    return torch.tensor([x + [filler] * (width - len(x)) for x in lists], dtype=like.dtype).view(
+        len(lists), width
+    )
 
 
 def _select(state, index):
@@ -360,6 +477,10 @@ def _check(index, request, config):
     if new < 1 or request.n < 1:
         raise ValueError(f"request {index}: n and max_new_tokens must be at least 1")
     if len(prompt) + new > config.max_position_embeddings:
-        raise ValueError(f"request {index}: a prompt of {len(prompt)} tokens with {new} new ones is longer than the model's {config.max_position_embeddings} positions")
+        raise ValueError(
+            f"request {index}: a prompt of {len(prompt)} tokens with {new} new ones is longer than the model's {config.max_position_embeddings} positions"
+        )
     if max(prompt) >= config.vocab_size or min(prompt) < 0:
-        raise ValueError(f"request {index} has a token id outside the model's vocabulary of {config.vocab_size}: was it encoded by another tokenizer?")
+        raise ValueError(
+            f"request {index} has a token id outside the model's vocabulary of {config.vocab_size}: was it encoded by another tokenizer?"
+        )

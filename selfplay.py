@@ -19,14 +19,27 @@ from batches import Sequence
 from benchmarks import TestJudge, load_rows, row_prompt
 from buffers import Buffers, add_seeds
 from prompts import propose_prompt, solve_prompt
-from proposals import REASONS, TASKS, Entry, Puzzle, Refused, SolveJudge, begin, check, parse_proposal
+from proposals import (
+    REASONS,
+    TASKS,
+    Entry,
+    Puzzle,
+    Refused,
+    SolveJudge,
+    begin,
+    check,
+    parse_proposal,
+)
 from rewards import Parsed, Verdict
 from rollout import Sample, counted
 from sampler import Request
 
 REWARDS = ("eq3", "eq4", "switch", "blend")
 ROLES = ("propose", "solve")
-SEED_ROUNDS, IDLE_ROUNDS = 40, 4  # most rounds of --prompts seed proposals, and how many may give nothing new before the model goes on with what there is
+SEED_ROUNDS, IDLE_ROUNDS = (
+    40,
+    4,
+)  # most rounds of --prompts seed proposals, and how many may give nothing new before the model goes on with what there is
 STEP = 1 << 24  # request numbers of a step; seeding comes before all steps, in negative numbers
 
 
@@ -45,7 +58,12 @@ class Play:
     """The state of self-play: the buffers (the same on all ranks) and what judges it."""
 
     def __init__(self, settings, language, pool, sampler, tokenizer):
-        self.settings, self.language, self.sampler, self.tokenizer = settings, language, sampler, tokenizer
+        self.settings, self.language, self.sampler, self.tokenizer = (
+            settings,
+            language,
+            sampler,
+            tokenizer,
+        )
         self.judge = SolveJudge(pool, language)
         self.buffers = Buffers(settings.buffer_size, language)
         self.waited = 0.0  # seconds of this step for programs that sampling did not hide
@@ -59,7 +77,9 @@ def check_settings(s):
         raise ValueError(f"--composite {s.composite} is no share: use a number from 0 to 1")
     for path in filter(None, s.seeds.split(",")):
         if not Path(path).is_file():
-            raise ValueError(f"--seeds {path} does not exist: give JSON lines of programs with inputs, or leave it out")
+            raise ValueError(
+                f"--seeds {path} does not exist: give JSON lines of programs with inputs, or leave it out"
+            )
 
 
 # ---- rewards ----
@@ -109,11 +129,28 @@ def ask(play, task, number, rng):
     s, buffers = play.settings, play.buffers
     id = f"propose/{task}/{number}"
     if task == "induction":
-        about = rng.choice([*buffers["deduction"].entries.values(), *buffers["abduction"].entries.values()])
-        return Proposal(id, task, propose_prompt(task, play.language, [about], short=s.short_prompt), about.program)
+        about = rng.choice(
+            [*buffers["deduction"].entries.values(), *buffers["abduction"].entries.values()]
+        )
+        return Proposal(
+            id,
+            task,
+            propose_prompt(task, play.language, [about], short=s.short_prompt),
+            about.program,
+        )
     references = buffers[task].draw(rng, s.references)
-    composed = tuple(e.program for e in buffers[task].draw(rng, rng.randint(1, 2))) if rng.random() < s.composite else ()
-    while not fits(play, prompt := propose_prompt(task, play.language, references, composed, s.short_prompt)) and len(references) > 1:
+    composed = (
+        tuple(e.program for e in buffers[task].draw(rng, rng.randint(1, 2)))
+        if rng.random() < s.composite
+        else ()
+    )
+    while (
+        not fits(
+            play,
+            prompt := propose_prompt(task, play.language, references, composed, s.short_prompt),
+        )
+        and len(references) > 1
+    ):
         references = references[:-1]
     return Proposal(id, task, prompt, composed=composed)
 
@@ -121,20 +158,41 @@ def ask(play, task, number, rng):
 def proposal_list(play, step, tasks=TASKS):
     """--prompts proposals per task, the same on all ranks."""
     rng = random.Random(f"{play.settings.seed}/{step}/propose")
-    return [ask(play, task, step * STEP + i, rng) for task in tasks for i in range(play.settings.prompts)]
+    return [
+        ask(play, task, step * STEP + i, rng)
+        for task in tasks
+        for i in range(play.settings.prompts)
+    ]
 
 
 def solve_list(play, step):
     """--prompts puzzles per task: this step's new entries first."""
     rng = random.Random(f"{play.settings.seed}/{step}/solve")
-    picked = [(task, e) for task in TASKS for e in play.buffers[task].newest_first(rng, play.settings.prompts, step)]
-    return [puzzle(play, task, entry, f"solve/{task}/{step}/{i}") for i, (task, entry) in enumerate(picked)]
+    picked = [
+        (task, e)
+        for task in TASKS
+        for e in play.buffers[task].newest_first(rng, play.settings.prompts, step)
+    ]
+    return [
+        puzzle(play, task, entry, f"solve/{task}/{step}/{i}")
+        for i, (task, entry) in enumerate(picked)
+    ]
 
 
 def puzzle(play, task, entry, id):
     found = Puzzle(id, task, entry)
-    answer = entry.program if task == "induction" else entry.outputs[0] if task == "deduction" else entry.inputs[0]
-    return replace(found, question=solve_prompt(found, play.language, play.settings.short_prompt), answer=answer)
+    answer = (
+        entry.program
+        if task == "induction"
+        else entry.outputs[0]
+        if task == "deduction"
+        else entry.inputs[0]
+    )
+    return replace(
+        found,
+        question=solve_prompt(found, play.language, play.settings.short_prompt),
+        answer=answer,
+    )
 
 
 # ---- one step ----
@@ -148,7 +206,15 @@ def sample(play, prompts, first_id, start, n=1):
     """
     s, stop, started = play.settings, play.tokenizer.stop_ids, [[] for _ in prompts]
     requests = [
-        Request(play.tokenizer.encode(text), n, s.max_new_tokens, s.temperature, stop_ids=stop, seed=s.seed, id=first_id + i)
+        Request(
+            play.tokenizer.encode(text),
+            n,
+            s.max_new_tokens,
+            s.temperature,
+            stop_ids=stop,
+            seed=s.seed,
+            id=first_id + i,
+        )
         for i, text in enumerate(prompts)
     ]
 
@@ -168,24 +234,38 @@ def propose(play, step, wanted):
         candidate = parsed(play, mine[i], text)
         return candidate, begin(runner, candidate)
 
-    requests, completions, started = sample(play, [p.prompt for p in mine], step * STEP + start, first_run)
+    requests, completions, started = sample(
+        play, [p.prompt for p in mine], step * STEP + start, first_run
+    )
     sampled = time.perf_counter()
-    entries = check(runner, [candidate for candidate, _ in started], play.settings.reward_deadline, [run for _, run in started])
+    entries = check(
+        runner,
+        [candidate for candidate, _ in started],
+        play.settings.reward_deadline,
+        [run for _, run in started],
+    )
     play.waited += time.perf_counter() - sampled
     entries = [solvable(play, p.task, e) for p, e in zip(mine, entries)]
-    return [(p, r, c, e if isinstance(e, Refused) else replace(e, step=max(step, 0))) for p, r, c, e in zip(mine, requests, completions, entries)]
+    return [
+        (p, r, c, e if isinstance(e, Refused) else replace(e, step=max(step, 0)))
+        for p, r, c, e in zip(mine, requests, completions, entries)
+    ]
 
 
 def parsed(play, proposal, text):
     try:
-        return parse_proposal(text, proposal.task, play.language, proposal.program, proposal.composed)
+        return parse_proposal(
+            text, proposal.task, play.language, proposal.program, proposal.composed
+        )
     except Refused as reason:
         return reason
 
 
 def solvable(play, task, entry):
     """A puzzle whose prompt is longer than --max_prompt_tokens cannot be given to a solver."""
-    long = isinstance(entry, Entry) and not fits(play, solve_prompt(Puzzle("", task, entry), play.language, play.settings.short_prompt))
+    long = isinstance(entry, Entry) and not fits(
+        play, solve_prompt(Puzzle("", task, entry), play.language, play.settings.short_prompt)
+    )
     return Refused("too_long") if long else entry
 
 
@@ -195,17 +275,24 @@ def learnability(play, step, proposed):
     valid = [i for i, (*_, entry) in enumerate(proposed) if isinstance(entry, Entry)]
     puzzles = [puzzle(play, proposed[i][0].task, proposed[i][3], f"learn/{i}") for i in valid]
     start = sum(distributed.gather([len(valid)])[: distributed.rank()])
-    *_, verdicts = answers(play, puzzles, step * STEP + STEP // 4 + start, play.settings.learn_samples)
+    *_, verdicts = answers(
+        play, puzzles, step * STEP + STEP // 4 + start, play.settings.learn_samples
+    )
     m, found = play.settings.learn_samples, [None] * len(proposed)
     for n, i in enumerate(valid):
         found[i] = mean_accuracy(verdicts[n * m : (n + 1) * m])
-    return [float("nan") if str(e) == "sandbox_error" and isinstance(e, Refused) else a for a, (*_, e) in zip(found, proposed)]
+    return [
+        float("nan") if str(e) == "sandbox_error" and isinstance(e, Refused) else a
+        for a, (*_, e) in zip(found, proposed)
+    ]
 
 
 def answers(play, puzzles, first_id, n=1):
     """n answers to every puzzle -> (requests, completions, verdicts)."""
     submit = lambda i, number, text: play.judge.submit(puzzles[i], text, number)
-    requests, completions, submissions = sample(play, [p.question for p in puzzles], first_id, submit, n)
+    requests, completions, submissions = sample(
+        play, [p.question for p in puzzles], first_id, submit, n
+    )
     sampled = time.perf_counter()
     verdicts = play.judge.collect(submissions, play.settings.reward_deadline)
     play.waited += time.perf_counter() - sampled
@@ -228,9 +315,16 @@ def play_step(run, step):
     start = len(puzzles) * distributed.rank() // distributed.world_size()
     mine = distributed.share(puzzles)
     requests, completions, verdicts = answers(play, mine, step * STEP + STEP // 2 + start)
-    proposers = [proposer_sample(play, step, *one, accuracy) for one, accuracy in zip(proposed, accuracies)]
-    solvers = [Sample(p, c, v, Sequence(r.prompt, c.tokens, c.logprobs, group=r.id)) for p, r, c, v in zip(mine, requests, completions, verdicts)]
-    everyone = distributed.gather([(x.problem.task, role_of(x), x.verdict) for x in [*proposers, *solvers]])
+    proposers = [
+        proposer_sample(play, step, *one, accuracy) for one, accuracy in zip(proposed, accuracies)
+    ]
+    solvers = [
+        Sample(p, c, v, Sequence(r.prompt, c.tokens, c.logprobs, group=r.id))
+        for p, r, c, v in zip(mine, requests, completions, verdicts)
+    ]
+    everyone = distributed.gather(
+        [(x.problem.task, role_of(x), x.verdict) for x in [*proposers, *solvers]]
+    )
     metrics = play_metrics(play, everyone, distributed.gather(accuracies), added)
     correct = mean_accuracy([v for _, role, v in everyone if role == "solve"])
     if correct == correct:
@@ -240,13 +334,24 @@ def play_step(run, step):
 
 def proposer_sample(play, step, proposal, request, completion, entry, accuracy):
     s, refused = play.settings, isinstance(entry, Refused)
-    reward = proposer_reward(s.propose_reward, accuracy, step, s.propose_switch, play.buffers.solver_accuracy)
+    reward = proposer_reward(
+        s.propose_reward, accuracy, step, s.propose_switch, play.buffers.solver_accuracy
+    )
     status = str(entry) if refused else "ok"
     value = None if accuracy is None or accuracy != accuracy else f"{accuracy:g}"
-    form = Parsed("", "", "", status not in ("format", "no_program", "no_input", "few_inputs", "no_message"))
+    form = Parsed(
+        "", "", "", status not in ("format", "no_program", "no_input", "few_inputs", "no_message")
+    )
     program = "" if refused else entry.program
-    verdict = Verdict(proposal.id, reward, {}, not refused, status, value, program, form, False, False)
-    return Sample(proposal, completion, verdict, Sequence(request.prompt, completion.tokens, completion.logprobs, group=request.id))
+    verdict = Verdict(
+        proposal.id, reward, {}, not refused, status, value, program, form, False, False
+    )
+    return Sample(
+        proposal,
+        completion,
+        verdict,
+        Sequence(request.prompt, completion.tokens, completion.logprobs, group=request.id),
+    )
 
 
 def role_of(x):
@@ -256,10 +361,22 @@ def role_of(x):
 def set_advantages(run, samples):
     """TRR++: A = (r - mean) / std of its (task, role) over all ranks, statistics over tokens; exactly 0 where all rewards of a (task, role)
     are equal -> the sequences that count: judged ones."""
-    facts = [(x.verdict.reward, TASKS.index(x.problem.task) * 2 + ROLES.index(role_of(x)), len(x.completion.tokens)) for x in samples]
+    facts = [
+        (
+            x.verdict.reward,
+            TASKS.index(x.problem.task) * 2 + ROLES.index(role_of(x)),
+            len(x.completion.tokens),
+        )
+        for x in samples
+    ]
     facts, mine = distributed.gather_and_place(facts)
     rewards, rows, lengths = zip(*facts)
-    values = grpo.advantages(torch.tensor(rewards, dtype=torch.float32), torch.tensor(rows), "trr++", torch.tensor(lengths)).tolist()
+    values = grpo.advantages(
+        torch.tensor(rewards, dtype=torch.float32),
+        torch.tensor(rows),
+        "trr++",
+        torch.tensor(lengths),
+    ).tolist()
     for x, value in zip(samples, values[mine]):
         x.sequence.advantage = value
     return counted(run, samples)
@@ -273,11 +390,19 @@ def play_metrics(play, everyone, accuracies, added):
             verdicts = [v for t, r, v in everyone if (t, r) == (task, role)]
             name = "valid_frac" if role == "propose" else "accuracy"
             found[f"{role}/{name}/{task}"] = mean_accuracy(verdicts)
-            found[f"{role}/reward/{task}"] = mean([v.reward for v in verdicts if v.reward == v.reward])
+            found[f"{role}/reward/{task}"] = mean(
+                [v.reward for v in verdicts if v.reward == v.reward]
+            )
         found[f"buffer/{task}"] = float(len(play.buffers[task]))
         found[f"buffer/{task}_added"] = float(added[task])
-    rows = [{v.reward for t, r, v in everyone if (t, r) == (task, role) and v.reward == v.reward} for task in TASKS for role in ROLES]
-    found["frac_reward_zero_std"] = mean([len(rewards) < 2 for rewards in rows])  # of the six (task, role)
+    rows = [
+        {v.reward for t, r, v in everyone if (t, r) == (task, role) and v.reward == v.reward}
+        for task in TASKS
+        for role in ROLES
+    ]
+    found["frac_reward_zero_std"] = mean(
+        [len(rewards) < 2 for rewards in rows]
+    )  # of the six (task, role)
     proposals = [v for _, role, v in everyone if role == "propose"]
     found["propose/valid_frac"] = mean_accuracy(proposals)
     found["solve/accuracy"] = mean_accuracy([v for _, role, v in everyone if role == "solve"])
@@ -289,7 +414,9 @@ def play_metrics(play, everyone, accuracies, added):
     found["learn/none_right_frac"] = mean([a == 0 for a in known])
     found["learn/all_right_frac"] = mean([a == 1 for a in known])
     for low in (0.0, 0.25, 0.5, 0.75):  # between never and always: what equation (3) pays for
-        found[f"learn/from_{low:g}_frac"] = mean([0 < a < 1 and low <= a < low + 0.25 for a in known])
+        found[f"learn/from_{low:g}_frac"] = mean(
+            [0 < a < 1 and low <= a < low + 0.25 for a in known]
+        )
     return found
 
 
@@ -300,7 +427,11 @@ def fill(play, checkpoint, report):
     """The buffers of a checkpoint, the same on every rank, or new seeds when there is none."""
     if checkpoint is None:
         return seed(play, report)
-    play.buffers.from_text(distributed.broadcast((checkpoint / "selfplay.json").read_text("utf-8") if distributed.rank() == 0 else None))
+    play.buffers.from_text(
+        distributed.broadcast(
+            (checkpoint / "selfplay.json").read_text("utf-8") if distributed.rank() == 0 else None
+        )
+    )
 
 
 def seed(play, report):
@@ -310,9 +441,15 @@ def seed(play, report):
     for task in ("deduction", "abduction"):
         play.buffers[task].add(identity)
     for path in filter(None, s.seeds.split(",") if distributed.rank() == 0 else []):
-        refused = add_seeds(play.buffers, path, play.judge.runner, s.seed_problems, s.reward_deadline)
-        report(f"seeds from {path}: {', '.join(f'{len(b)} {task}' for task, b in play.buffers.items())}; refused: {refused or 'none'}")
-    play.buffers.from_text(distributed.broadcast(play.buffers.to_text()))  # one rank judged the file: a busy machine cannot make them differ
+        refused = add_seeds(
+            play.buffers, path, play.judge.runner, s.seed_problems, s.reward_deadline
+        )
+        report(
+            f"seeds from {path}: {', '.join(f'{len(b)} {task}' for task, b in play.buffers.items())}; refused: {refused or 'none'}"
+        )
+    play.buffers.from_text(
+        distributed.broadcast(play.buffers.to_text())
+    )  # one rank judged the file: a busy machine cannot make them differ
     for tasks in (("deduction", "abduction"), ("induction",)):
         if not s.seeds or any(len(play.buffers[task]) == 0 for task in tasks):
             seed_itself(play, tasks, report)
@@ -335,9 +472,13 @@ def seed_itself(play, tasks, report):
                     play.buffers[task].add(entry)
         idle = idle + 1 if len(play.buffers[tasks[0]]) == before else 0
     lengths = ", ".join(f"{len(play.buffers[task])} {task}" for task in tasks)
-    report(f"seeds by the model itself, round {round_number + 1}: {lengths} of {count}; proposals: {dict(sorted(counts.items()))}")
+    report(
+        f"seeds by the model itself, round {round_number + 1}: {lengths} of {count}; proposals: {dict(sorted(counts.items()))}"
+    )
     if len(play.buffers[tasks[0]]) == 0:
-        raise SystemExit("the model gave no valid seed: warm-start it (sft.py --task selfplay), or give a file by --seeds")
+        raise SystemExit(
+            "the model gave no valid seed: warm-start it (sft.py --task selfplay), or give a file by --seeds"
+        )
 
 
 # ---- evaluation in the loop ----
@@ -347,6 +488,10 @@ def held_out(s, language, pool):
     """(problems, judge, prompt of a problem) of --eval_bench: triples (built in), humaneval or mbpp of MultiPL-E with the paper's prompt."""
     check_settings(s)
     if s.eval_bench == "triples":
-        return triples.held_out(language, s.eval_problems), SolveJudge(pool, language), lambda p: solve_prompt(p, language, s.short_prompt)
+        return (
+            triples.held_out(language, s.eval_problems),
+            SolveJudge(pool, language),
+            lambda p: solve_prompt(p, language, s.short_prompt),
+        )
     rows = load_rows(s.eval_bench, language, s.data or None, count=s.eval_problems)
     return rows, TestJudge(pool, language, "think"), lambda p: row_prompt(p, language, "think")

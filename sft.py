@@ -6,7 +6,9 @@
 Reinforcement learning needs a model that is right sometimes; this makes one from a model that never is.
 """
 
-import cpu  # noqa: F401 (first: before torch)
+import cpu  # noqa: F401 (before torch)
+
+# isort: split
 
 import argparse
 import random
@@ -34,15 +36,24 @@ from tokenizer import ChatTokenizer, train_bpe
 class WarmStart:
     """Settings of a supervised warm start."""
 
-    task: str = setting("gsm8k_steps", "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts)")
+    task: str = setting(
+        "gsm8k_steps",
+        "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts)",
+    )
     lang: str = setting("prolog", "language to render programs in")
-    model: str = setting("tiny", "checkpoint folder or hub id; 'tiny' builds a 1M-parameter model with its own BPE")
+    model: str = setting(
+        "tiny", "checkpoint folder or hub id; 'tiny' builds a 1M-parameter model with its own BPE"
+    )
     out: str = setting("runs/warm_start", "folder for the trained checkpoint; must not exist")
-    data: str = setting("", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)")
+    data: str = setting(
+        "", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)"
+    )
     problems: int = setting(0, "use only the first so many problems; 0 = all")
     examples: int = setting(0, "worked examples in the prompt: 0, 1 or 5")
     short_prompt: bool = setting(False, "leave the long instructions out")
-    max_prompt_tokens: int = setting(1024, "problems with a longer prompt are dropped, and counted at the start")
+    max_prompt_tokens: int = setting(
+        1024, "problems with a longer prompt are dropped, and counted at the start"
+    )
     references: int = setting(6, "selfplay: most earlier programs in a proposer's prompt")
     steps: int = setting(300, "optimizer steps")
     batch: int = setting(64, "problems per step, over all ranks")
@@ -52,19 +63,41 @@ class WarmStart:
     max_norm: float = setting(1.0, "clip the global gradient norm here")
     token_budget: int = setting(16384, "most tokens in one micro-batch of one rank")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
-    mistakes: float = setting(0.0, "share of demonstrations with a typical mistake (its language's TOML): a teacher that barely knows the language")
+    mistakes: float = setting(
+        0.0,
+        "share of demonstrations with a typical mistake (its language's TOML): a teacher that barely knows the language",
+    )
     seed: int = setting(0, "decides data order, mistakes and random weights")
 
 
 def tiny_config(vocab_size):
     """About one million parameters: 5 layers of 128, 4 query and 2 key-value heads of 32, tied embeddings."""
-    shapes = dict(vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2)
-    return model_file.Config.from_dict({"model_type": "qwen2", "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 1024, **shapes})
+    shapes = dict(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return model_file.Config.from_dict(
+        {
+            "model_type": "qwen2",
+            "rope_theta": 1e4,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1024,
+            **shapes,
+        }
+    )
 
 
 def make_tiny(problems, language, prompt, folder, seed):
     """A random tiny model and a byte-level BPE trained on the task's own text, written to `folder`."""
-    texts = [text for p in problems[:4000] for text in (p.question, solution(p, language), *(m["content"] for m in prompt(p)))]
+    texts = [
+        text
+        for p in problems[:4000]
+        for text in (p.question, solution(p, language), *(m["content"] for m in prompt(p)))
+    ]
     make_tiny_from(texts, folder, seed)
 
 
@@ -78,8 +111,14 @@ def make_tiny_from(texts, folder, seed):
 
 def encode(problems, language, tokenizer, prompt, mistakes, seed):
     """Problems with steps -> list[Sequence] with the rendered solution and the stop token as completion."""
-    texts = [imperfect(solution(p, language), language, mistakes, random.Random(f"{seed}/{p.id}")) for p in problems]
-    return [Sequence(tokenizer.encode_chat(prompt(p)), [*tokenizer.encode(text), tokenizer.stop_ids[0]]) for p, text in zip(problems, texts)]
+    texts = [
+        imperfect(solution(p, language), language, mistakes, random.Random(f"{seed}/{p.id}"))
+        for p in problems
+    ]
+    return [
+        Sequence(tokenizer.encode_chat(prompt(p)), [*tokenizer.encode(text), tokenizer.stop_ids[0]])
+        for p, text in zip(problems, texts)
+    ]
 
 
 def imperfect(text, language, share, rng):
@@ -98,9 +137,13 @@ def short_enough(sequences, limit, report):
     """Drop sequences whose prompt is longer than the limit; say how many, as train.py does."""
     kept = [q for q in sequences if len(q.prompt) <= limit]
     if not kept:
-        raise ValueError(f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples")
+        raise ValueError(
+            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples"
+        )
     if len(kept) < len(sequences):
-        report(f"{len(sequences) - len(kept)} of {len(sequences)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}")
+        report(
+            f"{len(sequences) - len(kept)} of {len(sequences)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}"
+        )
     return kept
 
 
@@ -116,11 +159,21 @@ def train_supervised(model, optimizer, sequences, s, device, report=print):
         tokens = sum(len(q.tokens) for q in picked)
         for q in picked:
             q.weight = 1 / tokens
-        losses = accumulate(model, distributed.share(picked), lambda batch: supervised_loss(model, batch), s.token_budget, device)
-        take_step(model, optimizer, learning_rate(step, s.steps, s.lr, s.warmup, "cosine"), s.max_norm)
+        losses = accumulate(
+            model,
+            distributed.share(picked),
+            lambda batch: supervised_loss(model, batch),
+            s.token_budget,
+            device,
+        )
+        take_step(
+            model, optimizer, learning_rate(step, s.steps, s.lr, s.warmup, "cosine"), s.max_norm
+        )
         loss = sum(distributed.gather([l for l, _ in losses]))
         if step % 10 == 0 or step == s.steps:
-            report(f"warm start {step}/{s.steps}  loss {loss:.3f}  {time.perf_counter() - started:.0f}s")
+            report(
+                f"warm start {step}/{s.steps}  loss {loss:.3f}  {time.perf_counter() - started:.0f}s"
+            )
     return loss
 
 
@@ -133,10 +186,16 @@ def supervised_loss(model, batch):
 def run(s, problems, language, device, report=print):
     """Warm-start s.model on the problems (selfplay: none are needed) and write the checkpoint to s.out (a collective)."""
     if s.task == "selfplay":
-        problems = triples.demonstrations(language, s.problems or 6000, s.seed, s.references, s.short_prompt)
+        problems = triples.demonstrations(
+            language, s.problems or 6000, s.seed, s.references, s.short_prompt
+        )
     out = Path(s.out)
     prompt = lambda p: messages(p, language, examples=s.examples, system=not s.short_prompt)
-    source = out.with_name(out.name + ".init") if s.model == "tiny" else model_file.find_checkpoint(s.model)
+    source = (
+        out.with_name(out.name + ".init")
+        if s.model == "tiny"
+        else model_file.find_checkpoint(s.model)
+    )
     if s.model == "tiny" and distributed.rank() == 0:
         if s.task == "selfplay":
             make_tiny_from([text for pair in problems[:4000] for text in pair], source, s.seed)
@@ -150,7 +209,10 @@ def run(s, problems, language, device, report=print):
     model.gradient_checkpointing = s.gradient_checkpointing
     model = distributed.shard(model, device)
     if s.task == "selfplay":
-        sequences = [Sequence(tokenizer.encode(text), [*tokenizer.encode(answer), tokenizer.stop_ids[0]]) for text, answer in problems]
+        sequences = [
+            Sequence(tokenizer.encode(text), [*tokenizer.encode(answer), tokenizer.stop_ids[0]])
+            for text, answer in problems
+        ]
     else:
         sequences = encode(problems, language, tokenizer, prompt, s.mistakes, s.seed)
     sequences = short_enough(sequences, s.max_prompt_tokens, report)
@@ -164,14 +226,24 @@ def run(s, problems, language, device, report=print):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_flags(parser, WarmStart)
     s = WarmStart(**vars(parser.parse_args()))
     if Path(s.out).exists():
         raise SystemExit(f"{s.out} exists: give another --out, or remove it")
     language = load_language(s.lang)
     device = distributed.setup()
-    problems = [] if s.task == "selfplay" else load_problems(s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed)
+    problems = (
+        []
+        if s.task == "selfplay"
+        else load_problems(
+            s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed
+        )
+    )
     report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
     run(s, problems, language, device, report)
     report(f"wrote {s.out}")

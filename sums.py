@@ -14,7 +14,10 @@ import re
 from fractions import Fraction
 from zlib import crc32
 
-NAMES = {"He": "Tom Sam Ben Max Leo Jack Omar Luis".split(), "She": "Ann Mia Eva Zoe Lily Nina Sara Ruth".split()}
+NAMES = {
+    "He": "Tom Sam Ben Max Leo Jack Omar Luis".split(),
+    "She": "Ann Mia Eva Zoe Lily Nina Sara Ruth".split(),
+}
 THINGS = "apples cards stickers pencils cookies shells coins books stamps balls cups eggs".split()
 # Number classes of the slots: {n}, {m2}, ... draw from the range named by their letter; c is a price such as 2.5.
 RANGES = {"n": (10, 90), "m": (3, 40), "k": (2, 9), "h": (100, 300), "c": (0, 9)}
@@ -220,7 +223,16 @@ WORLDS = [
     ([(pieces(COMPARE_OPEN), 1, 1), _SECOND, (pieces(PAIR_ASK), 1, 1)], False),
     ([(pieces(COMPARE_OPEN), 1, 1), _SECOND, _THIRD, (pieces(TRIO_ASK), 1, 1)], False),
 ]
-_WEIGHTS = (4, 3, 2, 1.5, 1.5, 1.5, 1, 1)  # how often a world is told, roughly by how many wordings it has
+_WEIGHTS = (
+    4,
+    3,
+    2,
+    1.5,
+    1.5,
+    1.5,
+    1,
+    1,
+)  # how often a world is told, roughly by how many wordings it has
 
 
 def make(split, seed, index):
@@ -243,10 +255,18 @@ def _template(rng, split, wanted):
     """Draw pieces of one world until they have `wanted` steps and their wording belongs to the split."""
     while True:
         stages, fractions = rng.choices(WORLDS, _WEIGHTS)[0]
-        chosen = [rng.choice(options) for options, low, high in stages for _ in range(rng.randint(low, high))]
+        chosen = [
+            rng.choice(options)
+            for options, low, high in stages
+            for _ in range(rng.randint(low, high))
+        ]
         texts = [text for text, _ in chosen]
         steps = sum(len(re.findall(r"=[^,]*[-+*/]", effect)) for _, effect in chosen)
-        if steps == wanted and len(set(texts)) == len(texts) and is_test(" ".join(texts), 5) == (split == "test"):
+        if (
+            steps == wanted
+            and len(set(texts)) == len(texts)
+            and is_test(" ".join(texts), 5) == (split == "test")
+        ):
             return chosen, fractions
 
 
@@ -265,12 +285,18 @@ def _fill(rng, split, chosen, fractions):
             name, expression = assignment.split("=")
             used = re.findall(r"[nmkhc]\d?", expression)
             numbers += [slots[slot] for slot in used]
-            expression = re.sub(r"[a-zA-Z]\d?", lambda match: slots.get(match[0]) or names[match[0]], expression)
+            expression = re.sub(
+                r"[a-zA-Z]\d?", lambda match: slots.get(match[0]) or names[match[0]], expression
+            )
             if not re.search(r"[-+*/]", expression):
                 names[name] = expression
                 continue
             value = _evaluate(expression, values)
-            if not 0 < value < 1000 or value.denominator > (4 if fractions else 1) or value.denominator == 3:
+            if (
+                not 0 < value < 1000
+                or value.denominator > (4 if fractions else 1)
+                or value.denominator == 3
+            ):
                 return None
             names[name] = f"v{len(steps) + 1}"
             values[names[name]] = value
@@ -305,7 +331,11 @@ def _tell(rng, texts):
         texts = texts[:-1] + [distractor] + texts[-1:]
     pronoun = rng.choice(("He", "She"))
     first = rng.choice(NAMES[pronoun])
-    others = rng.sample(NAMES["She" if pronoun == "He" else "He"], 3)  # so that a pronoun means one person only
+    others = rng.sample(
+        NAMES["She" if pronoun == "He" else "He"], 3
+    )  # so that a pronoun means one person only
     things, other = rng.sample(THINGS, 2)
-    words = dict(zip("MOQ", others), N=first, P=pronoun, p=pronoun.lower(), things=things, other=other)
+    words = dict(
+        zip("MOQ", others), N=first, P=pronoun, p=pronoun.lower(), things=things, other=other
+    )
     return " ".join(texts).format(**words)

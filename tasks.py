@@ -42,7 +42,9 @@ class Problem:
     task: str
     question: str
     answer: Fraction | None = None
-    steps: list[Step] = field(default_factory=list)  # straight-line solution; empty when none is known
+    steps: list[Step] = field(
+        default_factory=list
+    )  # straight-line solution; empty when none is known
     reasoning: str = ""  # in words; solution() falls back on the steps
 
 
@@ -59,17 +61,23 @@ def load_problems(task, split, data=None, count=None, seed=0):
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: use train or test")
     if task == "sums":
-        return [_sums_problem(split, seed, index) for index in range(8192 if count is None else count)]
+        return [
+            _sums_problem(split, seed, index) for index in range(8192 if count is None else count)
+        ]
     if task not in ("gsm8k", "gsm8k_steps"):
         raise ValueError(f"unknown task {task!r}: use sums, gsm8k or gsm8k_steps")
     if task == "gsm8k_steps" and split != "train":
-        raise ValueError("gsm8k_steps has a train split only: its steps come from the training answers")
+        raise ValueError(
+            "gsm8k_steps has a train split only: its steps come from the training answers"
+        )
     path = find_data(f"{task}/{split}.jsonl", data) or _download_gsm8k(task, split)
     read = _gsm8k_problem if task == "gsm8k" else _steps_problem
     problems = read_jsonl(path, lambda index, row: read(split, index, row))
     if count is None or count >= len(problems):
         return problems
-    return [problems[index] for index in sorted(random.Random(seed).sample(range(len(problems)), count))]
+    return [
+        problems[index] for index in sorted(random.Random(seed).sample(range(len(problems)), count))
+    ]
 
 
 def in_passes(items, numbers, key):
@@ -95,7 +103,9 @@ def find_data(name, data=None):
             if path.is_file():
                 return path
     if data:
-        raise ValueError(f"{name} (or {name}.gz) is not in {data}: put it there, or leave out --data")
+        raise ValueError(
+            f"{name} (or {name}.gz) is not in {data}: put it there, or leave out --data"
+        )
     return None
 
 
@@ -103,7 +113,9 @@ def read_jsonl(path, read):
     """[read(line number from 0, object)] of a JSON-lines file, gzipped or not. ValueError names an empty file or the bad line."""
     rows = []
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if str(path).endswith(".gz") else open)(
+            path, "rt", encoding="utf-8"
+        ) as lines:
             for index, line in enumerate(lines):
                 if line.strip():
                     rows.append(_read_row(path, index, line, read))
@@ -117,21 +129,36 @@ def read_jsonl(path, read):
 def _read_row(path, index, line, read):
     try:
         return read(index, json.loads(line))
-    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}, line {index + 1} is malformed ({type(error).__name__}: {error}): fix or remove it") from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        ZeroDivisionError,
+    ) as error:
+        raise ValueError(
+            f"{path}, line {index + 1} is malformed ({type(error).__name__}: {error}): fix or remove it"
+        ) from None
 
 
 def _download_gsm8k(task, split):
     if task != "gsm8k":
-        raise ValueError(f"{task} needs {task}/{split}.jsonl: put it under --data, RARECODE_DATA or ../shared/data")
+        raise ValueError(
+            f"{task} needs {task}/{split}.jsonl: put it under --data, RARECODE_DATA or ../shared/data"
+        )
     url, path = GSM8K_URL.format(split=split), REPO / ".data" / "gsm8k" / f"{split}.jsonl"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
     except OSError as error:
-        raise ValueError(f"gsm8k/{split}.jsonl is not here and {url} cannot be reached ({error}): put the file under --data") from None
+        raise ValueError(
+            f"gsm8k/{split}.jsonl is not here and {url} cannot be reached ({error}): put the file under --data"
+        ) from None
     if hashlib.sha256(content).hexdigest() != GSM8K_SHA256[split]:
-        raise ValueError(f"{url} does not have the expected sha256 {GSM8K_SHA256[split]}: nothing was kept")
+        raise ValueError(
+            f"{url} does not have the expected sha256 {GSM8K_SHA256[split]}: nothing was kept"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")  # several ranks may fetch at once
     partial.write_bytes(content)
@@ -155,7 +182,13 @@ def _steps_problem(split, index, row):
     answer = Fraction(str(row["answer"]))
     if steps[-1].value != answer:
         raise ValueError(f"steps give {steps[-1].value}, answer is {answer}")
-    return Problem(f"gsm8k_steps/{split}/{row['id'].rsplit('-', 1)[1]}", "gsm8k_steps", row["question"], answer, steps)
+    return Problem(
+        f"gsm8k_steps/{split}/{row['id'].rsplit('-', 1)[1]}",
+        "gsm8k_steps",
+        row["question"],
+        answer,
+        steps,
+    )
 
 
 # ---- straight-line programs ----
@@ -178,7 +211,12 @@ def _value(node, values):
     if isinstance(node, ast.UnaryOp):
         return -_value(node.operand, values)
     left, right = _value(node.left, values), _value(node.right, values)
-    operation = {ast.Add: left.__add__, ast.Sub: left.__sub__, ast.Mult: left.__mul__, ast.Div: left.__truediv__}
+    operation = {
+        ast.Add: left.__add__,
+        ast.Sub: left.__sub__,
+        ast.Mult: left.__mul__,
+        ast.Div: left.__truediv__,
+    }
     return operation[type(node.op)](right)
 
 
@@ -224,11 +262,23 @@ def _step_lines(step, form):
         if isinstance(node, ast.UnaryOp):
             node = ast.BinOp(ast.Constant(0), ast.Sub(), node.operand)
         left, right = visit(node.left, target + "a"), visit(node.right, target + "b")
-        lines.append(form["step"].format(target=target, operator=form["operators"][SYMBOL[type(node.op)]], left=left, right=right))
+        lines.append(
+            form["step"].format(
+                target=target,
+                operator=form["operators"][SYMBOL[type(node.op)]],
+                left=left,
+                right=right,
+            )
+        )
         return target
 
     body = ast.parse(step.expr, mode="eval").body
-    visit(body if isinstance(body, (ast.BinOp, ast.UnaryOp)) else ast.BinOp(body, ast.Add(), ast.Constant(0)), target)
+    visit(
+        body
+        if isinstance(body, (ast.BinOp, ast.UnaryOp))
+        else ast.BinOp(body, ast.Add(), ast.Constant(0)),
+        target,
+    )
     return lines
 
 
@@ -237,13 +287,21 @@ def solution(problem, language):
     language = language_of(language)
     form = language.render
     if not form:
-        raise ValueError(f"{language.name} cannot be trained on sums or gsm8k: its TOML has no [render] table")
+        raise ValueError(
+            f"{language.name} cannot be trained on sums or gsm8k: its TOML has no [render] table"
+        )
     if not problem.steps:
-        raise ValueError(f"{problem.id} has no steps to render: use sums or gsm8k_steps for supervised training")
-    reasoning = problem.reasoning or ", ".join(f"{step.var} = {step.expr}" for step in problem.steps)
+        raise ValueError(
+            f"{problem.id} has no steps to render: use sums or gsm8k_steps for supervised training"
+        )
+    reasoning = problem.reasoning or ", ".join(
+        f"{step.var} = {step.expr}" for step in problem.steps
+    )
     names = [form["variable"].format(step.var[1:]) for step in problem.steps]
     lines = [line for step in problem.steps for line in _step_lines(step, form)]
-    code = form["program"].format(steps=form["separator"].join(lines), result=names[-1], variables=", ".join(names))
+    code = form["program"].format(
+        steps=form["separator"].join(lines), result=names[-1], variables=", ".join(names)
+    )
     return completion(reasoning, code, form["query"], language)
 
 
@@ -279,25 +337,45 @@ The {word} stands only inside <{tag}></{tag}>, not in <code></code>."""
 
 # Worked examples of our own (no row of a data set is shown in a prompt): question, reasoning, steps.
 EXAMPLES = [
-    ("A baker makes 12 trays of 20 rolls. She sells 185 rolls and shares the rest equally among 5 helpers. "
-     "How many rolls does each helper get?",
-     "The baker makes 12 times 20 rolls. Taking away the 185 rolls sold gives the rest. One helper gets a fifth of it.",
-     "12*20", "v1-185", "v2/5"),
-    ("Ivo rents a boat for 2.5 hours at $18 an hour and pays $7.50 for a life vest. How much does he pay?",
-     "The boat costs 2.5 times 18 dollars. The life vest adds 7.5 dollars.",
-     "2.5*18", "v1+7.5"),
-    ("A tank holds 240 liters. In the morning a quarter of it is used, in the evening 30% of what is left. "
-     "How many liters remain?",
-     "A quarter of 240 liters is used first. Of what is left, 30 hundredths are used, and the difference remains.",
-     "240/4", "240-v1", "v2*30/100", "v2-v3"),
-    ("Dora is 4 years older than Emil. Emil is three times as old as Finn, who is 6. How old will Dora be in 10 years?",
-     "Emil is 3 times 6 years old. Dora is 4 years older, and in 10 years she will be 10 years older than that.",
-     "3*6", "v1+4", "v2+10"),
-    ("A school orders 36 desks for $55 each and 36 chairs for half the price of a desk. It gets $270 off. "
-     "What is the bill?",
-     "The desks cost 36 times 55 dollars. A chair costs half of 55 dollars and there are 36. Both costs, less 270, make the bill.",
-     "36*55", "36*(55/2)", "v1+v2-270"),
-]  # fmt: skip
+    (
+        "A baker makes 12 trays of 20 rolls. She sells 185 rolls and shares the rest equally among 5 helpers. "
+        "How many rolls does each helper get?",
+        "The baker makes 12 times 20 rolls. Taking away the 185 rolls sold gives the rest. One helper gets a fifth of it.",
+        "12*20",
+        "v1-185",
+        "v2/5",
+    ),
+    (
+        "Ivo rents a boat for 2.5 hours at $18 an hour and pays $7.50 for a life vest. How much does he pay?",
+        "The boat costs 2.5 times 18 dollars. The life vest adds 7.5 dollars.",
+        "2.5*18",
+        "v1+7.5",
+    ),
+    (
+        "A tank holds 240 liters. In the morning a quarter of it is used, in the evening 30% of what is left. "
+        "How many liters remain?",
+        "A quarter of 240 liters is used first. Of what is left, 30 hundredths are used, and the difference remains.",
+        "240/4",
+        "240-v1",
+        "v2*30/100",
+        "v2-v3",
+    ),
+    (
+        "Dora is 4 years older than Emil. Emil is three times as old as Finn, who is 6. How old will Dora be in 10 years?",
+        "Emil is 3 times 6 years old. Dora is 4 years older, and in 10 years she will be 10 years older than that.",
+        "3*6",
+        "v1+4",
+        "v2+10",
+    ),
+    (
+        "A school orders 36 desks for $55 each and 36 chairs for half the price of a desk. It gets $270 off. "
+        "What is the bill?",
+        "The desks cost 36 times 55 dollars. A chair costs half of 55 dollars and there are 36. Both costs, less 270, make the bill.",
+        "36*55",
+        "36*(55/2)",
+        "v1+v2-270",
+    ),
+]
 
 
 def messages(problem, language, examples=1, system=True):
@@ -312,10 +390,15 @@ def messages(problem, language, examples=1, system=True):
     worked = [worked_example(number) for number in range(examples)]
     turn = {"role": "user", "content": problem.question}
     if not system:
-        turns = [[("user", example.question), ("assistant", solution(example, language))] for example in worked]
+        turns = [
+            [("user", example.question), ("assistant", solution(example, language))]
+            for example in worked
+        ]
         return [{"role": role, "content": text} for pair in turns for role, text in pair] + [turn]
     words = language.answer
-    content = SYSTEM.format(title=language.title, ask=words["ask"], tag=words["tag"], word=words["word"])
+    content = SYSTEM.format(
+        title=language.title, ask=words["ask"], tag=words["tag"], word=words["word"]
+    )
     for number, example in enumerate(worked, 1):
         content += f"\n\n## Example {number}\n\nQuestion:\n{example.question}\n\n{solution(example, language)}"
     return [{"role": "system", "content": content}, turn]

@@ -24,7 +24,9 @@ class ChatTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
         except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"{files['tokenizer.json']} is not a readable tokenizer.json ({error})") from None
+            raise ValueError(
+                f"{files['tokenizer.json']} is not a readable tokenizer.json ({error})"
+            ) from None
         config = _read_json(files, "tokenizer_config.json")
         self.vocab_size = self._tokenizer.get_vocab_size()
         self._template = self._compile_template(folder_or_hub_id, files, config)
@@ -40,7 +42,9 @@ class ChatTokenizer:
 
     def render_chat(self, messages):
         # enable_thinking: Qwen3's switch, which other templates do not look at.
-        return self._template.render(messages=messages, add_generation_prompt=True, enable_thinking=False)
+        return self._template.render(
+            messages=messages, add_generation_prompt=True, enable_thinking=False
+        )
 
     def decode(self, ids):
         """Text of ids without special marks."""
@@ -48,15 +52,29 @@ class ChatTokenizer:
 
     def _compile_template(self, name, files, config):
         from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template comes with the model: it must not run code
+        from jinja2.sandbox import (
+            ImmutableSandboxedEnvironment,
+        )  # the template comes with the model: it must not run code
 
-        source = files["chat_template.jinja"].read_text("utf-8") if "chat_template.jinja" in files else config.get("chat_template")
+        source = (
+            files["chat_template.jinja"].read_text("utf-8")
+            if "chat_template.jinja" in files
+            else config.get("chat_template")
+        )
         if isinstance(source, list):  # several named templates
-            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+            source = next(
+                (entry["template"] for entry in source if entry["name"] == "default"), None
+            )
         if source is None and self._tokenizer.token_to_id("<|im_end|>") is None:
-            raise ValueError(f"{name} has no chat template and no <|im_end|> token: add chat_template.jinja to the folder")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals.update({key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")})
+            raise ValueError(
+                f"{name} has no chat template and no <|im_end|> token: add chat_template.jinja to the folder"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals.update(
+            {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+        )
         return environment.from_string(source or CHATML)
 
     def _find_stop_ids(self, files, config):
@@ -72,7 +90,13 @@ class ChatTokenizer:
 
 def _tokenizer_files(name):
     """{file name: path} of the tokenizer's files in a folder or, through huggingface_hub, of a hub id."""
-    wanted = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"]
+    wanted = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+    ]
     folder = Path(name)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -80,10 +104,14 @@ def _tokenizer_files(name):
         try:
             folder = Path(snapshot_download(str(name), allow_patterns=wanted))
         except Exception as error:  # not found, offline, gated: all one to the user
-            raise ValueError(f"{name} is no folder here, and the hub gave no such model ({type(error).__name__})") from None
+            raise ValueError(
+                f"{name} is no folder here, and the hub gave no such model ({type(error).__name__})"
+            ) from None
     files = {file: folder / file for file in wanted if (folder / file).is_file()}
     if "tokenizer.json" not in files:
-        raise ValueError(f"{name} has no tokenizer.json: copy it from the model this one was trained from")
+        raise ValueError(
+            f"{name} has no tokenizer.json: copy it from the model this one was trained from"
+        )
     return files
 
 
@@ -105,7 +133,10 @@ def train_bpe(texts, vocab_size, folder):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -118,6 +149,11 @@ def train_bpe(texts, vocab_size, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHATML,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
     return ChatTokenizer(folder)

@@ -9,7 +9,9 @@ One step: prompts -> samples (sampler.py) -> programs run while others still sam
 loss (grpo.py) -> one or more updates -> the new weights go to the sampler. runs/NAME/ holds what the run leaves (logs.py).
 """
 
-import cpu  # noqa: F401 (first: before torch)
+import cpu  # noqa: F401 (before torch)
+
+# isort: split
 
 import resource
 import sys
@@ -41,7 +43,15 @@ def update(run, step, sequences):
     """All optimizer steps of one rollout -> metrics. Sequences without advantage have no gradient and are not computed (unless KL or entropy
     give them one), but their tokens stay in the denominator. When no rank has any signal, the weights stay as they are. With --gepo every
     update also takes its share of the step's groups of IR, at weight s.gepo beside RL's 1."""
-    s, first_update, rate, norm, collected, on_policy, off_policy = run.settings, run.updates, 0.0, 0.0, [], [], {}
+    s, first_update, rate, norm, collected, on_policy, off_policy = (
+        run.settings,
+        run.updates,
+        0.0,
+        0.0,
+        [],
+        [],
+        {},
+    )
     groups = gepo.step_groups(run.groups, s, step) if s.gepo else []
     for pass_number in range(s.epochs * s.minibatches):
         # Every minibatches-th group of the whole step, so that the cut does not depend on the number of ranks.
@@ -54,7 +64,14 @@ def update(run, step, sequences):
         preferences = groups[pass_number :: s.epochs * s.minibatches]
         if distributed.largest(len(active)) == 0 and not preferences:
             continue
-        results = accumulate(run.model, active, lambda batch: loss_of(run, batch), s.token_budget, run.device, s.share_prompts)
+        results = accumulate(
+            run.model,
+            active,
+            lambda batch: loss_of(run, batch),
+            s.token_budget,
+            run.device,
+            s.share_prompts,
+        )
         collected += results
         if run.updates == first_update:  # the sampler still has the same weights
             on_policy = results
@@ -63,11 +80,20 @@ def update(run, step, sequences):
         rate = learning_rate(step, s.steps, s.lr, s.warmup, s.schedule)
         norm = take_step(run.model, run.optimizer, rate, s.max_norm)
         run.updates += 1
-    return {"learning_rate": rate, "grad_norm": norm, **loss_metrics(collected, on_policy), **off_policy}
+    return {
+        "learning_rate": rate,
+        "grad_norm": norm,
+        **loss_metrics(collected, on_policy),
+        **off_policy,
+    }
 
 
 def has_signal(sequence):
-    return any(sequence.advantage) if isinstance(sequence.advantage, list) else sequence.advantage != 0.0
+    return (
+        any(sequence.advantage)
+        if isinstance(sequence.advantage, list)
+        else sequence.advantage != 0.0
+    )
 
 
 def loss_of(run, batch):
@@ -78,9 +104,18 @@ def loss_of(run, batch):
         return batch.weights[rows] * grpo.token_loss(s, logprobs, entropy, batch, rows)
 
     def head(hidden, weight):
-        return fused_policy_loss(hidden[batch.predict], weight, batch.targets, token_loss, s.temperature, per_token=s.loss != "gspo" and not s.exact)
+        return fused_policy_loss(
+            hidden[batch.predict],
+            weight,
+            batch.targets,
+            token_loss,
+            s.temperature,
+            per_token=s.loss != "gspo" and not s.exact,
+        )
 
-    loss, logprobs, entropy = run.model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
+    loss, logprobs, entropy = run.model(
+        batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head
+    )
     sums, gap = grpo.measure(s, logprobs, entropy, batch)
     return loss, ({**sums, "computed": len(batch.tokens)}, gap)
 
@@ -90,11 +125,20 @@ def train_step(run, step):
     s, started = run.settings, time.perf_counter()
     samples, waited, played = selfplay.play_step(run, step) if run.play else (*rollout(run), {})
     after_rollout = time.perf_counter()
-    kl_in_reward = s.kl_coef and s.advantage.startswith("reinforce")  # then the reference speaks first
+    kl_in_reward = s.kl_coef and s.advantage.startswith(
+        "reinforce"
+    )  # then the reference speaks first
     if kl_in_reward:
         score_again(run, [x.sequence for x in samples])
     counted = (selfplay.set_advantages if run.play else set_advantages)(run, samples)
-    metrics = rollout_metrics(distributed.gather([(x.completion, x.verdict) for x in samples]), 1 if run.play else s.samples, run.tokenizer.stop_ids) | played
+    metrics = (
+        rollout_metrics(
+            distributed.gather([(x.completion, x.verdict) for x in samples]),
+            1 if run.play else s.samples,
+            run.tokenizer.stop_ids,
+        )
+        | played
+    )
     if not kl_in_reward:
         score_again(run, counted)
     after_scores = time.perf_counter()
@@ -102,23 +146,42 @@ def train_step(run, step):
     after_update = time.perf_counter()
     refresh_sampler(run)
     now = time.perf_counter()
-    marks = {"generate": after_rollout - started - waited, "reward": waited, "logprob": after_scores - after_rollout}
+    marks = {
+        "generate": after_rollout - started - waited,
+        "reward": waited,
+        "logprob": after_scores - after_rollout,
+    }
     marks |= {"update": after_update - after_scores, "weights": now - after_update}
-    return metrics, timings(run, metrics, marks, now - started), [sample_row(run, x) for x in samples[: s.logged_samples]]
+    return (
+        metrics,
+        timings(run, metrics, marks, now - started),
+        [sample_row(run, x) for x in samples[: s.logged_samples]],
+    )
 
 
 def timings(run, metrics, seconds, total):
     """times.jsonl's row: seconds and shares of the phases (reward: only what sampling did not hide), rates, MFU and peak memory."""
-    each = 4 if run.settings.lora_rank else 6  # flops per parameter and token: without the weights' gradients 4; attention is not counted
+    each = (
+        4 if run.settings.lora_rank else 6
+    )  # flops per parameter and token: without the weights' gradients 4; attention is not counted
     trained = metrics.get("num_train_tokens", 0.0) / distributed.world_size()
-    parameters = sum(p.numel() for name, p in run.model.named_parameters() if ".adapter." not in name)
+    parameters = sum(
+        p.numel() for name, p in run.model.named_parameters() if ".adapter." not in name
+    )
     times = {f"time/{name}": value for name, value in seconds.items()} | {"time/step": total}
     times |= {f"share/{name}": value / total for name, value in seconds.items()}
     times["perf/gen_tokens_per_s"] = metrics["num_tokens"] / seconds["generate"]
     times["perf/train_tokens_per_s"] = trained * distributed.world_size() / seconds["update"]
     times["perf/mfu"] = each * parameters * trained / seconds["update"] / run.peak_flops
-    peak = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return times | {"perf/peak_mem_gb": peak / 1e9, "perf/sampler_mem_gb": run.sampler.held_bytes() / 1e9}  # keys and values, kept through the update
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if run.device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    )
+    return times | {
+        "perf/peak_mem_gb": peak / 1e9,
+        "perf/sampler_mem_gb": run.sampler.held_bytes() / 1e9,
+    }  # keys and values, kept through the update
 
 
 def sample_row(run, x):
@@ -126,7 +189,14 @@ def sample_row(run, x):
     c, v, advantage = x.completion, x.verdict, x.sequence.advantage
     if isinstance(advantage, list):  # REINFORCE++: its mean over the tokens
         advantage = sum(advantage) / len(advantage)
-    facts = {"problem": x.problem.id, "sample": c.sample, "reward": v.reward, "advantage": advantage, "status": v.status, "value": v.value}
+    facts = {
+        "problem": x.problem.id,
+        "sample": c.sample,
+        "reward": v.reward,
+        "advantage": advantage,
+        "status": v.status,
+        "value": v.value,
+    }
     return {**facts, "text": run.tokenizer.decode(c.tokens)}
 
 
@@ -134,11 +204,16 @@ def score_again(run, sequences):
     """Log-probs of the trainer and of the reference model, once per rollout, where the ratio or the KL term starts from them."""
     s = run.settings
     if s.old_logprobs == "trainer":
-        for q, row in zip(sequences, score(run.model, sequences, s.token_budget, run.device, s.temperature, s.share_prompts)):
+        for q, row in zip(
+            sequences,
+            score(run.model, sequences, s.token_budget, run.device, s.temperature, s.share_prompts),
+        ):
             q.old_logprobs = row
     if s.kl_coef:
         with lora.disabled(run.reference or run.model) as reference:
-            rows = score(reference, sequences, s.token_budget, run.device, s.temperature, s.share_prompts)
+            rows = score(
+                reference, sequences, s.token_budget, run.device, s.temperature, s.share_prompts
+            )
         for q, row in zip(sequences, rows):
             q.ref_logprobs = row
 
@@ -158,9 +233,16 @@ def held_out_pass(run):
     """Evaluate on held-out problems, spread over the ranks -> (metrics, every row)."""
     s = run.settings
     metrics, rows = evaluate(
-        run.sampler, run.tokenizer, run.judge, run.held_out,
-        prompt=run.ask, n=s.eval_samples, temperature=s.eval_temperature, max_new_tokens=s.max_new_tokens, seed=s.seed + 1,
-    )  # fmt: skip
+        run.sampler,
+        run.tokenizer,
+        run.judge,
+        run.held_out,
+        prompt=run.ask,
+        n=s.eval_samples,
+        temperature=s.eval_temperature,
+        max_new_tokens=s.max_new_tokens,
+        seed=s.seed + 1,
+    )
     if s.gepo:
         metrics.update(gepo.held_out_metrics(run.groups, run.model, s, run.device))
     return metrics, rows
@@ -170,18 +252,45 @@ def before_and_after(folder, first, last, started):
     """The newcomer's summary: what changed on the same held-out problems, and three programs that changed for the better."""
     (m0, rows0), (m1, rows1) = first, last
     print(f"\nheld-out problems        before      after\n{'-' * 42}")
-    for key in ("pass@1", "pass@4", "completions/format_frac", "sandbox/wrong_frac", "sandbox/error_frac", "mean_tokens", "gepo/rank_accuracy", "gepo/winner_std"):
+    for key in (
+        "pass@1",
+        "pass@4",
+        "completions/format_frac",
+        "sandbox/wrong_frac",
+        "sandbox/error_frac",
+        "mean_tokens",
+        "gepo/rank_accuracy",
+        "gepo/winner_std",
+    ):
         if key.startswith("gepo") and key not in m0:
             continue
         print(f"{key:<23} {m0.get(key, 0.0):>7.3f}   {m1.get(key, 0.0):>8.3f}")
     print_gained(rows0, rows1)
-    print(f"\n{time.perf_counter() - started:.0f} s in all. Written to {folder}: metrics.jsonl, samples.jsonl, eval/, checkpoints/, source/")
+    print(
+        f"\n{time.perf_counter() - started:.0f} s in all. Written to {folder}: metrics.jsonl, samples.jsonl, eval/, checkpoints/, source/"
+    )
 
 
 def save_checkpoint(run, step, log):
-    state = {"updates": run.updates, "drawn": run.drawn, "best": run.best, "wandb_id": log.wandb_id, "seed": run.settings.seed}
+    state = {
+        "updates": run.updates,
+        "drawn": run.drawn,
+        "best": run.best,
+        "wandb_id": log.wandb_id,
+        "seed": run.settings.seed,
+    }
     texts = {"selfplay.json": run.play.buffers.to_text()} if run.play else {}
-    checkpoint.save(run.folder / "checkpoints", step, run.model, run.optimizer, state, run.tokenizer_folder, run.settings.keep, run.best[1], texts)
+    checkpoint.save(
+        run.folder / "checkpoints",
+        step,
+        run.model,
+        run.optimizer,
+        state,
+        run.tokenizer_folder,
+        run.settings.keep,
+        run.best[1],
+        texts,
+    )
 
 
 def evaluate_and_log(run, step, log):
@@ -198,7 +307,9 @@ def loop(run, log, first_step, report):
         before, first = evaluate_and_log(run, 0, log)
         if s.gepo:
             log.step(0, {k: v for k, v in before.items() if "gepo" in k}, {})
-        report(f"before  pass@1 {first[0]['pass@1']:.3f} on {len(run.held_out)} held-out problems ({s.eval_samples} samples each, temperature {s.eval_temperature})")
+        report(
+            f"before  pass@1 {first[0]['pass@1']:.3f} on {len(run.held_out)} held-out problems ({s.eval_samples} samples each, temperature {s.eval_temperature})"
+        )
     for step in range(first_step, s.steps + 1):
         metrics, times, rows = train_step(run, step)
         if step == s.steps or (s.eval_every and step % s.eval_every == 0):
@@ -220,17 +331,32 @@ def start(s, resume, why, pool, language, device):
     started = time.perf_counter()
     report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
     folder = resume or new_folder(s)
-    report(f"settings from {why}; task {s.task}, language {s.lang}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}")
+    report(
+        f"settings from {why}; task {s.task}, language {s.lang}, model {s.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}"
+    )
     run = build(s, folder, language, pool, device, report)
-    found = distributed.broadcast(checkpoint.newest(folder / "checkpoints") if resume and distributed.rank() == 0 else None)
-    state = checkpoint.restore(found, run.model, run.optimizer) if found else {"step": 0, "updates": 0, "drawn": 0, "best": run.best, "wandb_id": None}
+    found = distributed.broadcast(
+        checkpoint.newest(folder / "checkpoints") if resume and distributed.rank() == 0 else None
+    )
+    state = (
+        checkpoint.restore(found, run.model, run.optimizer)
+        if found
+        else {"step": 0, "updates": 0, "drawn": 0, "best": run.best, "wandb_id": None}
+    )
     run.updates, run.drawn, run.best = state["updates"], state["drawn"], tuple(state["best"])
     refresh_sampler(run)
     if run.play:
         selfplay.fill(run.play, found, report)
     if distributed.first_on_node():
         write_config(folder, asdict(s), distributed.rank())
-    log = RunLog(folder, asdict(s), distributed.rank() == 0, state["step"] if resume else None, s.wandb, state["wandb_id"])
+    log = RunLog(
+        folder,
+        asdict(s),
+        distributed.rank() == 0,
+        state["step"] if resume else None,
+        s.wandb,
+        state["wandb_id"],
+    )
     try:
         first, last = loop(run, log, state["step"] + 1, report)
     finally:
@@ -243,8 +369,12 @@ def main(arguments=None):
     s, resume, why = parse_settings(arguments, __doc__)
     languages = [load_language(name) for name in s.lang.split(",")]
     if len(languages) > 1 and s.task != "translate":
-        raise SystemExit(f"--lang {s.lang}: only --task translate draws from several languages; name one")
-    with Pool(require=s.sandbox) as pool:  # the launchers start before CUDA does: the trainer itself never forks
+        raise SystemExit(
+            f"--lang {s.lang}: only --task translate draws from several languages; name one"
+        )
+    with Pool(
+        require=s.sandbox
+    ) as pool:  # the launchers start before CUDA does: the trainer itself never forks
         device = distributed.setup()
         distributed.stop_together("\n".join(filter(None, (x.missing() for x in languages))))
         if distributed.restarted() and not resume:
@@ -257,7 +387,9 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped: the last checkpoint is whole; go on with python train.py --resume runs/NAME")
+        sys.exit(
+            "\nstopped: the last checkpoint is whole; go on with python train.py --resume runs/NAME"
+        )
     except (ValueError, OSError) as problem:
         sys.exit(f"train.py: {problem}")
     except RuntimeError as problem:

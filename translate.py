@@ -19,11 +19,22 @@ from proposals import call_files, outcomes
 from rewards import Parsed, Verdict
 from sandbox import Job
 from sandbox.languages import load_language
-from translate_data import SETS, TRANSLATABLE, Translation, built_in, read_benchmark, read_problems, shows_cases
+from translate_data import (
+    SETS,
+    TRANSLATABLE,
+    Translation,
+    built_in,
+    read_benchmark,
+    read_problems,
+    shows_cases,
+)
 from values import Map, Symbol, write
 
 HELD_OUT = 0.1  # share of problems kept for evaluation, by their id
-CALLS, RUNS = 10, 4  # cases per problem: calls are one process together, standard input takes a process (and a compilation) each
+CALLS, RUNS = (
+    10,
+    4,
+)  # cases per problem: calls are one process together, standard input takes a process (and a compilation) each
 
 
 # ---- which problem goes to which language ----
@@ -37,14 +48,24 @@ def load(split, targets, data=None, path="", count=None, seed=0):
     """
     problems = read_problems(path) if path else built_in(data)
     benchmark = read_benchmark(data)
-    kept = [p for p in problems if not benchmark.contains(p) and not shows_cases(p) and held_out(p.id) == (split == "test")]
+    kept = [
+        p
+        for p in problems
+        if not benchmark.contains(p) and not shows_cases(p) and held_out(p.id) == (split == "test")
+    ]
     drawn = []
     for p in kept:
         fits = [t for t in targets if t.name != p.source_language and form(p, t)]
         if fits:
-            drawn.append(Translation(**{**vars(p), "target": random.Random(f"{seed}/{p.id}").choice(fits).name}))
+            drawn.append(
+                Translation(
+                    **{**vars(p), "target": random.Random(f"{seed}/{p.id}").choice(fits).name}
+                )
+            )
     if not drawn:
-        raise ValueError(f"no problem of {path or ', '.join(SETS)} can be translated to {', '.join(t.name for t in targets)}: check --lang and --translate_data")
+        raise ValueError(
+            f"no problem of {path or ', '.join(SETS)} can be translated to {', '.join(t.name for t in targets)}: check --lang and --translate_data"
+        )
     if count is None or count >= len(drawn):
         return drawn
     return [drawn[i] for i in sorted(random.Random(seed).sample(range(len(drawn)), count))]
@@ -53,10 +74,14 @@ def load(split, targets, data=None, path="", count=None, seed=0):
 def load_both(s):
     """(problems to train on, held-out problems) for train.py's settings: --lang names the targets, with commas."""
     if s.model == "tiny":
-        raise ValueError("the built-in tiny model knows no source code: give --task translate a pretrained --model")
+        raise ValueError(
+            "the built-in tiny model knows no source code: give --task translate a pretrained --model"
+        )
     targets = [load_language(name) for name in s.lang.split(",")]
     where = dict(data=s.data or None, path=s.translate_data)
-    return load("train", targets, **where, seed=s.seed), load("test", targets, **where, count=s.eval_problems, seed=0)
+    return load("train", targets, **where, seed=s.seed), load(
+        "test", targets, **where, count=s.eval_problems, seed=0
+    )
 
 
 def held_out(id):
@@ -71,9 +96,19 @@ def form(problem, language):
     """How a problem's cases are put to a target: "call" (literals, [call] table), "stdin", or None when the language cannot say them."""
     if problem.cases[0].stdin is not None:
         return "stdin"
-    if "values" in language.call and "main" in language.call and all(_writable(v, language) for c in problem.cases[:CALLS] for v in (*c.args, c.expected)):
+    if (
+        "values" in language.call
+        and "main" in language.call
+        and all(
+            _writable(v, language) for c in problem.cases[:CALLS] for v in (*c.args, c.expected)
+        )
+    ):
         return "call" if all(c.args for c in problem.cases) else None
-    return "stdin" if all(_line(v) is not None for c in problem.cases[:RUNS] for v in (*c.args, c.expected)) else None
+    return (
+        "stdin"
+        if all(_line(v) is not None for c in problem.cases[:RUNS] for v in (*c.args, c.expected))
+        else None
+    )
 
 
 def _writable(value, language):
@@ -94,7 +129,10 @@ def _line(value):
         return repr(value)
     if isinstance(value, str):
         return value if value.strip() == value and value.isprintable() and value else None
-    if not isinstance(value, list) or any(isinstance(v, (list, str)) and (not isinstance(v, str) or not v or re.search(r"\s", v)) for v in value):
+    if not isinstance(value, list) or any(
+        isinstance(v, (list, str)) and (not isinstance(v, str) or not v or re.search(r"\s", v))
+        for v in value
+    ):
         return None
     parts = [_line(v) for v in value]
     return None if None in parts else " ".join(parts)
@@ -124,12 +162,21 @@ def messages(problem):
     """The chat that asks for a translation. Expected outputs and inputs of the tests are not in it."""
     target = load_language(problem.target)
     words = {
-        "source": TRANSLATABLE[problem.source_language], "source_fence": problem.source_language, "question": problem.question,
-        "title": target.title, "entry": problem.entry, "rules": target.call.get("rules", ""), "shape": SHAPE.format(fence=target.fence[0], title=target.title),
-    }  # fmt: skip
+        "source": TRANSLATABLE[problem.source_language],
+        "source_fence": problem.source_language,
+        "question": problem.question,
+        "title": target.title,
+        "entry": problem.entry,
+        "rules": target.call.get("rules", ""),
+        "shape": SHAPE.format(fence=target.fence[0], title=target.title),
+    }
     if form(problem, target) == "call":
         return [{"role": "user", "content": CALL_PROMPT.format(**words)}]
-    task = READS_ARGUMENTS.format(**words) if problem.entry else "does the same: it reads the same standard input and prints the same"
+    task = (
+        READS_ARGUMENTS.format(**words)
+        if problem.entry
+        else "does the same: it reads the same standard input and prints the same"
+    )
     return [{"role": "user", "content": STDIN_PROMPT.format(**words, task=task)}]
 
 
@@ -139,7 +186,9 @@ def messages(problem):
 def make_judge(s, pool):
     """--reward as a TranslateJudge: correct=1 or random."""
     if s.reward not in ("correct=1", "random"):
-        raise SystemExit(f"--reward {s.reward}: translate has one reward, correct=1 (form, compilation and all tests), or random")
+        raise SystemExit(
+            f"--reward {s.reward}: translate has one reward, correct=1 (form, compilation and all tests), or random"
+        )
     return TranslateJudge(pool, s.reward == "random", s.seed)
 
 
@@ -159,7 +208,12 @@ class Submission:
 def parse(text, language):
     """The code of a completion and whether its form is right: exactly one fenced block, marked with the language, nothing after it."""
     blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", text, re.DOTALL | re.MULTILINE)
-    right = len(blocks) == 1 and text.count("```") == 2 and text.rstrip().endswith("```") and blocks[0][0].strip().lower() in language.fence
+    right = (
+        len(blocks) == 1
+        and text.count("```") == 2
+        and text.rstrip().endswith("```")
+        and blocks[0][0].strip().lower() in language.fence
+    )
     code = blocks[-1][1].strip("\n") if blocks else ""
     return Parsed("", code, "", right and bool(code.strip()))
 
@@ -177,8 +231,14 @@ class TranslateJudge:
         """Start the tests of a completion's program at once. Returns the Submission that collect() takes."""
         language = load_language(problem.target)
         parsed, nonce = parse(text, language), os.urandom(12).hex()
-        jobs = [self.pool.submit(job) for job in case_jobs(problem, language, parsed.code, nonce)] if parsed.code.strip() else []
-        return Submission(problem, sample, text, parsed, nonce, jobs, _when_all_are_done(jobs) if jobs else None)
+        jobs = (
+            [self.pool.submit(job) for job in case_jobs(problem, language, parsed.code, nonce)]
+            if parsed.code.strip()
+            else []
+        )
+        return Submission(
+            problem, sample, text, parsed, nonce, jobs, _when_all_are_done(jobs) if jobs else None
+        )
 
     def collect(self, submissions, deadline=None):
         """Verdicts in order; what is not done `deadline` seconds from now is a sandbox error (nan), never a 0."""
@@ -196,9 +256,17 @@ class TranslateJudge:
         if self.random_reward:
             reward = float(random.Random(f"{self.seed}/{s.problem.id}/{s.sample}").random() < 0.5)
         return Verdict(
-            problem=s.problem.id, reward=reward, components=components, correct=correct, status=status, value=f"{sum(passed)}/{len(s.problem.cases)}",
-            program=s.parsed.code, parsed=s.parsed, constant=False, leaked=False,
-        )  # fmt: skip
+            problem=s.problem.id,
+            reward=reward,
+            components=components,
+            correct=correct,
+            status=status,
+            value=f"{sum(passed)}/{len(s.problem.cases)}",
+            program=s.parsed.code,
+            parsed=s.parsed,
+            constant=False,
+            leaked=False,
+        )
 
     def _outcome(self, s):
         """(status, [passed] per case that was run): the first status that is not ok speaks for all."""
@@ -206,26 +274,48 @@ class TranslateJudge:
             return "no_program", []
         results = [job.result() if job.done() else None for job in s.jobs]
         statuses = [r.status if r else "sandbox_error" for r in results]
-        status = "sandbox_error" if "sandbox_error" in statuses else next((x for x in statuses if x != "ok"), "ok")
+        status = (
+            "sandbox_error"
+            if "sandbox_error" in statuses
+            else next((x for x in statuses if x != "ok"), "ok")
+        )
         if status != "ok":
             return status, []
         language = load_language(s.problem.target)
         if form(s.problem, language) == "call":
             cases = s.problem.cases[:CALLS]
             printed = outcomes(results[0], s.nonce, len(cases))
-            return status, [kind == "value" and _value_passes(text, c.expected, language) for (kind, text), c in zip(printed, cases)]
-        wanted = [c.stdout if c.stdout is not None else _line(c.expected) for c in s.problem.cases[: len(results)]]
-        return status, [same_output(r.stdout.decode(errors="replace"), text) for r, text in zip(results, wanted)]
+            return status, [
+                kind == "value" and _value_passes(text, c.expected, language)
+                for (kind, text), c in zip(printed, cases)
+            ]
+        wanted = [
+            c.stdout if c.stdout is not None else _line(c.expected)
+            for c in s.problem.cases[: len(results)]
+        ]
+        return status, [
+            same_output(r.stdout.decode(errors="replace"), text) for r, text in zip(results, wanted)
+        ]
 
 
 def case_jobs(problem, language, code, nonce):
     """The sandbox jobs that try a program on its cases: one for all calls, or one for each standard input. No expected value is in them."""
     if form(problem, language) == "call":
-        free = replace(language, call={**language.call, "banned": []})  # self-play bans what makes programs random; here re.compile is welcome
-        return [Job(language.name, call_files(free, code, [list(c.args) for c in problem.cases[:CALLS]], nonce))]
+        free = replace(
+            language, call={**language.call, "banned": []}
+        )  # self-play bans what makes programs random; here re.compile is welcome
+        return [
+            Job(
+                language.name,
+                call_files(free, code, [list(c.args) for c in problem.cases[:CALLS]], nonce),
+            )
+        ]
     lines = lambda c: c.stdin if c.stdin is not None else "".join(f"{_line(v)}\n" for v in c.args)
     cases = problem.cases if problem.cases[0].stdin is not None else problem.cases[:RUNS]
-    return [Job(language.name, {language.file: code + "\n"}, stdin=lines(c).encode()) for c in cases[:CALLS]]
+    return [
+        Job(language.name, {language.file: code + "\n"}, stdin=lines(c).encode())
+        for c in cases[:CALLS]
+    ]
 
 
 def _when_all_are_done(jobs):
@@ -256,16 +346,32 @@ def same_value(value, expected):
         value = value.name == "true"
     if value is None or value is False or value == [] or value == Map(()):
         if not expected and not isinstance(expected, (int, float, str)) or expected is False:
-            return value is expected or isinstance(expected, type(value)) or value in (None, [], Map(()))
+            return (
+                value is expected
+                or isinstance(expected, type(value))
+                or value in (None, [], Map(()))
+            )
     if isinstance(expected, bool) or isinstance(value, bool):
         return value is expected
     if isinstance(expected, (int, float)):
         return same_number(value, expected)
     if isinstance(expected, list):
-        return isinstance(value, (list, tuple)) and len(value) == len(expected) and all(map(same_value, value, expected))
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(expected)
+            and all(map(same_value, value, expected))
+        )
     if isinstance(expected, dict):
-        found = {k.name if isinstance(k, Symbol) else k: v for k, v in value.items} if isinstance(value, Map) else None
-        return found is not None and found.keys() == expected.keys() and all(same_value(found[k], v) for k, v in expected.items())
+        found = (
+            {k.name if isinstance(k, Symbol) else k: v for k, v in value.items}
+            if isinstance(value, Map)
+            else None
+        )
+        return (
+            found is not None
+            and found.keys() == expected.keys()
+            and all(same_value(found[k], v) for k, v in expected.items())
+        )
     if isinstance(expected, str):
         return (value.text if hasattr(value, "text") else value) == expected
     return value is expected
@@ -293,7 +399,9 @@ def same_output(printed, wanted):
 def _same_word(printed, wanted):
     if printed == wanted or (wanted in ("true", "false") and printed.lower() == wanted):
         return True
-    if not all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", w) for w in (printed, wanted)):
+    if not all(
+        re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", w) for w in (printed, wanted)
+    ):
         return False
     if re.fullmatch(r"[-+]?\d+", printed) and re.fullmatch(r"[-+]?\d+", wanted):
         return int(printed) == int(wanted)

@@ -63,7 +63,9 @@ def built_in(data=None):
     """Problems of the four sets that are at hand, in a fixed order."""
     found = {name: reader(data) for name, reader in READERS.items()}
     if not any(found.values()):
-        raise ValueError(f"no translation data: put {', '.join(SETS)} under --data, RARECODE_DATA or ../shared/data, or give --translate_data FILE")
+        raise ValueError(
+            f"no translation data: put {', '.join(SETS)} under --data, RARECODE_DATA or ../shared/data, or give --translate_data FILE"
+        )
     return [p for problems in found.values() for p in problems]
 
 
@@ -82,8 +84,16 @@ def _user_row(index, row):
     if not isinstance(row["source"], str) or not row["source"].strip():
         raise ValueError("source must be the text of a program")
     if row["source_language"] not in TRANSLATABLE:
-        raise ValueError(f"source_language is {row['source_language']!r}: use {' or '.join(TRANSLATABLE)}")
-    return Translation(f"user/{row.get('id', index)}/{row['source_language']}", row["source_language"], row["source"], row.get("entry", ""), cases)
+        raise ValueError(
+            f"source_language is {row['source_language']!r}: use {' or '.join(TRANSLATABLE)}"
+        )
+    return Translation(
+        f"user/{row.get('id', index)}/{row['source_language']}",
+        row["source_language"],
+        row["source"],
+        row.get("entry", ""),
+        cases,
+    )
 
 
 def _case(test):
@@ -97,28 +107,51 @@ def _multipl_t(data):
         if not (row["python"] and row["python_verified"] and row["io_tests"]):
             return None
         cases = tuple(map(_case, row["io_tests"]))
-        return Translation(f"translate/multipl_t/{row['name']}/python", "python", without_docstrings(row["python"]), row["entry_point"], cases)
+        return Translation(
+            f"translate/multipl_t/{row['name']}/python",
+            "python",
+            without_docstrings(row["python"]),
+            row["entry_point"],
+            cases,
+        )
 
     return _rows("multipl_t/python_to_rkt_ml_lua.jsonl", read, data)
 
 
 def _transcoder_gfg(data):
     def read(_, row):
-        languages = [name for name in TRANSLATABLE if name in row["functions"]] if row.get("io_tests") else []
+        languages = (
+            [name for name in TRANSLATABLE if name in row["functions"]]
+            if row.get("io_tests")
+            else []
+        )
         cases = tuple(map(_case, row["io_tests"] or ()))
-        return [Translation(f"translate/gfg/{row['name']}/{n}", n, row["functions"][n].strip(), "f_gold", cases) for n in languages]
+        return [
+            Translation(
+                f"translate/gfg/{row['name']}/{n}", n, row["functions"][n].strip(), "f_gold", cases
+            )
+            for n in languages
+        ]
 
     return [p for problems in _rows("transcoder_gfg/gfg.jsonl", read, data) for p in problems]
 
 
 def _mbxp(data):
     """MBPP's functions in Python and C++ (MBXP), less the ids that MultiPL-E tests on; cases from MBPP's assertions."""
-    evaluated = set(_rows("multipl_e/v3/mbpp-py-reworded.jsonl", lambda _, row: int(row["name"].split("_")[1]), data))
+    evaluated = set(
+        _rows(
+            "multipl_e/v3/mbpp-py-reworded.jsonl",
+            lambda _, row: int(row["name"].split("_")[1]),
+            data,
+        )
+    )
     if not evaluated:
         return []  # without MultiPL-E's list of ids nobody can say what may be trained on
     rows = {}
     for language, name in (("python", "mbpp_release_v1"), ("cpp", "mbcpp_release_v1.2")):
-        for number, row in _rows(f"mbxp/{name}.jsonl", lambda _, row: (int(row["task_id"].split("/")[1]), row), data):
+        for number, row in _rows(
+            f"mbxp/{name}.jsonl", lambda _, row: (int(row["task_id"].split("/")[1]), row), data
+        ):
             if number not in evaluated and row["canonical_solution"]:
                 rows.setdefault(number, {})[language] = row
     problems = []
@@ -126,8 +159,20 @@ def _mbxp(data):
         cases = _asserted(by_language["python"]["test"]) if "python" in by_language else ()
         for language, row in by_language.items() if cases else ():
             source = row["prompt"] + row["canonical_solution"]
-            source = without_docstrings(source) if language == "python" else re.sub(r"/\*.*?\*/\s*", "", source, flags=re.DOTALL)
-            problems.append(Translation(f"translate/mbxp/{number}/{language}", language, source.strip(), row["entry_point"], cases))
+            source = (
+                without_docstrings(source)
+                if language == "python"
+                else re.sub(r"/\*.*?\*/\s*", "", source, flags=re.DOTALL)
+            )
+            problems.append(
+                Translation(
+                    f"translate/mbxp/{number}/{language}",
+                    language,
+                    source.strip(),
+                    row["entry_point"],
+                    cases,
+                )
+            )
     return problems
 
 
@@ -151,20 +196,45 @@ def _plain(value):
         return [_plain(v) for v in value]
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: _plain(v) for k, v in value.items()}
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or isinstance(value, (bool, int, str))
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     raise ValueError
 
 
 def _exercism(data):
     """Exercises with language-neutral cases, from the Python track's examples."""
-    specifications = dict(_rows("exercism/problem-specifications.jsonl", lambda _, row: (row["slug"], row["canonical_data"]), data))
-    names = {slug: properties.split(",") for slug, properties in (word.split(":") for word in EXERCISM.split())}
+    specifications = dict(
+        _rows(
+            "exercism/problem-specifications.jsonl",
+            lambda _, row: (row["slug"], row["canonical_data"]),
+            data,
+        )
+    )
+    names = {
+        slug: properties.split(",")
+        for slug, properties in (word.split(":") for word in EXERCISM.split())
+    }
     problems = []
-    for slug, source in _rows("exercism/python.jsonl", lambda _, row: (row["slug"], "\n".join(row["example"].values())), data):
+    for slug, source in _rows(
+        "exercism/python.jsonl",
+        lambda _, row: (row["slug"], "\n".join(row["example"].values())),
+        data,
+    ):
         for name in names.get(slug, ()):
             cases = exercism_cases(specifications[slug], name)
-            problems.append(Translation(f"translate/exercism/{slug}.{name}/python", "python", without_docstrings(source), name, cases))
+            problems.append(
+                Translation(
+                    f"translate/exercism/{slug}.{name}/python",
+                    "python",
+                    without_docstrings(source),
+                    name,
+                    cases,
+                )
+            )
     return problems
 
 
@@ -174,12 +244,19 @@ def exercism_cases(canonical, name):
     while waiting:
         case = waiting.pop(0)
         waiting = case.get("cases", []) + waiting
-        if re.sub(r"(?<!^)(?=[A-Z])", "_", case.get("property", "")).lower() == name and not (isinstance(case["expected"], dict) and "error" in case["expected"]):
+        if re.sub(r"(?<!^)(?=[A-Z])", "_", case.get("property", "")).lower() == name and not (
+            isinstance(case["expected"], dict) and "error" in case["expected"]
+        ):
             cases.append(Case(args=tuple(case["input"].values()), expected=case["expected"]))
     return tuple(cases)
 
 
-READERS = {"multipl_t": _multipl_t, "transcoder_gfg": _transcoder_gfg, "mbxp": _mbxp, "exercism": _exercism}
+READERS = {
+    "multipl_t": _multipl_t,
+    "transcoder_gfg": _transcoder_gfg,
+    "mbxp": _mbxp,
+    "exercism": _exercism,
+}
 
 
 def _rows(name, read, data):
@@ -190,18 +267,28 @@ def _rows(name, read, data):
 def without_docstrings(source):
     """Python text without docstrings: they may hold examples, and examples are tests."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # '\d' in a plain string, which other people's code is full of
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # '\d' in a plain string, which other people's code is full of
             tree = ast.parse(source)
     except SyntaxError:  # mixed tabs and spaces, or an older Python
-        return re.sub(r"^[ \t]*(\"{3}|'{3}).*?\1[ \t]*\n?", "", source, flags=re.DOTALL | re.MULTILINE)
+        return re.sub(
+            r"^[ \t]*(\"{3}|'{3}).*?\1[ \t]*\n?", "", source, flags=re.DOTALL | re.MULTILINE
+        )
     lines = source.splitlines()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if not isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) or not body or ast.get_docstring(node, clean=False) is None:
+        if (
+            not isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+            or not body
+            or ast.get_docstring(node, clean=False) is None
+        ):
             continue
         first = body[0]
         kept = " " * first.col_offset + "pass" if len(body) == 1 else None
-        lines[first.lineno - 1 : first.end_lineno] = [kept] + [None] * (first.end_lineno - first.lineno)
+        lines[first.lineno - 1 : first.end_lineno] = [kept] + [None] * (
+            first.end_lineno - first.lineno
+        )
     return "\n".join(line for line in lines if line is not None)
 
 
@@ -216,7 +303,10 @@ def shows_cases(problem):
     text = problem.question
     if any(f"{problem.entry}({', '.join(map(repr, args))})" in text for args in calls):
         return True
-    return len(calls) > 1 and all(len(args) == 1 and re.search(rf"==\s*{re.escape(repr(args[0]))}(?![\w.])", text) for args in calls)
+    return len(calls) > 1 and all(
+        len(args) == 1 and re.search(rf"==\s*{re.escape(repr(args[0]))}(?![\w.])", text)
+        for args in calls
+    )
 
 
 class Benchmark:
@@ -225,17 +315,43 @@ class Benchmark:
     WORDS = 13
 
     def __init__(self, data=None):
-        prompts = [r for f in ("humaneval", "mbpp") for r in _rows(f"multipl_e/v3/{f}-py-reworded.jsonl", lambda _, row: (row["name"], row["prompt"]), data)]
-        files = ["humaneval/HumanEval.jsonl", *(f"humaneval_x/humaneval_{code}.jsonl" for code in ("cpp", "go", "java", "js", "rust"))]
-        solved = [text for file in files for text in _rows(file, lambda _, row: row["prompt"] + row["canonical_solution"], data)]
-        self.names = {_bare(name.split("_", 2)[2]) for name, _ in prompts} - {"f"}  # HumanEval 106 is called f, which says nothing
-        self.grams = {gram for text in [p for _, p in prompts] + solved for gram in grams(text, self.WORDS)}
+        prompts = [
+            r
+            for f in ("humaneval", "mbpp")
+            for r in _rows(
+                f"multipl_e/v3/{f}-py-reworded.jsonl",
+                lambda _, row: (row["name"], row["prompt"]),
+                data,
+            )
+        ]
+        files = [
+            "humaneval/HumanEval.jsonl",
+            *(
+                f"humaneval_x/humaneval_{code}.jsonl"
+                for code in ("cpp", "go", "java", "js", "rust")
+            ),
+        ]
+        solved = [
+            text
+            for file in files
+            for text in _rows(file, lambda _, row: row["prompt"] + row["canonical_solution"], data)
+        ]
+        self.names = {_bare(name.split("_", 2)[2]) for name, _ in prompts} - {
+            "f"
+        }  # HumanEval 106 is called f, which says nothing
+        self.grams = {
+            gram for text in [p for _, p in prompts] + solved for gram in grams(text, self.WORDS)
+        }
 
     def contains(self, problem):
         title = problem.id.split("/")[2 if problem.id.startswith("translate/") else 1]
-        defined = re.findall(r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{", problem.question)  # helpers too: is_palindrome is a problem of its own
+        defined = re.findall(
+            r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{", problem.question
+        )  # helpers too: is_palindrome is a problem of its own
         names = {_bare(name) for name in (problem.entry, title, *map("".join, defined))}
-        return bool(names & self.names) or not self.grams.isdisjoint(grams(problem.question, self.WORDS))
+        return bool(names & self.names) or not self.grams.isdisjoint(
+            grams(problem.question, self.WORDS)
+        )
 
 
 def _bare(name):

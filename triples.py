@@ -36,7 +36,9 @@ def triple(split, seed, index, language, pairs=1):
     while True:
         name, k, l = rng.choice(names), rng.randint(1, 5), rng.randint(0, 3)
         inputs_of, function = KINDS[name]
-        program = language.call["demos"][name].replace("{k}", str(k)).replace("{l}", str(l)).strip("\n")
+        program = (
+            language.call["demos"][name].replace("{k}", str(k)).replace("{l}", str(l)).strip("\n")
+        )
         arguments = [inputs_of(rng) for _ in range(pairs)]
         inputs = tuple(input_text(a, language) for a in arguments)
         if (zlib.crc32(f"{program}{inputs}".encode()) % 5 == 0) == (split == "test"):
@@ -51,18 +53,32 @@ def demonstrations(language, count, seed, references, short):
 
 
 def _demonstration(language, index, seed, references, short):
-    task, solve = TASKS[index % 3], index // 3 % 3 > 0  # two of three solve: answers take more learning than proposals
+    task, solve = (
+        TASKS[index % 3],
+        index // 3 % 3 > 0,
+    )  # two of three solve: answers take more learning than proposals
     entry = triple("train", seed, index, language, PAIRS if task == "induction" else 1)
     if solve:
         puzzle = Puzzle("", task, entry)
-        name, text = {"deduction": ("output", entry.outputs[0]), "abduction": ("input", entry.inputs[0]), "induction": (language.fence[0], entry.program)}[task]
+        name, text = {
+            "deduction": ("output", entry.outputs[0]),
+            "abduction": ("input", entry.inputs[0]),
+            "induction": (language.fence[0], entry.program),
+        }[task]
         return solve_prompt(puzzle, language, short), completion(block(name, text))
     if task == "induction":
-        answer = "\n".join([*(block("input", i) for i in entry.inputs), block("message", entry.message)])
+        answer = "\n".join(
+            [*(block("input", i) for i in entry.inputs), block("message", entry.message)]
+        )
         return propose_prompt(task, language, [entry], short=short), completion(answer)
     rng = random.Random(f"references/{seed}/{index}")
-    others = [triple("train", seed, rng.randrange(10**6), language) for _ in range(rng.randint(min(1, references), references))]
-    return propose_prompt(task, language, others, short=short), completion(f"{block(language.fence[0], entry.program)}\n{block('input', entry.inputs[0])}")
+    others = [
+        triple("train", seed, rng.randrange(10**6), language)
+        for _ in range(rng.randint(min(1, references), references))
+    ]
+    return propose_prompt(task, language, others, short=short), completion(
+        f"{block(language.fence[0], entry.program)}\n{block('input', entry.inputs[0])}"
+    )
 
 
 def completion(answer):
@@ -72,5 +88,11 @@ def completion(answer):
 def held_out(language, count, seed=0, tasks=TASKS):
     """Puzzles from test triples, the tasks in turn."""
     kinds = [tasks[i % len(tasks)] for i in range(count)]
-    entries = [triple("test", seed, i, language, PAIRS if kind == "induction" else 1) for i, kind in enumerate(kinds)]
-    return [Puzzle(f"triples/{kind}/{i}", kind, entry, entry.program) for i, (kind, entry) in enumerate(zip(kinds, entries))]
+    entries = [
+        triple("test", seed, i, language, PAIRS if kind == "induction" else 1)
+        for i, kind in enumerate(kinds)
+    ]
+    return [
+        Puzzle(f"triples/{kind}/{i}", kind, entry, entry.program)
+        for i, (kind, entry) in enumerate(zip(kinds, entries))
+    ]

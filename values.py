@@ -10,7 +10,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-LUA_SMALLEST = "(-9223372036854775807-1)"  # -2**63: as a numeral it would be the negative of a float
+LUA_SMALLEST = (
+    "(-9223372036854775807-1)"  # -2**63: as a numeral it would be the negative of a float
+)
 MAX_TEXT = 2000  # characters of a value; longer ones are refused, never cut
 
 
@@ -56,7 +58,9 @@ def cons(first, second):
 
 def table_of(language):
     if "values" not in language.call:
-        raise ValueError(f"{language.name} cannot be used for self-play: its TOML has no [call.values] table")
+        raise ValueError(
+            f"{language.name} cannot be used for self-play: its TOML has no [call.values] table"
+        )
     return language.call["values"]
 
 
@@ -74,11 +78,18 @@ def key_of(value, table):
     if value is None or isinstance(value, bool):
         return ("word", value)
     if isinstance(value, (int, float, Fraction)):
-        return ("number", Fraction(value)) if table["numbers"] == "value" else ("number", isinstance(value, float), Fraction(value))
+        return (
+            ("number", Fraction(value))
+            if table["numbers"] == "value"
+            else ("number", isinstance(value, float), Fraction(value))
+        )
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *(key_of(v, table) for v in value))
     if isinstance(value, Map):
-        return ("map", *sorted(((key_of(k, table), key_of(v, table)) for k, v in value.items), key=repr))
+        return (
+            "map",
+            *sorted(((key_of(k, table), key_of(v, table)) for k, v in value.items), key=repr),
+        )
     if isinstance(value, Set):
         return ("set", *sorted({key_of(v, table) for v in value.items}, key=repr))
     if isinstance(value, Pair):
@@ -113,7 +124,11 @@ def _plain(value, table):
             return LUA_SMALLEST
         return str(value)
     if isinstance(value, Fraction):
-        return f"{value.numerator}{table['ratio']}{value.denominator}" if "ratio" in table else _no(value)
+        return (
+            f"{value.numerator}{table['ratio']}{value.denominator}"
+            if "ratio" in table
+            else _no(value)
+        )
     if isinstance(value, float):
         return _write_float(value)
     if isinstance(value, str):
@@ -134,8 +149,14 @@ def _write_float(value):
 
 
 def _write_string(text, table, quote):
-    named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"} if table["escapes"] == "c" else {"\n": "\n", "\t": "\t"}
-    named |= {"\\": "\\\\", quote: f"\\{quote}"} | {mark: f"\\{mark}" for mark in table.get("interpolation", "")}
+    named = (
+        {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        if table["escapes"] == "c"
+        else {"\n": "\n", "\t": "\t"}
+    )
+    named |= {"\\": "\\\\", quote: f"\\{quote}"} | {
+        mark: f"\\{mark}" for mark in table.get("interpolation", "")
+    }
     if any(letter not in named and not letter.isprintable() for letter in text):
         raise ValueError("a control character has no literal")
     return quote + "".join(named.get(letter, letter) for letter in text) + quote
@@ -148,7 +169,11 @@ def _write_brackets(value, table):
     if isinstance(value, Symbol):
         return _write_symbol(value.name, table)
     if isinstance(value, Compound):
-        if value.name in table["infix"] and len(value.args) == 2 and not any(_needs_parentheses(v) for v in value.args):
+        if (
+            value.name in table["infix"]
+            and len(value.args) == 2
+            and not any(_needs_parentheses(v) for v in value.args)
+        ):
             return f"{inner(value.args[0])}{value.name}{inner(value.args[1])}"  # Prolog: a-1
         return f"{_write_symbol(value.name, table)}({', '.join(map(inner, value.args))})"
     if isinstance(value, Char) and "char" in table:
@@ -160,12 +185,19 @@ def _write_brackets(value, table):
         _no(value)
     if kind == "map":
         key = table.get("key", "...")
-        items = sorted(f"{key.replace('...', inner(k))}{table.get('write_arrow', ' ' + table['arrow'] + ' ')}{inner(v)}" for k, v in value.items)
+        items = sorted(
+            f"{key.replace('...', inner(k))}{table.get('write_arrow', ' ' + table['arrow'] + ' ')}{inner(v)}"
+            for k, v in value.items
+        )
     else:
         items = [inner(v) for v in (value.items if kind == "set" else value)]
         items = sorted(set(items)) if kind == "set" else items
-    text = f"{table.get('separator', ',')} ".join(items) + ("," if kind == "tuple" and len(items) == 1 else "")
-    form = table["mixed"][kind] if kind in table.get("mixed", {}) and _is_mixed(value) else table[kind]
+    text = f"{table.get('separator', ',')} ".join(items) + (
+        "," if kind == "tuple" and len(items) == 1 else ""
+    )
+    form = (
+        table["mixed"][kind] if kind in table.get("mixed", {}) and _is_mixed(value) else table[kind]
+    )
     if kind == "set" and not items:
         form = table.get("empty_set", form)
     return form.replace("...", text, 1)
@@ -187,20 +219,28 @@ def _needs_parentheses(value):
 def _is_mixed(value):
     """Julia would make [1, 2.0] a list of floats: members of different kinds need Any[...]."""
     if isinstance(value, Map):
-        return len({_shape(k) for k, _ in value.items}) > 1 or len({_shape(v) for _, v in value.items}) > 1
+        return (
+            len({_shape(k) for k, _ in value.items}) > 1
+            or len({_shape(v) for _, v in value.items}) > 1
+        )
     return len({_shape(v) for v in (value.items if isinstance(value, Set) else value)}) > 1
 
 
 def _shape(value):
     if isinstance(value, (list, tuple, Set)):
-        return (type(value), *sorted({repr(_shape(v)) for v in (value.items if isinstance(value, Set) else value)}))
+        return (
+            type(value),
+            *sorted({repr(_shape(v)) for v in (value.items if isinstance(value, Set) else value)}),
+        )
     return (Map, repr(value)) if isinstance(value, Map) else type(value)
 
 
 def _write_lists(value, table):
     if (text := _plain(value, table)) is not None:
         return text
-    if isinstance(value, Char) or (isinstance(value, Symbol) and value.name.startswith(":") and table.get("casefold")):
+    if isinstance(value, Char) or (
+        isinstance(value, Symbol) and value.name.startswith(":") and table.get("casefold")
+    ):
         return _write_datum(value, table)
     if table["constructor_map"] and _has_map(value):
         return _write_constructor(value, table)
@@ -210,7 +250,9 @@ def _write_lists(value, table):
 def _has_map(value):
     if isinstance(value, Pair):
         return _has_map(value.first) or _has_map(value.second)
-    return isinstance(value, (dict, Map)) or (isinstance(value, (list, tuple)) and any(map(_has_map, value)))
+    return isinstance(value, (dict, Map)) or (
+        isinstance(value, (list, tuple)) and any(map(_has_map, value))
+    )
 
 
 def _write_datum(value, table):
@@ -223,7 +265,11 @@ def _write_datum(value, table):
         return value.name
     if isinstance(value, Char):
         names = {letter: name for name, letter in table["char_names"].items()}
-        return "#\\" + (value.text if value.text.isprintable() and value.text != " " else names.get(value.text) or _no(value))
+        return "#\\" + (
+            value.text
+            if value.text.isprintable() and value.text != " "
+            else names.get(value.text) or _no(value)
+        )
     if isinstance(value, list):
         return f"({' '.join(map(inner, value))})"
     if isinstance(value, tuple):
@@ -235,7 +281,9 @@ def _write_datum(value, table):
             value = value.second
         return f"({' '.join(parts)} . {inner(value)})"
     if isinstance(value, Map) and "map" in table:
-        return table["map"].replace("...", " ".join(sorted(f"({inner(k)} . {inner(v)})" for k, v in value.items)), 1)
+        return table["map"].replace(
+            "...", " ".join(sorted(f"({inner(k)} . {inner(v)})" for k, v in value.items)), 1
+        )
     _no(value)
 
 
@@ -248,5 +296,7 @@ def _write_constructor(value, table):
         return f"(cons {inner(value.first)} {inner(value.second)})"
     if isinstance(value, (dict, Map)):
         items = value.items if isinstance(value, Map) else tuple(value.items())
-        return table["constructor_map"].replace("...", " ".join(sorted(f"(cons {inner(k)} {inner(v)})" for k, v in items)), 1)
+        return table["constructor_map"].replace(
+            "...", " ".join(sorted(f"(cons {inner(k)} {inner(v)})" for k, v in items)), 1
+        )
     return f"({'list' if isinstance(value, list) else 'vector'} {' '.join(map(inner, value))})"

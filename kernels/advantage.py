@@ -11,7 +11,19 @@ from kernels import jit, tl, triton, use_triton, wide
 
 KINDS = ("grpo", "mean", "rloo", "batch", "whiten")
 # What `policy_loss` measures over the tokens of non-zero weight: sums, except the last, a maximum.
-MOMENTS = ("tokens", "clip_low", "clip_high", "ratio", "difference", "k1", "k2", "k3", "entropy", "kl_reference", "max_difference")
+MOMENTS = (
+    "tokens",
+    "clip_low",
+    "clip_high",
+    "ratio",
+    "difference",
+    "k1",
+    "k2",
+    "k3",
+    "entropy",
+    "kl_reference",
+    "max_difference",
+)
 
 # torch references
 
@@ -31,8 +43,12 @@ def _mean(values, weights, index, count):
 
 def _all_equal(values, valid, index, count):
     """True where every valid reward of the row's group is the same number, by exact comparison."""
-    low = values.new_full((count,), float("inf")).scatter_reduce_(0, index, values.masked_fill(~valid, float("inf")), "amin")
-    high = values.new_full((count,), float("-inf")).scatter_reduce_(0, index, values.masked_fill(~valid, float("-inf")), "amax")
+    low = values.new_full((count,), float("inf")).scatter_reduce_(
+        0, index, values.masked_fill(~valid, float("inf")), "amin"
+    )
+    high = values.new_full((count,), float("-inf")).scatter_reduce_(
+        0, index, values.masked_fill(~valid, float("-inf")), "amax"
+    )
     return (low >= high)[index]
 
 
@@ -45,7 +61,11 @@ def group_advantages_reference(rewards, group_ids, kind="grpo", eps=1e-6, ddof=1
     centred = values - mean
     scope, scopes = (torch.zeros_like(index), 1) if kind == "batch" else (index, count)
     scope_mean, scope_total = _mean(values, weights, scope, scopes)
-    variance = _mean((values - scope_mean) ** 2, weights, scope, scopes)[0] * scope_total / (scope_total - ddof).clamp(min=1e-30)
+    variance = (
+        _mean((values - scope_mean) ** 2, weights, scope, scopes)[0]
+        * scope_total
+        / (scope_total - ddof).clamp(min=1e-30)
+    )
     if kind == "mean":
         advantages = centred
     elif kind == "rloo":
@@ -57,14 +77,20 @@ def group_advantages_reference(rewards, group_ids, kind="grpo", eps=1e-6, ddof=1
     return advantages.masked_fill(_all_equal(values, valid, index, count) | ~valid, 0.0)
 
 
-def policy_loss_reference(logprobs, old_logprobs, advantages, weights, clip_low, clip_high, entropy, ref_logprobs, beta):
+def policy_loss_reference(
+    logprobs, old_logprobs, advantages, weights, clip_low, clip_high, entropy, ref_logprobs, beta
+):
     used = weights != 0
     # A token of weight 0 may carry anything, NaN too: it is replaced before any arithmetic, so that it cannot reach loss or gradient.
     log_ratio = torch.where(used, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
     advantages = torch.where(used, advantages, 0.0)
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    log_reference = torch.where(used, ref_logprobs - logprobs, 0.0) if ref_logprobs is not None else torch.zeros_like(loss)
+    log_reference = (
+        torch.where(used, ref_logprobs - logprobs, 0.0)
+        if ref_logprobs is not None
+        else torch.zeros_like(loss)
+    )
     kl = log_reference.exp() - log_reference - 1
     total = (weights * (loss + beta * kl)).sum()
     with torch.no_grad():
@@ -72,7 +98,18 @@ def policy_loss_reference(logprobs, old_logprobs, advantages, weights, clip_low,
         high = (ratio > 1 + clip_high) & (advantages > 0)
         entropy = torch.where(used, entropy, 0.0) if entropy is not None else torch.zeros_like(loss)
         k3 = ratio - 1 - log_ratio
-        columns = (used, low, high, torch.where(used, ratio, 0.0), log_ratio.abs(), -log_ratio, log_ratio**2 / 2, k3, entropy, kl)
+        columns = (
+            used,
+            low,
+            high,
+            torch.where(used, ratio, 0.0),
+            log_ratio.abs(),
+            -log_ratio,
+            log_ratio**2 / 2,
+            k3,
+            entropy,
+            kl,
+        )
         sums = torch.stack([column.to(loss.dtype).sum() for column in columns])
         largest = log_ratio.abs().amax() if len(log_ratio) else sums.new_zeros(())
     return total, torch.cat((sums, largest[None]))
@@ -94,9 +131,18 @@ def _load_rewards(rewards, groups, lengths, at, N, WEIGHTED: tl.constexpr):
 
 @jit
 def _advantages_kernel(
-    rewards, groups, lengths, out, N, EPS: tl.constexpr, DDOF: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    groups,
+    lengths,
+    out,
+    N,
+    EPS: tl.constexpr,
+    DDOF: tl.constexpr,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """ROWS rollouts against all N. Comparing group ids costs N^2 compares, nothing at these sizes, and needs neither offsets nor sorted ids."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     reward, group, _weight, row_valid = _load_rewards(rewards, groups, lengths, row, N, WEIGHTED)
@@ -107,7 +153,9 @@ def _advantages_kernel(
     low = tl.full((ROWS,), float("inf"), dtype=tl.float32)
     high = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
     for start in range(0, N, BLOCK):
-        value, other, weight, valid = _load_rewards(rewards, groups, lengths, start + tl.arange(0, BLOCK), N, WEIGHTED)
+        value, other, weight, valid = _load_rewards(
+            rewards, groups, lengths, start + tl.arange(0, BLOCK), N, WEIGHTED
+        )
         same = (other[None, :] == group[:, None]) & valid[None, :]
         share = tl.where(same, weight[None, :], 0.0)
         total += tl.sum(share, 1)
@@ -122,7 +170,9 @@ def _advantages_kernel(
     scope_mean = scope_sums / tl.maximum(scope_total, 1e-30)
     squares = tl.zeros((ROWS,), dtype=tl.float32)
     for start in range(0, N, BLOCK):
-        value, other, weight, valid = _load_rewards(rewards, groups, lengths, start + tl.arange(0, BLOCK), N, WEIGHTED)
+        value, other, weight, valid = _load_rewards(
+            rewards, groups, lengths, start + tl.arange(0, BLOCK), N, WEIGHTED
+        )
         share = weight[None, :] + tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         if KIND != "batch":
             share = tl.where(other[None, :] == group[:, None], share, 0.0)
@@ -141,9 +191,23 @@ def _advantages_kernel(
 
 @jit
 def _policy_loss_kernel(
-    logprobs, old, advantages, weights, entropy, ref, coefficient, partial, T, clip_low, clip_high, beta,
-    ENTROPY: tl.constexpr, REFERENCE: tl.constexpr, MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logprobs,
+    old,
+    advantages,
+    weights,
+    entropy,
+    ref,
+    coefficient,
+    partial,
+    T,
+    clip_low,
+    clip_high,
+    beta,
+    ENTROPY: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A block of tokens: the loss, its derivative by each log-prob, and the block's moments, [programs, 1 + MOMENTS]."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < T
@@ -184,7 +248,9 @@ def _policy_loss_kernel(
 
 
 @jit
-def _sum_partials_kernel(partial, out, programs, MOMENTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_partials_kernel(
+    partial, out, programs, MOMENTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     """Add up the blocks in a fixed order; the last column is a maximum."""
     column = tl.arange(0, WIDTH)
     sums = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -200,30 +266,75 @@ def _sum_partials_kernel(partial, out, programs, MOMENTS: tl.constexpr, WIDTH: t
 
 # Launchers
 
-ROWS, BLOCK = 4, 512  # the table of ids is [4, 512] at a time: 16 values a thread; 512 rollouts are 128 programs of one round
+ROWS, BLOCK = (
+    4,
+    512,
+)  # the table of ids is [4, 512] at a time: 16 values a thread; 512 rollouts are 128 programs of one round
 TOKENS = 1024  # tokens per program of the loss
 
 
 def _group_advantages(rewards, group_ids, kind, eps, ddof, lengths):
-    rewards, out = rewards.float().contiguous(), torch.empty(len(rewards), dtype=torch.float32, device=rewards.device)
-    shape = {"EPS": eps, "DDOF": ddof, "KIND": kind, "WEIGHTED": lengths is not None, "ROWS": ROWS, "BLOCK": BLOCK}
+    rewards, out = (
+        rewards.float().contiguous(),
+        torch.empty(len(rewards), dtype=torch.float32, device=rewards.device),
+    )
+    shape = {
+        "EPS": eps,
+        "DDOF": ddof,
+        "KIND": kind,
+        "WEIGHTED": lengths is not None,
+        "ROWS": ROWS,
+        "BLOCK": BLOCK,
+    }
     weights = rewards if lengths is None else lengths
-    _advantages_kernel[(triton.cdiv(len(rewards), ROWS),)](rewards, group_ids, weights, out, len(rewards), **shape, num_warps=4)
+    _advantages_kernel[(triton.cdiv(len(rewards), ROWS),)](
+        rewards, group_ids, weights, out, len(rewards), **shape, num_warps=4
+    )
     return out
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, old_logprobs, advantages, weights, clip_low, clip_high, entropy, ref_logprobs, beta):
+    def forward(
+        ctx,
+        logprobs,
+        old_logprobs,
+        advantages,
+        weights,
+        clip_low,
+        clip_high,
+        entropy,
+        ref_logprobs,
+        beta,
+    ):
         tokens, programs = len(logprobs), triton.cdiv(len(logprobs), TOKENS)
         coefficient = torch.empty_like(logprobs)
-        partial = torch.empty(programs, 1 + len(MOMENTS), dtype=torch.float32, device=logprobs.device)
+        partial = torch.empty(
+            programs, 1 + len(MOMENTS), dtype=torch.float32, device=logprobs.device
+        )
         out = torch.empty(1 + len(MOMENTS), dtype=torch.float32, device=logprobs.device)
         optional = [logprobs if x is None else x.contiguous() for x in (entropy, ref_logprobs)]
-        tensors = (logprobs.contiguous(), old_logprobs.contiguous(), advantages.contiguous(), weights.contiguous(), *optional, coefficient, partial)
-        flags = {"ENTROPY": entropy is not None, "REFERENCE": ref_logprobs is not None, "MOMENTS": len(MOMENTS), "BLOCK": TOKENS}
-        _policy_loss_kernel[(programs,)](*tensors, tokens, clip_low, clip_high, beta, **flags, num_warps=4)
-        _sum_partials_kernel[(1,)](partial, out, programs, MOMENTS=len(MOMENTS), WIDTH=16, BLOCK=64, num_warps=4)
+        tensors = (
+            logprobs.contiguous(),
+            old_logprobs.contiguous(),
+            advantages.contiguous(),
+            weights.contiguous(),
+            *optional,
+            coefficient,
+            partial,
+        )
+        flags = {
+            "ENTROPY": entropy is not None,
+            "REFERENCE": ref_logprobs is not None,
+            "MOMENTS": len(MOMENTS),
+            "BLOCK": TOKENS,
+        }
+        _policy_loss_kernel[(programs,)](
+            *tensors, tokens, clip_low, clip_high, beta, **flags, num_warps=4
+        )
+        _sum_partials_kernel[(1,)](
+            partial, out, programs, MOMENTS=len(MOMENTS), WIDTH=16, BLOCK=64, num_warps=4
+        )
         ctx.save_for_backward(coefficient)
         loss, moments = out[0].clone(), out[1:]
         ctx.mark_non_differentiable(moments)
@@ -257,7 +368,17 @@ def group_advantages(rewards, group_ids, kind="grpo", eps=1e-6, ddof=1, lengths=
     return run(rewards, group_ids, kind, eps, ddof, lengths)
 
 
-def policy_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_high=0.2, entropy=None, ref_logprobs=None, beta=0.0):
+def policy_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    weights,
+    clip_low=0.2,
+    clip_high=0.2,
+    entropy=None,
+    ref_logprobs=None,
+    beta=0.0,
+):
     """(loss, moments): PPO's clipped loss over tokens, all inputs [T] fp32, and what to log about it, in one pass. Differentiable in logprobs.
 
     loss = sum_t weights_t (-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta k3(reference)), rho = exp(logprobs - old_logprobs),
@@ -265,4 +386,14 @@ def policy_loss(logprobs, old_logprobs, advantages, weights, clip_low=0.2, clip_
     token of weight 0 counts nowhere. moments [11]: see MOMENTS; k1, k2, k3 estimate KL(old || new). rho 1.5, A 1, clip_high .28, weight 1: loss -1.28.
     """
     run = _PolicyLoss.apply if use_triton(logprobs) else policy_loss_reference
-    return run(logprobs, old_logprobs, advantages, weights, clip_low, clip_high, entropy, ref_logprobs, beta)
+    return run(
+        logprobs,
+        old_logprobs,
+        advantages,
+        weights,
+        clip_low,
+        clip_high,
+        entropy,
+        ref_logprobs,
+        beta,
+    )

@@ -24,10 +24,20 @@ def _gather_pages(pages, block_tables, lengths, count):
     is full whenever there is such an entry, so that nothing unwritten is read there."""
     _, kv_heads, page_size, head_dim = pages.shape
     index = torch.arange(count, device=pages.device)
-    table = torch.where(index * page_size < lengths[:, None], block_tables[:, :count], block_tables[lengths.argmax(), 0]).long().clamp_(min=0)
+    table = (
+        torch.where(
+            index * page_size < lengths[:, None],
+            block_tables[:, :count],
+            block_tables[lengths.argmax(), 0],
+        )
+        .long()
+        .clamp_(min=0)
+    )
     rows = table[:, None, :] * kv_heads + torch.arange(kv_heads, device=pages.device)[None, :, None]
     flat = pages.view(-1, page_size * head_dim)
-    return flat.index_select(0, rows.flatten()).view(len(table), kv_heads, count * page_size, head_dim)
+    return flat.index_select(0, rows.flatten()).view(
+        len(table), kv_heads, count * page_size, head_dim
+    )
 
 
 def _clear_tail(v, lengths, page_size):
@@ -36,7 +46,9 @@ def _clear_tail(v, lengths, page_size):
     tail = last_page[:, None] + torch.arange(page_size, device=v.device)
     rows = torch.arange(len(v), device=v.device)[:, None]
     by_token = v.transpose(1, 2)
-    by_token[rows, tail] = by_token[rows, tail].masked_fill((tail >= lengths[:, None])[:, :, None, None], 0.0)
+    by_token[rows, tail] = by_token[rows, tail].masked_fill(
+        (tail >= lengths[:, None])[:, :, None, None], 0.0
+    )
 
 
 def paged_attention_reference(q, k_pages, v_pages, block_tables, lengths, scale):
@@ -64,14 +76,27 @@ def _shared_tokens(sequence, lengths, prefix_lengths, group_ids, B, SEQUENCES: t
     live = same & (tl.load(lengths + other, mask=other < B, other=0) > 0)
     shared = tl.max(tl.where(live, tl.load(prefix_lengths + other, mask=other < B, other=0), 0), 0)
     # One live member: nothing to share, the plain kernel reads all of it.
-    return tl.where(tl.sum(live.to(tl.int32), 0) >= 2, shared, 0), tl.min(tl.where(live, other, B), 0)
+    return tl.where(tl.sum(live.to(tl.int32), 0) >= 2, shared, 0), tl.min(
+        tl.where(live, other, B), 0
+    )
 
 
 @jit
 def _attend_pages(
-    q, k_pages, v_pages, table, head, K, begin, end,
-    SCALE: tl.constexpr, ROWS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    q,
+    k_pages,
+    v_pages,
+    table,
+    head,
+    K,
+    begin,
+    end,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HD: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Online softmax (base 2) of q [ROWS, HD] over tokens begin..end-1 of the pages in `table`: (unnormalised output, running maximum, sum)."""
     slot = tl.arange(0, TILE)
     column = tl.arange(0, HD)
@@ -90,7 +115,9 @@ def _attend_pages(
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(scores - new_top[:, None])
-        v = tl.load(v_pages + base + slot[:, None] * HD + column[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(
+            v_pages + base + slot[:, None] * HD + column[None, :], mask=inside[:, None], other=0.0
+        )
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
@@ -99,10 +126,30 @@ def _attend_pages(
 
 @jit
 def _decode_kernel(
-    q, k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, out, lse, B, K, max_pages, slots, splits,
-    SCALE: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    SHARED: tl.constexpr, SEQUENCES: tl.constexpr,
-):  # fmt: skip
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    lengths,
+    prefix_lengths,
+    group_ids,
+    out,
+    lse,
+    B,
+    K,
+    max_pages,
+    slots,
+    splits,
+    SCALE: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    HD: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(lengths + sequence))
@@ -115,21 +162,51 @@ def _decode_kernel(
             return
     row = tl.arange(0, ROWS)
     column = tl.arange(0, HD)
-    first = sequence.to(tl.int64) * K * R + head * R  # this program's first query head; offsets from it fit 32 bits
-    tile = tl.load(q + first * HD + row[:, None] * HD + column[None, :], mask=row[:, None] < R, other=0.0)
+    first = (
+        sequence.to(tl.int64) * K * R + head * R
+    )  # this program's first query head; offsets from it fit 32 bits
+    tile = tl.load(
+        q + first * HD + row[:, None] * HD + column[None, :], mask=row[:, None] < R, other=0.0
+    )
     table = block_tables + sequence.to(tl.int64) * max_pages
-    result, top, total = _attend_pages(tile, k_pages, v_pages, table, head, K, begin, end, SCALE, ROWS, HD, PAGE, TILE)
-    first = first * slots + splits + split  # the first `splits` slots are the prefix kernel's, when there is one
-    tl.store(out + first * HD + row[:, None] * slots * HD + column[None, :], result / total[:, None], mask=row[:, None] < R)
+    result, top, total = _attend_pages(
+        tile, k_pages, v_pages, table, head, K, begin, end, SCALE, ROWS, HD, PAGE, TILE
+    )
+    first = (
+        first * slots + splits + split
+    )  # the first `splits` slots are the prefix kernel's, when there is one
+    tl.store(
+        out + first * HD + row[:, None] * slots * HD + column[None, :],
+        result / total[:, None],
+        mask=row[:, None] < R,
+    )
     tl.store(lse + first + row * slots, top + tl.log2(total), mask=row < R)
 
 
 @jit
 def _prefix_kernel(
-    q, k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, out, lse, B, K, max_pages, slots,
-    SCALE: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, HD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    lengths,
+    prefix_lengths,
+    group_ids,
+    out,
+    lse,
+    B,
+    K,
+    max_pages,
+    slots,
+    SCALE: tl.constexpr,
+    R: tl.constexpr,
+    HEADS: tl.constexpr,
+    HD: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
     SEQUENCES: tl.constexpr,
-):  # fmt: skip
+):
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group = tl.load(group_ids + sequence)
     if sequence % SEQUENCES > 0:
@@ -147,19 +224,40 @@ def _prefix_kernel(
     column = tl.arange(0, HD)
     first = sequence.to(tl.int64) * K * R + head * R
     q_head = row // HEADS * K * R + row % HEADS
-    tile = tl.load(q + first * HD + q_head[:, None] * HD + column[None, :], mask=mine[:, None], other=0.0)
+    tile = tl.load(
+        q + first * HD + q_head[:, None] * HD + column[None, :], mask=mine[:, None], other=0.0
+    )
     table = block_tables + live.to(tl.int64) * max_pages
-    result, top, total = _attend_pages(tile, k_pages, v_pages, table, head, K, begin, end, SCALE, SEQUENCES * HEADS, HD, PAGE, TILE)
+    result, top, total = _attend_pages(
+        tile, k_pages, v_pages, table, head, K, begin, end, SCALE, SEQUENCES * HEADS, HD, PAGE, TILE
+    )
     first = first * slots + split
-    tl.store(out + first * HD + q_head[:, None] * slots * HD + column[None, :], result / total[:, None], mask=mine[:, None])
+    tl.store(
+        out + first * HD + q_head[:, None] * slots * HD + column[None, :],
+        result / total[:, None],
+        mask=mine[:, None],
+    )
     tl.store(lse + first + q_head * slots, top + tl.log2(total), mask=mine)
 
 
 @jit
 def _merge_splits_kernel(
-    partial, lse, out, lengths, prefix_lengths, group_ids, B, H, slots, splits,
-    HD: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr, SHARED: tl.constexpr, SEQUENCES: tl.constexpr,
-):  # fmt: skip
+    partial,
+    lse,
+    out,
+    lengths,
+    prefix_lengths,
+    group_ids,
+    B,
+    H,
+    slots,
+    splits,
+    HD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):
     sequence, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths + sequence)
     shared = 0
@@ -174,12 +272,20 @@ def _merge_splits_kernel(
         slot = start + tl.arange(0, SLOTS)
         begin = tl.where(slot < splits, slot, slot - splits) * SPLIT
         # Which slots were written: prefix splits below `shared`, own splits that reach past it. Nothing else is read.
-        written = tl.where(slot < splits, begin < shared, (tl.minimum(begin + SPLIT, length) > tl.maximum(begin, shared)) & (slot < slots))
+        written = tl.where(
+            slot < splits,
+            begin < shared,
+            (tl.minimum(begin + SPLIT, length) > tl.maximum(begin, shared)) & (slot < slots),
+        )
         weight = tl.load(lse + row * slots + slot, mask=written, other=-float("inf"))
         new_top = tl.maximum(top, tl.max(weight, 0))
         shrink = tl.exp2(top - new_top)
         weight = tl.exp2(weight - new_top)
-        part = tl.load(partial + (row * slots + slot)[:, None] * HD + column[None, :], mask=written[:, None], other=0.0)
+        part = tl.load(
+            partial + (row * slots + slot)[:, None] * HD + column[None, :],
+            mask=written[:, None],
+            other=0.0,
+        )
         result = result * shrink + tl.sum(part * weight[:, None], 0)
         total = total * shrink + tl.sum(weight, 0)
         top = new_top
@@ -194,8 +300,22 @@ TILE_ELEMENTS = 8192  # keys per decode tile x head dim: 16 KB contiguous, 128 t
 PREFIX = {90: (16, 64, 8, 2), 80: (8, 32, 4, 2)}
 
 
-def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_lengths=None, group_ids=None, arch=None):
-    (batch, heads, head_dim), (kv_heads, page_size), max_pages = q.shape, k_pages.shape[1:3], block_tables.shape[1]
+def _paged_attention(
+    q,
+    k_pages,
+    v_pages,
+    block_tables,
+    lengths,
+    scale,
+    prefix_lengths=None,
+    group_ids=None,
+    arch=None,
+):
+    (batch, heads, head_dim), (kv_heads, page_size), max_pages = (
+        q.shape,
+        k_pages.shape[1:3],
+        block_tables.shape[1],
+    )
     block_tables = block_tables.contiguous()
     per_kv, shared, arch = heads // kv_heads, group_ids is not None, arch or architecture(q)
     splits = triton.cdiv(max_pages * page_size, SPLIT)
@@ -205,25 +325,67 @@ def _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_l
     partial = torch.empty(batch, heads, slots, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
-    inputs = (q.contiguous(), k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, partial, lse, batch, kv_heads, max_pages, slots)
+    inputs = (
+        q.contiguous(),
+        k_pages,
+        v_pages,
+        block_tables,
+        lengths,
+        prefix_lengths,
+        group_ids,
+        partial,
+        lse,
+        batch,
+        kv_heads,
+        max_pages,
+        slots,
+    )
     sequences, tokens, warps, stages = PREFIX[arch]
-    shape = {"SCALE": scale * LOG2E, "R": per_kv, "HD": head_dim, "PAGE": page_size, "SPLIT": SPLIT, "SEQUENCES": sequences}
+    shape = {
+        "SCALE": scale * LOG2E,
+        "R": per_kv,
+        "HD": head_dim,
+        "PAGE": page_size,
+        "SPLIT": SPLIT,
+        "SEQUENCES": sequences,
+    }
     grid = (batch, kv_heads, splits)
     if shared:
         tile = {"HEADS": triton.next_power_of_2(per_kv), "TILE": min(page_size, tokens)}
         _prefix_kernel[grid](*inputs, **shape, **tile, num_warps=warps, num_stages=stages)
     # 16 query heads is the smallest tensor-core tile; 6, 7 and 8 of a KV head fill part of it.
-    tile = {"ROWS": max(16, triton.next_power_of_2(per_kv)), "TILE": min(page_size, 128, TILE_ELEMENTS // head_dim)}
-    _decode_kernel[grid](*inputs, own, **shape, **tile, SHARED=shared, num_warps=DECODE_WARPS, num_stages=DECODE_STAGES)
+    tile = {
+        "ROWS": max(16, triton.next_power_of_2(per_kv)),
+        "TILE": min(page_size, 128, TILE_ELEMENTS // head_dim),
+    }
+    _decode_kernel[grid](
+        *inputs,
+        own,
+        **shape,
+        **tile,
+        SHARED=shared,
+        num_warps=DECODE_WARPS,
+        num_stages=DECODE_STAGES,
+    )
     merge = (partial, lse, out, lengths, prefix_lengths, group_ids, batch, heads, slots, own)
-    _merge_splits_kernel[(batch, heads)](*merge, HD=head_dim, SPLIT=SPLIT, SLOTS=SLOTS, SHARED=shared, SEQUENCES=sequences, num_warps=MERGE_WARPS)
+    _merge_splits_kernel[(batch, heads)](
+        *merge,
+        HD=head_dim,
+        SPLIT=SPLIT,
+        SLOTS=SLOTS,
+        SHARED=shared,
+        SEQUENCES=sequences,
+        num_warps=MERGE_WARPS,
+    )
     return out
 
 
 def _fits(q, k_pages):
     """What the kernels need beyond a CUDA device. The page sizes to use: one decode tile, 128 tokens at head dim 64 and 64 at 128."""
     page_size, head_dim = k_pages.shape[2:]
-    return use_triton(q) and head_dim in (16, 32, 64, 128) and page_size in (16, 32, 64, 128, 256, 512)
+    return (
+        use_triton(q) and head_dim in (16, 32, 64, 128) and page_size in (16, 32, 64, 128, 256, 512)
+    )
 
 
 # Public functions
@@ -239,7 +401,9 @@ def paged_attention(q, k_pages, v_pages, block_tables, lengths, scale):
     return run(q, k_pages, v_pages, block_tables, lengths, scale)
 
 
-def shared_prefix_attention(q, k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, scale):
+def shared_prefix_attention(
+    q, k_pages, v_pages, block_tables, lengths, prefix_lengths, group_ids, scale
+):
     """`paged_attention` where adjacent sequences of equal group_ids [B] share the pages of their first prefix_lengths [B] int32 tokens (whole pages).
 
     Same result; on CUDA a group's prefix is read once per aligned block of 16 sequences (Hydragen, arXiv 2402.05099) and merged with the rest by
@@ -247,4 +411,6 @@ def shared_prefix_attention(q, k_pages, v_pages, block_tables, lengths, prefix_l
     """
     if not _fits(q, k_pages):
         return paged_attention_reference(q, k_pages, v_pages, block_tables, lengths, scale)
-    return _paged_attention(q, k_pages, v_pages, block_tables, lengths, scale, prefix_lengths, group_ids)
+    return _paged_attention(
+        q, k_pages, v_pages, block_tables, lengths, scale, prefix_lengths, group_ids
+    )

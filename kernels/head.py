@@ -39,12 +39,26 @@ TILES = {
 
 
 @jit
-def tile_product(h, w, row, column, M, V, D, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
+def tile_product(
+    h,
+    w,
+    row,
+    column,
+    M,
+    V,
+    D,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """hidden[row : row + ROWS] @ weight[column : column + TILE].T in fp32. h and w are tensor descriptors (TMA, sm_90) or pointers."""
     product = tl.zeros((ROWS, TILE), dtype=tl.float32)
     if TMA:
         for d in range(0, D, DEPTH):
-            product = tl.dot(h.load([row, d]), w.load([column, d]).T, product, input_precision="ieee")
+            product = tl.dot(
+                h.load([row, d]), w.load([column, d]).T, product, input_precision="ieee"
+            )
     else:
         depth = tl.arange(0, DEPTH)
         h_at = h + ((row + tl.arange(0, ROWS)) % M)[:, None] * D + depth[None, :]
@@ -56,9 +70,22 @@ def tile_product(h, w, row, column, M, V, D, ROWS: tl.constexpr, TILE: tl.conste
 
 @jit
 def _stats_kernel(
-    h, w, targets, tile_max, tile_sum, tile_moment, target_logit, scale, M, V, D,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    h,
+    w,
+    targets,
+    tile_max,
+    tile_sum,
+    tile_moment,
+    target_logit,
+    scale,
+    M,
+    V,
+    D,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """One tile of logits to (max m, sum of p = 2^(x - m), sum of p (x - m)) per row, [tiles, M], and the target's logit [M]."""
     # Row tiles run fastest: all of them use one tile of the weight while it is in L2, and the hidden states stay there throughout.
     row_tiles = tl.cdiv(M, ROWS)
@@ -82,7 +109,19 @@ def _stats_kernel(
 
 
 @jit
-def _merge_tiles_kernel(tile_max, tile_sum, tile_moment, target_logit, logp, entropy, lse, M, tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _merge_tiles_kernel(
+    tile_max,
+    tile_sum,
+    tile_moment,
+    target_logit,
+    logp,
+    entropy,
+    lse,
+    M,
+    tiles,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Tile results [tiles, M] to log-prob, entropy and log-sum-exp [M], in nats."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     top = tl.full((ROWS,), -1e30, dtype=tl.float32)
@@ -99,13 +138,19 @@ def _merge_tiles_kernel(tile_max, tile_sum, tile_moment, target_logit, logp, ent
         weight = tl.exp2(below)
         mass = tl.load(tile_sum + at, mask=inside, other=1.0)
         # Moments are about the maximum, which moves: sum p (x - new) = sum p (x - old) + (old - new) sum p. About 0 they would cancel in the entropy.
-        moment = (moment + total * (top - new_top)) * shrink + tl.sum(weight * (tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below), 0)
+        moment = (moment + total * (top - new_top)) * shrink + tl.sum(
+            weight * (tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below), 0
+        )
         total = total * shrink + tl.sum(weight * mass, 0)
         top = new_top
     inside = rows < M
     spread = tl.log2(total)
     log_total = top + spread
-    tl.store(logp + rows, (tl.load(target_logit + rows, mask=inside, other=0.0) - log_total) * 0.6931471805599453, mask=inside)
+    tl.store(
+        logp + rows,
+        (tl.load(target_logit + rows, mask=inside, other=0.0) - log_total) * 0.6931471805599453,
+        mask=inside,
+    )
     tl.store(entropy + rows, (spread - moment / total) * 0.6931471805599453, mask=inside)
     tl.store(lse + rows, log_total * 0.6931471805599453, mask=inside)
 
@@ -115,22 +160,44 @@ def _gradient_of(x, column, target, lse, entropy, grad_logp, grad_entropy, inver
     """dL/dz of a tile from its tempered logits x = z / temperature * log2(e); the rest are one number per row."""
     above = x - (lse * 1.4426950408889634)[:, None]
     p = tl.exp2(above)
-    coefficient = grad_logp[:, None] + grad_entropy[:, None] * (above * 0.6931471805599453 + entropy[:, None])
+    coefficient = grad_logp[:, None] + grad_entropy[:, None] * (
+        above * 0.6931471805599453 + entropy[:, None]
+    )
     gradient = -p * coefficient
-    return tl.where(column[None, :] == target[:, None], gradient + grad_logp[:, None], gradient) * inverse_temperature
+    return (
+        tl.where(column[None, :] == target[:, None], gradient + grad_logp[:, None], gradient)
+        * inverse_temperature
+    )
 
 
 @jit
 def _gradient_kernel(
-    h, w, out, targets, lse, entropy, grad_logp, grad_entropy, inverse_temperature, M, V, D, out_stride,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    h,
+    w,
+    out,
+    targets,
+    lse,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    inverse_temperature,
+    M,
+    V,
+    D,
+    out_stride,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Recompute a tile of logits and write its dL/dz [M, V]."""
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
     tile = tl.program_id(0) // row_tiles
     column = tile * TILE + tl.arange(0, TILE)
-    x = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA) * (inverse_temperature * 1.4426950408889634)
+    x = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA) * (
+        inverse_temperature * 1.4426950408889634
+    )
     rows = row + tl.arange(0, ROWS)
     inside = rows < M
     target = tl.load(targets + rows, mask=inside, other=-1)
@@ -174,15 +241,44 @@ def _logit_stats_kernel(logits, targets, logp, entropy, lse, scale, V, BLOCK: tl
 
 
 @jit
-def _logit_gradient_kernel(logits, out, targets, lse, entropy, grad_logp, grad_entropy, inverse_temperature, V, out_stride, BLOCK: tl.constexpr):
+def _logit_gradient_kernel(
+    logits,
+    out,
+    targets,
+    lse,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    inverse_temperature,
+    V,
+    out_stride,
+    BLOCK: tl.constexpr,
+):
     """dL/dz of a block of one row of fp32 logits."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = row[:, None] * V + column[None, :]
-    x = tl.load(logits + at, mask=(column < V)[None, :], other=0.0) * (inverse_temperature * 1.4426950408889634)
-    target, row_lse, row_entropy = tl.load(targets + row), tl.load(lse + row), tl.load(entropy + row)
-    gradient = _gradient_of(x, column, target, row_lse, row_entropy, tl.load(grad_logp + row), tl.load(grad_entropy + row), inverse_temperature)
-    tl.store(out + row[:, None] * out_stride + column[None, :], gradient, mask=(column < V)[None, :])
+    x = tl.load(logits + at, mask=(column < V)[None, :], other=0.0) * (
+        inverse_temperature * 1.4426950408889634
+    )
+    target, row_lse, row_entropy = (
+        tl.load(targets + row),
+        tl.load(lse + row),
+        tl.load(entropy + row),
+    )
+    gradient = _gradient_of(
+        x,
+        column,
+        target,
+        row_lse,
+        row_entropy,
+        tl.load(grad_logp + row),
+        tl.load(grad_entropy + row),
+        inverse_temperature,
+    )
+    tl.store(
+        out + row[:, None] * out_stride + column[None, :], gradient, mask=(column < V)[None, :]
+    )
 
 
 # Launchers
@@ -190,14 +286,20 @@ def _logit_gradient_kernel(logits, out, targets, lse, entropy, grad_logp, grad_e
 
 def fits(hidden):
     """Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth; anything else on CUDA runs in chunked torch."""
-    return use_triton(hidden) and hidden.dtype in (torch.bfloat16, torch.float16) and hidden.shape[1] % 64 == 0
+    return (
+        use_triton(hidden)
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and hidden.shape[1] % 64 == 0
+    )
 
 
 def operands(hidden, weight, tile, tma):
     """hidden and weight as the kernels take them: tensor descriptors or themselves."""
     if not tma:
         return hidden, weight
-    return TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]), TensorDescriptor.from_tensor(weight, [TILE, tile.depth])
+    return TensorDescriptor.from_tensor(
+        hidden, [tile.rows, tile.depth]
+    ), TensorDescriptor.from_tensor(weight, [TILE, tile.depth])
 
 
 def floats(*shape, device):
@@ -206,7 +308,11 @@ def floats(*shape, device):
 
 
 def launch_options(tile):
-    return {"num_warps": tile.warps, "num_stages": tile.stages, **({"maxnreg": tile.registers} if tile.registers else {})}
+    return {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **({"maxnreg": tile.registers} if tile.registers else {}),
+    }
 
 
 def stats(hidden, weight, targets, temperature, arch=None):
@@ -219,17 +325,35 @@ def stats(hidden, weight, targets, temperature, arch=None):
     h, w = operands(hidden.contiguous(), weight.contiguous(), tile, arch >= 90)
     shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90}
     grid = (triton.cdiv(tokens, tile.rows) * tiles,)
-    _stats_kernel[grid](h, w, targets, *partial, logit, LOG2E / temperature, tokens, vocabulary, width, **shape, **launch_options(tile))
-    _merge_tiles_kernel[(triton.cdiv(tokens, 32),)](*partial, logit, logp, entropy, lse, tokens, tiles, ROWS=32, BLOCK=64, num_warps=4)
+    _stats_kernel[grid](
+        h,
+        w,
+        targets,
+        *partial,
+        logit,
+        LOG2E / temperature,
+        tokens,
+        vocabulary,
+        width,
+        **shape,
+        **launch_options(tile),
+    )
+    _merge_tiles_kernel[(triton.cdiv(tokens, 32),)](
+        *partial, logit, logp, entropy, lse, tokens, tiles, ROWS=32, BLOCK=64, num_warps=4
+    )
     return logp, entropy, lse
 
 
 def _gradient_buffer(tokens, vocabulary, dtype, device):
     """[tokens, vocabulary] with rows 16-byte aligned, as tensor descriptors ask."""
-    return torch.empty(tokens, triton.cdiv(vocabulary, 8) * 8, dtype=dtype, device=device)[:, :vocabulary]
+    return torch.empty(tokens, triton.cdiv(vocabulary, 8) * 8, dtype=dtype, device=device)[
+        :, :vocabulary
+    ]
 
 
-def gradient(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, temperature, arch=None):
+def gradient(
+    hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, temperature, arch=None
+):
     """dL/dz [T, V] in the dtype of hidden, from recomputed logits."""
     arch = arch or architecture(hidden)
     tile, (tokens, width), vocabulary = TILES["gradient", arch], hidden.shape, len(weight)
@@ -237,7 +361,18 @@ def gradient(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, tem
     h, w = operands(hidden.contiguous(), weight.contiguous(), tile, arch >= 90)
     target = TensorDescriptor.from_tensor(out, [tile.rows, TILE]) if arch >= 90 else out
     shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90}
-    numbers = (targets, lse, entropy, grad_logp.contiguous(), grad_entropy.contiguous(), 1.0 / temperature, tokens, vocabulary, width, out.stride(0))
+    numbers = (
+        targets,
+        lse,
+        entropy,
+        grad_logp.contiguous(),
+        grad_entropy.contiguous(),
+        1.0 / temperature,
+        tokens,
+        vocabulary,
+        width,
+        out.stride(0),
+    )
     grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(vocabulary, TILE),)
     _gradient_kernel[grid](h, w, target, *numbers, **shape, **launch_options(tile))
     return out
@@ -246,7 +381,17 @@ def gradient(hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, tem
 def logit_stats(logits, targets, temperature):
     """As `stats`, from raw fp32 logits [T, V]."""
     logp, entropy, lse = (floats(len(logits), device=logits.device) for _ in range(3))
-    _logit_stats_kernel[(len(logits),)](logits, targets, logp, entropy, lse, LOG2E / temperature, logits.shape[1], BLOCK=2048, num_warps=8)
+    _logit_stats_kernel[(len(logits),)](
+        logits,
+        targets,
+        logp,
+        entropy,
+        lse,
+        LOG2E / temperature,
+        logits.shape[1],
+        BLOCK=2048,
+        num_warps=8,
+    )
     return logp, entropy, lse
 
 
@@ -254,6 +399,17 @@ def logit_gradient(logits, targets, lse, entropy, grad_logp, grad_entropy, tempe
     """dL/dz [T, V] in `dtype` from raw (not tempered) fp32 logits [T, V]."""
     tokens, vocabulary = logits.shape
     out = _gradient_buffer(tokens, vocabulary, dtype, logits.device)
-    numbers = (targets, lse, entropy, grad_logp.contiguous(), grad_entropy.contiguous(), 1.0 / temperature, vocabulary, out.stride(0))
-    _logit_gradient_kernel[(tokens, triton.cdiv(vocabulary, 2048))](logits, out, *numbers, BLOCK=2048, num_warps=8)
+    numbers = (
+        targets,
+        lse,
+        entropy,
+        grad_logp.contiguous(),
+        grad_entropy.contiguous(),
+        1.0 / temperature,
+        vocabulary,
+        out.stride(0),
+    )
+    _logit_gradient_kernel[(tokens, triton.cdiv(vocabulary, 2048))](
+        logits, out, *numbers, BLOCK=2048, num_warps=8
+    )
     return out

@@ -50,24 +50,54 @@ def qkv_rope_write_reference(qkv, bias, cos, sin, k_pages, v_pages, slots, num_h
 
 
 @jit
-def _rms_norm_kernel(x, residual, weight, y, total, rstd, D, EPS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    rstd,
+    D,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D
     at = row.to(tl.int64) * D + column
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        value = (value + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        value = (value + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(
+            total.dtype.element_ty
+        )
         tl.store(total + at, value, mask=inside)
         value = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / D + EPS)
     normed = (value * scale).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + at, normed * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(
+        y + at,
+        normed * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32),
+        mask=inside,
+    )
     tl.store(rstd + row, scale)
 
 
 @jit
-def _rms_norm_backward_kernel(grad_y, grad_total, total, weight, rstd, grad_x, grad_weight, T, D, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm_backward_kernel(
+    grad_y,
+    grad_total,
+    total,
+    weight,
+    rstd,
+    grad_x,
+    grad_weight,
+    T,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -110,12 +140,25 @@ def _swiglu_backward_kernel(gate_up, grad, grad_gate_up, width, BLOCK: tl.conste
     up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
     upstream = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    tl.store(grad_gate_up + at, upstream * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=inside)
+    tl.store(
+        grad_gate_up + at, upstream * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=inside
+    )
     tl.store(grad_gate_up + at + width, upstream * gate * sigmoid, mask=inside)
 
 
 @jit
-def _rope_kernel(x, cos, sin, out, token_stride, head_stride, H, HEADS: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr):
+def _rope_kernel(
+    x,
+    cos,
+    sin,
+    out,
+    token_stride,
+    head_stride,
+    H,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    SIGN: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
@@ -130,18 +173,45 @@ def _rope_kernel(x, cos, sin, out, token_stride, head_stride, H, HEADS: tl.const
 
 
 @jit
-def _qkv_rope_write_kernel(qkv, bias, cos, sin, k_pages, v_pages, slots, q, H, K, page_size, HEADS: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr):
+def _qkv_rope_write_kernel(
+    qkv,
+    bias,
+    cos,
+    sin,
+    k_pages,
+    v_pages,
+    slots,
+    q,
+    H,
+    K,
+    page_size,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """One program per token, all its heads: q heads 0..H-1, k heads H..H+K-1, v heads H+K..H+2K-1."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = head < H + 2 * K
     at = head * 2 * HALF + column
-    first = tl.load(qkv + token * (H + 2 * K) * 2 * HALF + at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(qkv + token * (H + 2 * K) * 2 * HALF + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(qkv + token * (H + 2 * K) * 2 * HALF + at, mask=inside, other=0.0).to(
+        tl.float32
+    )
+    second = tl.load(qkv + token * (H + 2 * K) * 2 * HALF + at + HALF, mask=inside, other=0.0).to(
+        tl.float32
+    )
     if BIAS:
-        first = (first + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)).to(q.dtype.element_ty).to(tl.float32)
-        second = (second + tl.load(bias + at + HALF, mask=inside, other=0.0).to(tl.float32)).to(q.dtype.element_ty).to(tl.float32)
+        first = (
+            (first + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32))
+            .to(q.dtype.element_ty)
+            .to(tl.float32)
+        )
+        second = (
+            (second + tl.load(bias + at + HALF, mask=inside, other=0.0).to(tl.float32))
+            .to(q.dtype.element_ty)
+            .to(tl.float32)
+        )
     rotated = head < H + K
     c = tl.where(rotated, tl.load(cos + token * HALF + column), 1.0)
     s = tl.where(rotated, tl.load(sin + token * HALF + column), 0.0)
@@ -178,7 +248,19 @@ def _rms_norm_forward(x, residual, weight, eps):
     y, rstd = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(x.shape[1])
     added = total is not x
-    _rms_norm_kernel[(len(x),)](x, residual, weight, y, total, rstd, x.shape[1], EPS=eps, BLOCK=block, ADD=added, num_warps=_warps(block))
+    _rms_norm_kernel[(len(x),)](
+        x,
+        residual,
+        weight,
+        y,
+        total,
+        rstd,
+        x.shape[1],
+        EPS=eps,
+        BLOCK=block,
+        ADD=added,
+        num_warps=_warps(block),
+    )
     return y, total, rstd
 
 
@@ -191,8 +273,20 @@ def _rms_norm_backward(grad_y, grad_total, total, weight, rstd):
     added = grad_total is not None
     grad_total = grad_total.contiguous() if added else total
     block = triton.next_power_of_2(width)
-    arguments = (grad_y.contiguous(), grad_total, total, weight, rstd, grad_x, partial, tokens, width)
-    _rms_norm_backward_kernel[(programs,)](*arguments, ROWS=BACKWARD_ROWS, BLOCK=block, ADD=added, num_warps=_warps(block))
+    arguments = (
+        grad_y.contiguous(),
+        grad_total,
+        total,
+        weight,
+        rstd,
+        grad_x,
+        partial,
+        tokens,
+        width,
+    )
+    _rms_norm_backward_kernel[(programs,)](
+        *arguments, ROWS=BACKWARD_ROWS, BLOCK=block, ADD=added, num_warps=_warps(block)
+    )
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
@@ -213,7 +307,9 @@ class _AddRmsNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps):
         y, total, rstd = _rms_norm_forward(x, residual, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.set_materialize_grads(False)  # the sum after the last layer has no user: None, not a tensor of zeros to read
+        ctx.set_materialize_grads(
+            False
+        )  # the sum after the last layer has no user: None, not a tensor of zeros to read
         return y, total
 
     @staticmethod
@@ -239,14 +335,18 @@ class _Swiglu(torch.autograd.Function):
 def _swiglu_forward(gate_up):
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](gate_up, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    _swiglu_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](
+        gate_up, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4
+    )
     return out
 
 
 def _swiglu_backward(gate_up, grad):
     tokens, width = grad.shape
     out = torch.empty_like(gate_up)
-    _swiglu_backward_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](gate_up, grad, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4)
+    _swiglu_backward_kernel[(tokens, triton.cdiv(width, SWIGLU_BLOCK))](
+        gate_up, grad, out, width, BLOCK=SWIGLU_BLOCK, num_warps=4
+    )
     return out
 
 
@@ -255,7 +355,19 @@ def _rotate(x, cos, sin, sign):
     x = x if x.stride(2) == 1 else x.contiguous()
     out = torch.empty(tokens, heads, head_dim, dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(heads)
-    _rope_kernel[(tokens,)](x, cos, sin, out, x.stride(0), x.stride(1), heads, HEADS=padded, HALF=head_dim // 2, SIGN=sign, num_warps=4)
+    _rope_kernel[(tokens,)](
+        x,
+        cos,
+        sin,
+        out,
+        x.stride(0),
+        x.stride(1),
+        heads,
+        HEADS=padded,
+        HALF=head_dim // 2,
+        SIGN=sign,
+        num_warps=4,
+    )
     return out
 
 
@@ -274,8 +386,22 @@ def _qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, num_heads):
     kv_heads, page_size, head_dim = k_pages.shape[1:]
     q = torch.empty(len(qkv), num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     padded = triton.next_power_of_2(num_heads + 2 * kv_heads)
-    arguments = (qkv.contiguous(), qkv if bias is None else bias, cos, sin, k_pages, v_pages, slots, q, num_heads, kv_heads, page_size)
-    _qkv_rope_write_kernel[(len(qkv),)](*arguments, HEADS=padded, HALF=head_dim // 2, BIAS=bias is not None, num_warps=4)
+    arguments = (
+        qkv.contiguous(),
+        qkv if bias is None else bias,
+        cos,
+        sin,
+        k_pages,
+        v_pages,
+        slots,
+        q,
+        num_heads,
+        kv_heads,
+        page_size,
+    )
+    _qkv_rope_write_kernel[(len(qkv),)](
+        *arguments, HEADS=padded, HALF=head_dim // 2, BIAS=bias is not None, num_warps=4
+    )
     return q
 
 
@@ -303,7 +429,11 @@ def rms_norm(x, weight, eps):
 
 def add_rms_norm(x, residual, weight, eps):
     """(rms_norm(residual + x), residual + x), both [T, D], in one pass over memory. Differentiable."""
-    return _AddRmsNorm.apply(x, residual, weight, eps) if use_triton(x) else add_rms_norm_reference(x, residual, weight, eps)
+    return (
+        _AddRmsNorm.apply(x, residual, weight, eps)
+        if use_triton(x)
+        else add_rms_norm_reference(x, residual, weight, eps)
+    )
 
 
 def swiglu(gate_up):

@@ -20,14 +20,29 @@ linear_reference = F.linear
 
 
 @jit
-def _linear_kernel(x, w, out, M, N, D, ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
+def _linear_kernel(
+    x,
+    w,
+    out,
+    M,
+    N,
+    D,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+):
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
     column = tl.program_id(0) // row_tiles * TILE
     product = tile_product(x, w, row, column, M, N, D, ROWS, TILE, DEPTH, TMA)
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, TILE)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], product.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + rows.to(tl.int64)[:, None] * N + columns[None, :],
+        product.to(out.dtype.element_ty),
+        mask=inside,
+    )
 
 
 def _linear(x, weight, arch=None):
@@ -36,7 +51,10 @@ def _linear(x, weight, arch=None):
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     x, weight = x.contiguous(), weight.contiguous()
     if arch >= 90:
-        operands = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]), TensorDescriptor.from_tensor(weight, [COLUMNS, tile.depth])
+        operands = (
+            TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(weight, [COLUMNS, tile.depth]),
+        )
     else:
         operands = x, weight
     shape = {"ROWS": tile.rows, "TILE": COLUMNS, "DEPTH": tile.depth, "TMA": arch >= 90}

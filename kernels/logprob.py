@@ -13,8 +13,12 @@ import torch
 
 from kernels import head, wide
 
-CPU_CHUNK = 1 << 24  # logits per chunk on CPU: 64 MB in fp32, 341 tokens at a vocabulary of 49,152 (time is flat from 2^22 to 2^26)
-CUDA_CHUNK = 4096 * 151_936  # on CUDA: 1.24 GB of bf16 gradient; smaller chunks would read and write the weight's gradient too often
+CPU_CHUNK = (
+    1 << 24
+)  # logits per chunk on CPU: 64 MB in fp32, 341 tokens at a vocabulary of 49,152 (time is flat from 2^22 to 2^26)
+CUDA_CHUNK = (
+    4096 * 151_936
+)  # on CUDA: 1.24 GB of bf16 gradient; smaller chunks would read and write the weight's gradient too often
 
 # torch references
 
@@ -37,7 +41,9 @@ def logit_stats_reference(logits, targets, temperature):
 def logit_gradient_reference(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature):
     """dL/dz [rows, V], the formula at the top of this file, from logits already divided by temperature, which it overwrites."""
     probabilities = (logits - lse[:, None]).exp_()
-    coefficient = logits.sub_((lse - entropy)[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None])
+    coefficient = (
+        logits.sub_((lse - entropy)[:, None]).mul_(grad_entropy[:, None]).add_(grad_logp[:, None])
+    )
     gradient = probabilities.mul_(coefficient).neg_()
     gradient.scatter_add_(1, targets[:, None], grad_logp[:, None])
     return gradient if temperature == 1.0 else gradient.div_(temperature)
@@ -55,7 +61,11 @@ def _chunks(tokens, vocabulary, cuda):
 
 def _product(hidden, weight):
     """Logits [rows, V] in fp32 from 16-bit factors: rounded to bf16 they would move a log-prob by 4e-3 at a logit of 30."""
-    return hidden @ weight.T if hidden.dtype == wide(hidden).dtype else torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (
+        hidden @ weight.T
+        if hidden.dtype == wide(hidden).dtype
+        else torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    )
 
 
 def _accumulate(total, gradient, hidden):
@@ -88,7 +98,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if fits:
                 parts.append(head.stats(h[rows], w, targets[rows], temperature))
             else:
-                parts.append(logit_stats_reference(_product(h[rows], w), targets[rows], temperature))
+                parts.append(
+                    logit_stats_reference(_product(h[rows], w), targets[rows], temperature)
+                )
         logprobs, entropy, lse = _joined(parts, hidden)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature = temperature
@@ -101,16 +113,30 @@ class _ChunkedLogprobs(torch.autograd.Function):
         h, w = (hidden, weight) if fits else (wide(hidden), wide(weight))
         grad_hidden, grad_weight = torch.empty_like(hidden), _zeros_for(weight)
         for rows in _chunks(len(hidden), len(weight), hidden.is_cuda):
-            numbers = (targets[rows], lse[rows], entropy[rows], grad_logp[rows], grad_entropy[rows], ctx.temperature)
+            numbers = (
+                targets[rows],
+                lse[rows],
+                entropy[rows],
+                grad_logp[rows],
+                grad_entropy[rows],
+                ctx.temperature,
+            )
             if fits:
                 gradient = head.gradient(h[rows], w, *numbers)
             else:
-                gradient = logit_gradient_reference(_product(h[rows], w).div_(ctx.temperature), *numbers)
+                gradient = logit_gradient_reference(
+                    _product(h[rows], w).div_(ctx.temperature), *numbers
+                )
             grad_hidden[rows] = gradient @ w
             if ctx.needs_input_grad[1]:
                 _accumulate(grad_weight, gradient, h[rows])
             del gradient  # else two chunks of it live at once
-        return grad_hidden, grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+        )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -128,7 +154,11 @@ class _FusedLoss(torch.autograd.Function):
             logp, entropy, lse = stats(logits, targets[rows], temperature)
             loss, grad_logp, grad_entropy = _loss_gradient(loss_fn, logp, entropy, rows)
             numbers = (targets[rows], lse, entropy, grad_logp, grad_entropy, temperature)
-            gradient = head.logit_gradient(logits, *numbers, h.dtype) if fits else logit_gradient_reference(logits, *numbers)
+            gradient = (
+                head.logit_gradient(logits, *numbers, h.dtype)
+                if fits
+                else logit_gradient_reference(logits, *numbers)
+            )
             grad_hidden[rows] = gradient @ w
             if ctx.needs_input_grad[1]:  # not when the head is frozen (LoRA)
                 _accumulate(grad_weight, gradient, h[rows])
@@ -143,7 +173,13 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _logprobs, _entropy):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss if ctx.needs_input_grad[1] else None, None, None, None
+        return (
+            grad_hidden * grad_loss,
+            grad_weight * grad_loss if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+        )
 
 
 def _loss_gradient(loss_fn, logp, entropy, rows):
@@ -152,7 +188,9 @@ def _loss_gradient(loss_fn, logp, entropy, rows):
     with torch.enable_grad():
         loss = loss_fn(logp, entropy, rows).sum()
     gradients = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
-    return loss.detach(), *(torch.zeros_like(logp) if gradient is None else gradient for gradient in gradients)
+    return loss.detach(), *(
+        torch.zeros_like(logp) if gradient is None else gradient for gradient in gradients
+    )
 
 
 # Public functions
@@ -177,4 +215,8 @@ def fused_policy_loss(hidden, weight, targets, loss_fn, temperature=1.0, per_tok
     if per_token and torch.is_grad_enabled():
         return _FusedLoss.apply(hidden, weight, targets, loss_fn, temperature)
     logprobs, entropy = token_logprobs(hidden, weight, targets, temperature)
-    return loss_fn(logprobs, entropy, slice(0, len(targets))).sum(), logprobs.detach(), entropy.detach()
+    return (
+        loss_fn(logprobs, entropy, slice(0, len(targets))).sum(),
+        logprobs.detach(),
+        entropy.detach(),
+    )

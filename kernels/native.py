@@ -22,7 +22,11 @@ from kernels.layers import apply_rope_reference
 LANES = 16  # tokens in a unit of keys, floats in a vector of native.c
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-fPIC", "-shared", "-std=gnu11"]
-MORE = (["-march=native", "-fopenmp"], ["-march=native"], [])  # the first that the compiler takes: Apple's has no OpenMP, and then one thread does it
+MORE = (
+    ["-march=native", "-fopenmp"],
+    ["-march=native"],
+    [],
+)  # the first that the compiler takes: Apple's has no OpenMP, and then one thread does it
 
 
 class Call(ctypes.Structure):
@@ -30,15 +34,24 @@ class Call(ctypes.Structure):
 
     POINTERS = ("cos", "sin", "shared", "shared_length", "own", "own_length", "alive")
     NUMBERS = ("rows", "heads", "kv_heads", "head_dim", "tokens")
-    _fields_ = [(n, ctypes.c_void_p) for n in POINTERS] + [(n, ctypes.c_int64) for n in NUMBERS] + [("scale", ctypes.c_float)]
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in POINTERS]
+        + [(n, ctypes.c_int64) for n in NUMBERS]
+        + [("scale", ctypes.c_float)]
+    )
 
 
 @functools.cache
 def library():
     """The compiled native.c, or None where no compiler makes it (said once). Built once per machine, source and flags, in the user's cache folder."""
-    what = SOURCE.read_bytes() + repr((FLAGS, MORE, platform.node(), platform.machine(), torch.__version__)).encode()
+    what = (
+        SOURCE.read_bytes()
+        + repr((FLAGS, MORE, platform.node(), platform.machine(), torch.__version__)).encode()
+    )
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rarecode"  # RuntimeError where there is no home
+        folder = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rarecode"
+        )  # RuntimeError where there is no home
         path = folder / f"native-{hashlib.sha256(what).hexdigest()[:16]}.so"
         if not path.exists():
             build(folder, path)
@@ -46,7 +59,10 @@ def library():
     except (OSError, RuntimeError, subprocess.CalledProcessError) as problem:
         reason = (getattr(problem, "stderr", "") or str(problem)).strip().splitlines()[0]
         needs = "a C compiler (apt-get install gcc libc6-dev) and a folder for what it makes (XDG_CACHE_HOME)"
-        print(f"sampling without the C kernels, which is slower ({reason}): they need {needs}", file=sys.stderr)
+        print(
+            f"sampling without the C kernels, which is slower ({reason}): they need {needs}",
+            file=sys.stderr,
+        )
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.attention.argtypes = [ctypes.POINTER(Call), pointer, pointer, pointer]
@@ -61,7 +77,11 @@ def build(folder, path):
     with tempfile.TemporaryDirectory(dir=folder) as place:
         built = Path(place) / path.name
         for more in MORE:
-            done = subprocess.run(["cc", *FLAGS, *more, str(SOURCE), "-o", str(built), "-lm"], capture_output=True, text=True)
+            done = subprocess.run(
+                ["cc", *FLAGS, *more, str(SOURCE), "-o", str(built), "-lm"],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode == 0:
                 break
         done.check_returncode()
@@ -70,7 +90,11 @@ def build(folder, path):
 
 def usable(x, *widths):
     """The library where it can take x and rows of these widths, else None."""
-    return library() if x.dtype == torch.float32 and all(width % LANES == 0 for width in widths) else None
+    return (
+        library()
+        if x.dtype == torch.float32 and all(width % LANES == 0 for width in widths)
+        else None
+    )
 
 
 def rms_norm(x, weight, eps):
@@ -102,7 +126,9 @@ def attention(heads, cos, sin, shared, shared_length, own, own_length, alive):
     qkv [rows, (H + 2K) * head_dim], overwritten. cache [2K, tokens, head_dim], one layer: keys of each KV head in units of [head_dim, 16 tokens], then
     values. out [rows, H * head_dim]: rows that are not alive are left as they are. Neighbours that share tokens find them in the processor's cache.
     """
-    tensors = tuple(x.contiguous() for x in (cos, sin, shared, shared_length, own, own_length, alive))
+    tensors = tuple(
+        x.contiguous() for x in (cos, sin, shared, shared_length, own, own_length, alive)
+    )
     call = Call(*(x.data_ptr() for x in tensors), len(alive), *heads, 0, heads[2] ** -0.5)
 
     def attend(qkv, cache, out):
@@ -115,18 +141,32 @@ def attention(heads, cos, sin, shared, shared_length, own, own_length, alive):
     return attend
 
 
-def attention_reference(heads, cos, sin, shared, shared_length, own, own_length, alive, qkv, cache, out):
+def attention_reference(
+    heads, cos, sin, shared, shared_length, own, own_length, alive, qkv, cache, out
+):
     """`attention` in torch, row by row."""
     query, kv, head_dim = heads
     keys, values = cache[:kv].view(kv, -1, head_dim, LANES), cache[kv:]
     q, k, v = qkv[: len(alive)].view(len(alive), -1, head_dim).split([query, kv, kv], dim=1)
-    q, k, place = apply_rope_reference(q, cos, sin), apply_rope_reference(k, cos, sin), own + own_length - 1
+    q, k, place = (
+        apply_rope_reference(q, cos, sin),
+        apply_rope_reference(k, cos, sin),
+        own + own_length - 1,
+    )
     rows = alive.nonzero().squeeze(1)
     keys[:, place[rows] // LANES, :, place[rows] % LANES] = k[rows].to(cache.dtype)
     values[:, place[rows]] = v[rows].transpose(0, 1)
     for row in rows.tolist():
-        spans = [(int(start[row]), int(length[row])) for start, length in ((shared, shared_length), (own, own_length))]
-        units = [keys[:, a // LANES : -(-(a + n) // LANES)].transpose(2, 3).flatten(1, 2)[:, :n] for a, n in spans]
+        spans = [
+            (int(start[row]), int(length[row]))
+            for start, length in ((shared, shared_length), (own, own_length))
+        ]
+        units = [
+            keys[:, a // LANES : -(-(a + n) // LANES)].transpose(2, 3).flatten(1, 2)[:, :n]
+            for a, n in spans
+        ]
         seen = torch.cat(units, 1), torch.cat([values[:, a : a + n] for a, n in spans], 1)
-        weights = (q[row].view(kv, -1, head_dim) @ seen[0].transpose(1, 2) * head_dim**-0.5).softmax(-1)
+        weights = (
+            q[row].view(kv, -1, head_dim) @ seen[0].transpose(1, 2) * head_dim**-0.5
+        ).softmax(-1)
         out[row] = (weights @ seen[1]).flatten()

@@ -17,7 +17,11 @@ from kernels.head import TILE, Tile, tile_product
 
 # torch references
 
-_GOLDEN, _MIX1, _MIX2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's constants as signed 64-bit integers
+_GOLDEN, _MIX1, _MIX2 = (
+    -0x61C8864680B583EB,
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # splitmix64's constants as signed 64-bit integers
 
 
 def _mix_reference(x):
@@ -61,7 +65,11 @@ def _sample(logits, temperature, uniforms):
 
 
 def sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions):
-    return _sample(wide(hidden) @ wide(weight).T, temperature, uniforms_reference(seeds, requests, samples, positions))
+    return _sample(
+        wide(hidden) @ wide(weight).T,
+        temperature,
+        uniforms_reference(seeds, requests, samples, positions),
+    )
 
 
 # Triton kernels
@@ -82,8 +90,16 @@ def _uniforms_kernel(seeds, requests, samples, positions, out, B, BLOCK: tl.cons
     state = _mix(state - 0x61C8864680B583EB + tl.load(requests + row, mask=inside, other=0))
     state = _mix(state - 0x61C8864680B583EB + tl.load(samples + row, mask=inside, other=0))
     state = _mix(state - 0x61C8864680B583EB + tl.load(positions + row, mask=inside, other=0))
-    tl.store(out + row, (((state >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07, mask=inside)
-    tl.store(out + B + row, (((state >> 9) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07, mask=inside)
+    tl.store(
+        out + row,
+        (((state >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07,
+        mask=inside,
+    )
+    tl.store(
+        out + B + row,
+        (((state >> 9) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07,
+        mask=inside,
+    )
 
 
 @jit
@@ -95,9 +111,25 @@ def _pick(masses, cumulative, threshold, index, SIZE: tl.constexpr):
 
 @jit
 def _draw_kernel(
-    h, w, temperature, uniforms, tile_max, tile_sum, tile_moment, candidate, candidate_logit, M, V, D, tiles,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    h,
+    w,
+    temperature,
+    uniforms,
+    tile_max,
+    tile_sum,
+    tile_moment,
+    candidate,
+    candidate_logit,
+    M,
+    V,
+    D,
+    tiles,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """One tile of logits to the three numbers of head.py's softmax and a candidate token with its logit, per row, [M, tiles]."""
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
@@ -125,7 +157,9 @@ def _draw_kernel(
     threshold = (u * tl.max(cumulative, 1))[:, None]
     group = _pick(mass, cumulative, threshold, tl.arange(0, GROUPS)[None, :], GROUPS)[:, None]
     before = tl.max(tl.where(tl.arange(0, GROUPS)[None, :] < group, cumulative, 0.0), 1)
-    tokens = tl.sum(tl.where(tl.arange(0, GROUPS)[None, :, None] == group[:, :, None], groups, 0.0), 1)
+    tokens = tl.sum(
+        tl.where(tl.arange(0, GROUPS)[None, :, None] == group[:, :, None], groups, 0.0), 1
+    )
     index = tl.arange(0, TILE // GROUPS)[None, :]
     token = _pick(tokens, tl.cumsum(tokens, 1) + before[:, None], threshold, index, TILE // GROUPS)
     chosen = tl.sum(tl.where(index == token[:, None], tokens, 0.0), 1)
@@ -135,9 +169,20 @@ def _draw_kernel(
 
 @jit
 def _choose_kernel(
-    temperature, uniforms, tile_max, tile_sum, tile_moment, candidate, candidate_logit, token, logp, entropy, tiles,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    temperature,
+    uniforms,
+    tile_max,
+    tile_sum,
+    tile_moment,
+    candidate,
+    candidate_logit,
+    token,
+    logp,
+    entropy,
+    tiles,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row: pick its tile by mass, take that tile's candidate; log-prob and entropy in nats."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     index = tl.arange(0, BLOCK)[None, :]
@@ -157,7 +202,9 @@ def _choose_kernel(
     tile = _pick(mass, cumulative, (u * tl.max(cumulative, 1))[:, None], index, BLOCK)
     log_total = top + tl.log2(total)
     tl.store(token + row, tile.to(tl.int64) * TILE + tl.load(candidate + row * tiles + tile))
-    tl.store(logp + row, (tl.load(candidate_logit + row * tiles + tile) - log_total) * 0.6931471805599453)
+    tl.store(
+        logp + row, (tl.load(candidate_logit + row * tiles + tile) - log_total) * 0.6931471805599453
+    )
     tl.store(entropy + row, (tl.log2(total) - moment / total) * 0.6931471805599453)
 
 
@@ -174,24 +221,64 @@ GROUPS = 8
 
 def _uniforms(seeds, requests, samples, positions):
     out = torch.empty(2, len(seeds), dtype=torch.float32, device=seeds.device)
-    _uniforms_kernel[(triton.cdiv(len(seeds), 128),)](seeds, requests, samples, positions, out, len(seeds), BLOCK=128, num_warps=4)
+    _uniforms_kernel[(triton.cdiv(len(seeds), 128),)](
+        seeds, requests, samples, positions, out, len(seeds), BLOCK=128, num_warps=4
+    )
     return out
 
 
-def _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, arch=None, one_tile=False):
+def _sample_tokens(
+    hidden, weight, temperature, seeds, requests, samples, positions, arch=None, one_tile=False
+):
     arch = arch or architecture(hidden)
     (rows, width), vocabulary, device = hidden.shape, len(weight), hidden.device
-    tile, tiles = TILES["few" if rows <= 64 and not one_tile else "many", arch], triton.cdiv(vocabulary, TILE)
+    tile, tiles = (
+        TILES["few" if rows <= 64 and not one_tile else "many", arch],
+        triton.cdiv(vocabulary, TILE),
+    )
     uniforms = _uniforms(seeds, requests, samples, positions)
     top, mass, moment, logit = (head.floats(rows, tiles, device=device) for _ in range(4))
     results = (top, mass, moment, torch.empty(rows, tiles, dtype=torch.int32, device=device), logit)
-    token, logp, entropy = torch.empty(rows, dtype=torch.int64, device=device), head.floats(rows, device=device), head.floats(rows, device=device)
+    token, logp, entropy = (
+        torch.empty(rows, dtype=torch.int64, device=device),
+        head.floats(rows, device=device),
+        head.floats(rows, device=device),
+    )
     h, w = head.operands(hidden.contiguous(), weight, tile, arch >= 90)
-    shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90, "GROUPS": GROUPS}
+    shape = {
+        "ROWS": tile.rows,
+        "TILE": TILE,
+        "DEPTH": tile.depth,
+        "TMA": arch >= 90,
+        "GROUPS": GROUPS,
+    }
     grid = (triton.cdiv(rows, tile.rows) * tiles,)
-    _draw_kernel[grid](h, w, temperature, uniforms, *results, rows, vocabulary, width, tiles, **shape, **head.launch_options(tile))
+    _draw_kernel[grid](
+        h,
+        w,
+        temperature,
+        uniforms,
+        *results,
+        rows,
+        vocabulary,
+        width,
+        tiles,
+        **shape,
+        **head.launch_options(tile),
+    )
     block = triton.next_power_of_2(tiles)
-    _choose_kernel[(rows,)](temperature, uniforms, *results, token, logp, entropy, tiles, TILE=TILE, BLOCK=block, num_warps=4)
+    _choose_kernel[(rows,)](
+        temperature,
+        uniforms,
+        *results,
+        token,
+        logp,
+        entropy,
+        tiles,
+        TILE=TILE,
+        BLOCK=block,
+        num_warps=4,
+    )
     return token, logp, entropy
 
 
@@ -206,7 +293,9 @@ def sample_tokens(hidden, weight, temperature, seeds, requests, samples, positio
     tile for every number of rows, so that a row's last bits do not depend on it.
     """
     if head.fits(hidden):
-        return _sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, one_tile=one_tile)
+        return _sample_tokens(
+            hidden, weight, temperature, seeds, requests, samples, positions, one_tile=one_tile
+        )
     return sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions)
 
 
@@ -229,5 +318,7 @@ def sample_logits(logits, temperature, seeds, requests, samples, positions, top_
     greedy = temperature <= 0
     tempered = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
     kept = torch.where(greedy[:, None], tempered, _truncate(tempered, top_p, top_k))
-    uniforms = (_uniforms if use_triton(logits) else uniforms_reference)(seeds, requests, samples, positions)
+    uniforms = (_uniforms if use_triton(logits) else uniforms_reference)(
+        seeds, requests, samples, positions
+    )
     return _sample(kept, torch.where(greedy, 0.0, 1.0), uniforms)

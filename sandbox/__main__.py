@@ -38,10 +38,16 @@ ADVICE = {
 def doctor():
     found = probe()
     best, lacking = available_level(found)
-    print(f"{platform.system()} {platform.release()} on {platform.machine()}, Landlock interface {found.get('abi', 0)}, user {_user()}")
+    print(
+        f"{platform.system()} {platform.release()} on {platform.machine()}, Landlock interface {found.get('abi', 0)}, user {_user()}"
+    )
     if platform.machine() == "aarch64":
         print("note: the system-call table for aarch64 has not been tested on a machine")
-    print(f"isolation: {best}" + (f"; {lacking}" if lacking else "") + ("" if best != "portable" else "; portable is no security boundary"))
+    print(
+        f"isolation: {best}"
+        + (f"; {lacking}" if lacking else "")
+        + ("" if best != "portable" else "; portable is no security boundary")
+    )
     for means, advice in ADVICE.items():
         reason = found.get(means, "not tried")
         print(f"  {means:<14} {'ok' if reason is None else f'no: {reason} (needs {advice})'}")
@@ -49,9 +55,15 @@ def doctor():
     print(f"\nlanguages at level {level} (CPU and wall time of a small program, median of 3):")
     with Pool(workers=1, level=level, require="portable", cache=False) as pool:
         missing = [name for name in language_names() if not _examine(pool, load_language(name))]
-    packages = [load_language(name).install["debian"] for name in missing if load_language(name).install.get("debian")]
+    packages = [
+        load_language(name).install["debian"]
+        for name in missing
+        if load_language(name).install.get("debian")
+    ]
     if packages:
-        print(f"\nfor all that is missing: apt-get install --no-install-recommends {' '.join(sorted(set(' '.join(packages).split())))}")
+        print(
+            f"\nfor all that is missing: apt-get install --no-install-recommends {' '.join(sorted(set(' '.join(packages).split())))}"
+        )
 
 
 def _user():
@@ -59,7 +71,11 @@ def _user():
         return "unknown"
     if os.geteuid() != 0:
         return str(os.geteuid())
-    own = "each launcher's programs run as a user of their own" if probe().get("separate user") else "programs keep this user, without capabilities"
+    own = (
+        "each launcher's programs run as a user of their own"
+        if probe().get("separate user")
+        else "programs keep this user, without capabilities"
+    )
     return f"root ({own})"
 
 
@@ -69,19 +85,32 @@ def _examine(pool, language):
         print(f"  {language.name:<11} missing: {sentence}")
         return False
     program = {language.file: language.fixtures["pass"]}
-    results = pool.run_all([Job(language.name, program, language.fixtures.get("stdin", "").encode())] * 3)
+    results = pool.run_all(
+        [Job(language.name, program, language.fixtures.get("stdin", "").encode())] * 3
+    )
     good = all(result.status == "ok" and result.stdout.split() == [b"42"] for result in results)
-    cpu, wall = (1000 * statistics.median(getattr(result, name) for result in results) for name in ("cpu", "wall"))
-    print(f"  {language.name:<11} {cpu:5.0f} ms {wall:5.0f} ms  {_version(pool, language)}" if good else _broken(language, results[-1]))
+    cpu, wall = (
+        1000 * statistics.median(getattr(result, name) for result in results)
+        for name in ("cpu", "wall")
+    )
+    print(
+        f"  {language.name:<11} {cpu:5.0f} ms {wall:5.0f} ms  {_version(pool, language)}"
+        if good
+        else _broken(language, results[-1])
+    )
     return True
 
 
 def _version(pool, language):
     if not language.version:
         return "no version command"
-    result = pool.run_all([Job(language.name, {}, limits=replace(language.limits, cpu=10.0), run=language.version)])[0]
+    result = pool.run_all(
+        [Job(language.name, {}, limits=replace(language.limits, cpu=10.0), run=language.version)]
+    )[0]
     lines = (result.stdout + result.stderr).decode(errors="replace").strip().splitlines()
-    return next((line.strip() for line in lines if any(c.isdigit() for c in line)), "unknown version")[:70]
+    return next(
+        (line.strip() for line in lines if any(c.isdigit() for c in line)), "unknown version"
+    )[:70]
 
 
 def _broken(language, result):
@@ -96,17 +125,34 @@ def run(options):
     require = options.level or "kernel"
     with Pool(options.workers, options.level, require, options.allow_weaker) as pool:
         if options.jobs:
-            with sys.stdin if options.jobs == "-" else open(options.jobs, encoding="utf-8", errors="replace") as lines:
+            with (
+                sys.stdin
+                if options.jobs == "-"
+                else open(options.jobs, encoding="utf-8", errors="replace") as lines
+            ):
                 run_lines(pool, lines)
         else:
             run_file(pool, options)
 
 
 def run_file(pool, options):
-    source = sys.stdin.read() if options.file == "-" else Path(options.file).read_text(encoding="utf-8", errors="replace")
-    limits = {name: getattr(options, name) for name in ("cpu", "wall", "memory", "output") if getattr(options, name) is not None}
+    source = (
+        sys.stdin.read()
+        if options.file == "-"
+        else Path(options.file).read_text(encoding="utf-8", errors="replace")
+    )
+    limits = {
+        name: getattr(options, name)
+        for name in ("cpu", "wall", "memory", "output")
+        if getattr(options, name) is not None
+    }
     stdin = Path(options.stdin).read_bytes() if options.stdin else b""
-    job = Job(options.lang, {load_language(options.lang).file: source}, stdin, _limits(options.lang, limits))
+    job = Job(
+        options.lang,
+        {load_language(options.lang).file: source},
+        stdin,
+        _limits(options.lang, limits),
+    )
     print(result_line(pool.run_all([job])[0]))
 
 
@@ -148,14 +194,26 @@ def _job(row):
         raise ValueError('a job is a JSON object with at least "lang" and "source" or "files"')
     unknown = sorted(set(row) - {"id", "lang", "source", "files", "stdin", "limits"})
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}: a job has id, lang, source or files, stdin, limits")
+        raise ValueError(
+            f"unknown key {unknown[0]!r}: a job has id, lang, source or files, stdin, limits"
+        )
     files = row["files"] if "files" in row else {load_language(row["lang"]).file: row.get("source")}
-    if not isinstance(files, dict) or not files or not all(isinstance(text, str) for text in files.values()):
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(text, str) for text in files.values())
+    ):
         raise ValueError('"source" must be text, and "files" an object of texts by file name')
     stdin, limits = row.get("stdin") or "", row.get("limits") or {}
     if not isinstance(stdin, str) or not isinstance(limits, dict):
         raise ValueError('"stdin" must be text and "limits" an object')
-    return Job(row["lang"], files, stdin.encode("utf-8", "replace"), _limits(row["lang"], limits), row.get("id"))
+    return Job(
+        row["lang"],
+        files,
+        stdin.encode("utf-8", "replace"),
+        _limits(row["lang"], limits),
+        row.get("id"),
+    )
 
 
 def _limits(name, given):
@@ -170,12 +228,19 @@ def _limits(name, given):
 def result_line(result):
     row = {"id": result.id, "status": result.status}
     row |= {name: getattr(result, name).decode(errors="replace") for name in ("stdout", "stderr")}
-    row |= {name: getattr(result, name) for name in ("exit_code", "signal", "cpu", "wall", "peak_memory", "level", "truncated")}
+    row |= {
+        name: getattr(result, name)
+        for name in ("exit_code", "signal", "cpu", "wall", "peak_memory", "level", "truncated")
+    }
     return json.dumps(row)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what works here")
     command = commands.add_parser("run", help="run programs")
@@ -184,8 +249,16 @@ def main(arguments=None):
     command.add_argument("--jobs", help="a file of job lines, or - for stdin")
     command.add_argument("--stdin", metavar="FILE", help="what the program reads")
     command.add_argument("--workers", type=int, help="programs at a time (default: the cores)")
-    command.add_argument("--level", choices=LEVELS, help="isolation (default kernel; portable is no security boundary)")
-    command.add_argument("--allow-weaker", action="store_true", help="go on with less isolation when the machine cannot give it")
+    command.add_argument(
+        "--level",
+        choices=LEVELS,
+        help="isolation (default kernel; portable is no security boundary)",
+    )
+    command.add_argument(
+        "--allow-weaker",
+        action="store_true",
+        help="go on with less isolation when the machine cannot give it",
+    )
     for name, kind in (("cpu", float), ("wall", float), ("memory", int), ("output", int)):
         command.add_argument(f"--{name}", type=kind, help="limit: seconds, or bytes")
     options = parser.parse_args(arguments)

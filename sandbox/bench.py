@@ -51,10 +51,14 @@ LOOP = "main :- catch(spin, _, true), main.\nspin :- spin."
 
 def cpu_seconds(pids=()):
     """CPU seconds so far of this process, of its children that ended, and of running processes with the children they waited for."""
-    total = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    total = sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # utime, stime, cutime, cstime
+        total += sum(map(int, fields[11:15])) / os.sysconf(
+            "SC_CLK_TCK"
+        )  # utime, stime, cutime, cstime
     return total
 
 
@@ -83,7 +87,15 @@ def bare(name, source, seconds):
                 command = [*stage["argv"]]
                 if not os.path.isabs(command[0]):
                     command[0] = os.path.join(folder, command[0])
-                ran = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, timeout=60, check=True)
+                ran = subprocess.run(
+                    command,
+                    cwd=folder,
+                    env=environment,
+                    input=stdin,
+                    capture_output=True,
+                    timeout=60,
+                    check=True,
+                )
         assert ran.stdout.split() == [b"42"], ran
 
     with ThreadPoolExecutor(WORKERS) as threads:
@@ -110,14 +122,24 @@ def step(count, warm):
     for number in range(count):
         loops = number % 20 == 7
         source = f"% {number}\n{LOOP}" if loops else f"main :- X is {number} * 7, writeln(X)."
-        jobs.append(Job("prolog", {"main.pl": source}, id=None if loops else number, run=None if warm else language.run))
+        jobs.append(
+            Job(
+                "prolog",
+                {"main.pl": source},
+                id=None if loops else number,
+                run=None if warm else language.run,
+            )
+        )
     with Pool(WORKERS, cache=False) as pool:
         pool.run_all(jobs[:WORKERS])
         before, started = cpu_seconds(pool.launcher_pids), time.perf_counter()
         results = list(pool.run(jobs))
         wall, cpu = time.perf_counter() - started, cpu_seconds(pool.launcher_pids) - before
     honest = [result for result in results if result.id is not None]
-    wrong = sum((result.status, result.stdout.strip()) != ("ok", str(7 * result.id).encode()) for result in honest)
+    wrong = sum(
+        (result.status, result.stdout.strip()) != ("ok", str(7 * result.id).encode())
+        for result in honest
+    )
     loops = [result for result in results if result.id is None]
     in_loops = sum(result.cpu for result in loops)
     return {
@@ -142,7 +164,9 @@ def cases(languages):
         if sentence := language.missing():
             print(f"{name:<22} {sentence}")
             continue
-        named = {row: text for row, text in SMALL.items() if row.split(" +")[0].split(",")[0] == name}
+        named = {
+            row: text for row, text in SMALL.items() if row.split(" +")[0].split(",")[0] == name
+        }
         for row, source in (named or {name: language.fixtures["pass"]}).items():
             yield row, name, source
 
@@ -156,7 +180,12 @@ def measure_language(row, name, source, levels, seconds):
         for level in levels[1:]:
             figures[f"{level}, warm"] = sandboxed(name, source, level, True, seconds)
     columns = ["bare", *levels, *(f"{level}, warm" for level in levels[1:])]
-    cells = [f"{figures[c]['cpu_ms']:8.1f} {figures[c]['per_second']:7.0f}/s" if c in figures else " " * 18 for c in columns]
+    cells = [
+        f"{figures[c]['cpu_ms']:8.1f} {figures[c]['per_second']:7.0f}/s"
+        if c in figures
+        else " " * 18
+        for c in columns
+    ]
     print(f"{row:<22} " + " ".join(cells), flush=True)
     return figures
 
@@ -168,32 +197,63 @@ def verdicts(rows):
         column = "kernel" if start == "cold" else "kernel, warm"
         if column in rows.get(row, {}):
             rate = 1000 / rows[row][column]["cpu_ms"]
-            found.append((f"{row}, {start}: programs per core-second >= {target}", rate, rate >= target))
+            found.append(
+                (f"{row}, {start}: programs per core-second >= {target}", rate, rate >= target)
+            )
     for row in ("lua", "prolog", "lisp"):
         for level, target in OVERHEAD.items():
             if level in rows.get(row, {}):
                 over = rows[row][level]["cpu_ms"] - rows[row]["bare"]["cpu_ms"]
-                found.append((f"{row}, {level}: CPU ms over a bare subprocess <= {target:.0f}", over, over <= target))
+                found.append(
+                    (
+                        f"{row}, {level}: CPU ms over a bare subprocess <= {target:.0f}",
+                        over,
+                        over <= target,
+                    )
+                )
     for column, target in (("kernel", 5.0), ("kernel, warm", 1.5)):
         if column in rows.get("prolog", {}):
             seconds = 4096 * rows["prolog"][column]["cpu_ms"] / 1000 / 16
-            found.append((f"4,096 prolog programs on 16 cores, {column}: s <= {target} (CPU time / 16)", seconds, seconds <= target))
+            found.append(
+                (
+                    f"4,096 prolog programs on 16 cores, {column}: s <= {target} (CPU time / 16)",
+                    seconds,
+                    seconds <= target,
+                )
+            )
     return found
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python bench.py sandbox", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python bench.py sandbox",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--language", action="append", help="only this one (again for more)")
-    parser.add_argument("--level", action="append", choices=LEVELS, help="only this one beside portable")
+    parser.add_argument(
+        "--level", action="append", choices=LEVELS, help="only this one beside portable"
+    )
     parser.add_argument("--seconds", type=float, default=0.7, help="of each measurement")
-    parser.add_argument("--step", type=int, metavar="PROGRAMS", help="only the training step; 0: none")
+    parser.add_argument(
+        "--step", type=int, metavar="PROGRAMS", help="only the training step; 0: none"
+    )
     options = parser.parse_args(arguments)
     best = available_level(probe())[0]
-    levels = [level for level in LEVELS[: LEVELS.index(best) + 1] if not options.level or level in ("portable", *options.level)]
-    print(f"{platform.system()} {platform.release()}, {platform.machine()}, {WORKERS} cores, Python {platform.python_version()}, user {os.getuid()}")
+    levels = [
+        level
+        for level in LEVELS[: LEVELS.index(best) + 1]
+        if not options.level or level in ("portable", *options.level)
+    ]
+    print(
+        f"{platform.system()} {platform.release()}, {platform.machine()}, {WORKERS} cores, Python {platform.python_version()}, user {os.getuid()}"
+    )
     rows = {}
     if not options.step:
-        print("CPU ms per program and programs/s: " + " | ".join(["bare", *levels, *(f"{level}, warm" for level in levels[1:])]))
+        print(
+            "CPU ms per program and programs/s: "
+            + " | ".join(["bare", *levels, *(f"{level}, warm" for level in levels[1:])])
+        )
         for row, name, source in cases(options.language or language_names()):
             rows[row] = measure_language(row, name, source, levels, options.seconds)
     checks = verdicts(rows)
@@ -203,7 +263,11 @@ def main(arguments=None):
     if options.step != 0 and load_language("prolog").missing() is None and "kernel" in levels:
         for start in ("cold", "warm"):
             steps[start] = step(options.step or 1024, start == "warm")
-            print(f"step, {start}: " + ", ".join(f"{key} {round(value, 1)}" for key, value in steps[start].items()), flush=True)
+            print(
+                f"step, {start}: "
+                + ", ".join(f"{key} {round(value, 1)}" for key, value in steps[start].items()),
+                flush=True,
+            )
     print(json.dumps({"cores": WORKERS, "rows": rows, "targets": checks, "step": steps}))
 
 

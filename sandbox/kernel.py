@@ -14,7 +14,9 @@ from syscalls import AUDIT_ARCH, DENIED, NUMBER
 
 LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc_holding_gil = ctypes.PyDLL(None, use_errno=True)  # for clone: the child must own the interpreter's lock
+_libc_holding_gil = ctypes.PyDLL(
+    None, use_errno=True
+)  # for clone: the child must own the interpreter's lock
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x08000000, 0x10000000, 0x20000000
 _CLONE_THREAD, _CLONE_NEW_ANY = 0x10000, 0x7E020000
@@ -36,7 +38,12 @@ def _syscall(name, *arguments):
 
 
 def _prctl(option, value, what):
-    _checked(_libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)), what)
+    _checked(
+        _libc.prctl(
+            option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)
+        ),
+        what,
+    )
 
 
 def die_with_parent():
@@ -65,10 +72,25 @@ def drop_capabilities():
 
 # ---- Landlock: files ----
 
-_EXECUTE, _WRITE, _READ, _LIST, _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_FILE = (1 << bit for bit in (0, 1, 2, 3, 4, 5, 7, 8))
+_EXECUTE, _WRITE, _READ, _LIST, _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_FILE = (
+    1 << bit for bit in (0, 1, 2, 3, 4, 5, 7, 8)
+)
 _MAKE_LINK, _REFER, _TRUNCATE, _IOCTL = (1 << bit for bit in (12, 13, 14, 15))
-_ON_FILES = _EXECUTE | _WRITE | _READ | _TRUNCATE | _IOCTL  # the other rights only make sense on folders
-_WORK = _WRITE | _READ | _LIST | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_FILE | _MAKE_LINK | _REFER | _TRUNCATE
+_ON_FILES = (
+    _EXECUTE | _WRITE | _READ | _TRUNCATE | _IOCTL
+)  # the other rights only make sense on folders
+_WORK = (
+    _WRITE
+    | _READ
+    | _LIST
+    | _REMOVE_DIR
+    | _REMOVE_FILE
+    | _MAKE_DIR
+    | _MAKE_FILE
+    | _MAKE_LINK
+    | _REFER
+    | _TRUNCATE
+)
 READ, EXECUTE, WORK, WRITE = _READ | _LIST, _EXECUTE | _READ, _WORK, _WRITE | _READ
 
 
@@ -83,10 +105,22 @@ def landlock_abi():
 def landlock_ruleset(rules):
     """Descriptor of a ruleset that refuses every file but those under [(path, rights)]. Paths that do not exist are passed over."""
     abi = landlock_abi()
-    handled = (1 << 13) - 1 | (_REFER if abi >= 2 else 0) | (_TRUNCATE if abi >= 3 else 0) | (_IOCTL if abi >= 5 else 0)
+    handled = (
+        (1 << 13) - 1
+        | (_REFER if abi >= 2 else 0)
+        | (_TRUNCATE if abi >= 3 else 0)
+        | (_IOCTL if abi >= 5 else 0)
+    )
     network, scopes = 3, 3  # TCP bind and connect; abstract sockets and signals
-    attributes = struct.pack("QQQ", handled, network, scopes)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
-    ruleset = _syscall("landlock_create_ruleset", ctypes.c_char_p(attributes), ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
+    attributes = struct.pack("QQQ", handled, network, scopes)[
+        : 24 if abi >= 6 else 16 if abi >= 4 else 8
+    ]
+    ruleset = _syscall(
+        "landlock_create_ruleset",
+        ctypes.c_char_p(attributes),
+        ctypes.c_size_t(len(attributes)),
+        ctypes.c_uint32(0),
+    )
     for path, rights in rules:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -95,7 +129,13 @@ def landlock_ruleset(rules):
         rights &= handled if os.path.isdir(path) else handled & _ON_FILES
         rule = struct.pack("=Qi", rights, place)
         try:
-            _syscall("landlock_add_rule", ctypes.c_int(ruleset), ctypes.c_int(1), ctypes.c_char_p(rule), ctypes.c_uint32(0))
+            _syscall(
+                "landlock_add_rule",
+                ctypes.c_int(ruleset),
+                ctypes.c_int(1),
+                ctypes.c_char_p(rule),
+                ctypes.c_uint32(0),
+            )
         finally:
             os.close(place)
     return ruleset
@@ -137,7 +177,9 @@ def _only(name, *allowed):
     body = []
     for index, values in allowed:
         body.append(_load_argument(index))
-        body += [_op(_IF_EQUAL, value, len(values) - place, 0) for place, value in enumerate(values)]
+        body += [
+            _op(_IF_EQUAL, value, len(values) - place, 0) for place, value in enumerate(values)
+        ]
         body.append(_op(_RETURN, _EPERM))
     return _when(name, [*body, _op(_RETURN, _ALLOW)])
 
@@ -168,7 +210,10 @@ def seccomp_filter(may_fork, ask=False):
         program += [_op(_IF_AT_LEAST, x32, 0, 1), _op(_RETURN, _KILL)]
     for name in DENIED:
         program += _refuse(name)
-    for name in ("clone3", "memfd_create"):  # libc falls back to clone, whose flags can be read; a memfd could be executed
+    for name in (
+        "clone3",
+        "memfd_create",
+    ):  # libc falls back to clone, whose flags can be read; a memfd could be executed
         program += _refuse(name, _ENOSYS)
     granted = _ASK if ask else _ALLOW
     for name in ("fork", "vfork"):
@@ -176,10 +221,18 @@ def seccomp_filter(may_fork, ask=False):
     program += _clone(may_fork, granted)
     program += _only("kill", (0, (0, _PID))) + _only("tgkill", (0, (_PID,)))
     program += _only("prlimit64", (0, (0, _PID))) + _only("sched_setaffinity", (0, (0, _PID)))
-    program += _only("setpriority", (0, (0,)), (1, (0,)))  # PRIO_USER with who 0 would renice the trainer
-    program += _only("socketpair", (0, (1,)), (1, (1, 0x801, 0x80001, 0x80801)))  # a datagram pair could send to a named socket
-    program += _never("fcntl", 1, (8, 10, 15))  # F_SETOWN, F_SETSIG, F_SETOWN_EX: any signal to any process of this user
-    program += _never("ioctl", 1, (0x8901, 0x8902, 0x5412))  # FIOSETOWN, SIOCSPGRP: the same; TIOCSTI: type into a terminal
+    program += _only(
+        "setpriority", (0, (0,)), (1, (0,))
+    )  # PRIO_USER with who 0 would renice the trainer
+    program += _only(
+        "socketpair", (0, (1,)), (1, (1, 0x801, 0x80001, 0x80801))
+    )  # a datagram pair could send to a named socket
+    program += _never(
+        "fcntl", 1, (8, 10, 15)
+    )  # F_SETOWN, F_SETSIG, F_SETOWN_EX: any signal to any process of this user
+    program += _never(
+        "ioctl", 1, (0x8901, 0x8902, 0x5412)
+    )  # FIOSETOWN, SIOCSPGRP: the same; TIOCSTI: type into a terminal
     program += _only("utimensat", (1, (0,)), (1.5, (0,)))  # path NULL: by descriptor only
     return b"".join([*program, _op(_RETURN, _ALLOW)])
 
@@ -193,7 +246,12 @@ def seccomp_load(program, ask=False):
     program = program.replace(struct.pack("I", _PID), struct.pack("I", os.getpid()))
     filter_program = _FilterProgram(len(program) // 8, program)
     mode, new_listener = 1, 8
-    descriptor = _syscall("seccomp", ctypes.c_uint(mode), ctypes.c_uint(new_listener if ask else 0), ctypes.byref(filter_program))
+    descriptor = _syscall(
+        "seccomp",
+        ctypes.c_uint(mode),
+        ctypes.c_uint(new_listener if ask else 0),
+        ctypes.byref(filter_program),
+    )
     return descriptor if ask else None
 
 
@@ -208,13 +266,22 @@ def answer(descriptor, allowed):
 
     The limit on processes of the user (RLIMIT_NPROC) counts all that the user runs, and a fork bomb outruns any watching from outside.
     """
-    request = bytearray(80)  # struct seccomp_notif: id, pid, flags, then nr, arch, instruction pointer, six arguments
+    request = bytearray(
+        80
+    )  # struct seccomp_notif: id, pid, flags, then nr, arch, instruction pointer, six arguments
     with contextlib.suppress(FileNotFoundError):  # the asking process was killed meanwhile
         fcntl.ioctl(descriptor, 0xC0502100, request)
-        (identity,), (number, _, _, flags) = struct.unpack_from("Q", request), struct.unpack_from("iIQQ", request, 16)
+        (identity,), (number, _, _, flags) = (
+            struct.unpack_from("Q", request),
+            struct.unpack_from("iIQQ", request, 16),
+        )
         yes = allowed(number == NUMBER["clone"] and bool(flags & _CLONE_THREAD))
         go_on, again = 1, 11
-        fcntl.ioctl(descriptor, 0xC0182101, struct.pack("QqiI", identity, 0, 0 if yes else -again, go_on if yes else 0))
+        fcntl.ioctl(
+            descriptor,
+            0xC0182101,
+            struct.pack("QqiI", identity, 0, 0 if yes else -again, go_on if yes else 0),
+        )
 
 
 # ---- namespaces ----
@@ -228,7 +295,11 @@ def enter_user_namespace(flags=0):
     """A user namespace of one's own, in which this process keeps its user and group id and has every capability."""
     user, group = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER | flags)
-    for name, text in (("uid_map", f"{user} {user} 1"), ("setgroups", "deny"), ("gid_map", f"{group} {group} 1")):
+    for name, text in (
+        ("uid_map", f"{user} {user} 1"),
+        ("setgroups", "deny"),
+        ("gid_map", f"{group} {group} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
 
@@ -248,13 +319,19 @@ def unmount(folder):
 
 
 def _mount(source, target, kind, flags, options):
-    encoded = [None if word is None else os.fsencode(word) for word in (source, target, kind, options)]
+    encoded = [
+        None if word is None else os.fsencode(word) for word in (source, target, kind, options)
+    ]
     _checked(_libc.mount(*encoded[:3], ctypes.c_ulong(flags), encoded[3]), f"mount {target}")
 
 
 def fork_into(flags):
     """Like os.fork(), with the child as process 1 of new namespaces. Only for a process without threads."""
-    arguments = [ctypes.c_long(NUMBER["clone"]), ctypes.c_ulong(flags | 17), *[ctypes.c_ulong(0)] * 4]
+    arguments = [
+        ctypes.c_long(NUMBER["clone"]),
+        ctypes.c_ulong(flags | 17),
+        *[ctypes.c_ulong(0)] * 4,
+    ]
     return _checked(_libc_holding_gil.syscall(*arguments), "clone")
 
 
@@ -299,6 +376,12 @@ def program_user():
     if not hasattr(os, "setresuid") or os.geteuid() != 0:
         return None
     for user in (2_000_000_000 + os.getpid(), 60_000 + os.getpid() % 5000):
-        if not attempt(lambda user=user: (os.setgroups([]), os.setresgid(user, user, user), os.setresuid(user, user, user))):
+        if not attempt(
+            lambda user=user: (
+                os.setgroups([]),
+                os.setresgid(user, user, user),
+                os.setresuid(user, user, user),
+            )
+        ):
             return user
     return None

@@ -84,7 +84,9 @@ def clear(folder):
                 os.unlink(entry.path)
     rest = [os.path.join(folder, name) for name in os.listdir(folder)]
     if rest:  # rm and chmod walk without recursion; Python's rmtree fails beyond 1,000 levels
-        subprocess.run(["chmod", "-R", "u+rwX", "--", *rest], stderr=subprocess.DEVNULL, check=False)
+        subprocess.run(
+            ["chmod", "-R", "u+rwX", "--", *rest], stderr=subprocess.DEVNULL, check=False
+        )
         subprocess.run(["rm", "-rf", "--", *rest], check=True)
 
 
@@ -104,7 +106,9 @@ def set_limits(stage, count_processes):
         resource.RLIMIT_STACK: 64 << 20,
         resource.RLIMIT_CORE: 0,
     }
-    if count_processes:  # only where the count is of this job alone; launcher and init stand in it too
+    if (
+        count_processes
+    ):  # only where the count is of this job alone; launcher and init stand in it too
         limits[resource.RLIMIT_NPROC] = stage["processes"] + THREADS + 3
     for name, value in limits.items():
         hard = resource.getrlimit(name)[1]
@@ -147,9 +151,17 @@ def become_program(launcher, stage, warm, streams, report):
             os.close(report)
             warm.run_in_child()
         else:
-            for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT):  # Python changes these; a program expects the default
+            for number in (
+                signal.SIGPIPE,
+                signal.SIGXFSZ,
+                signal.SIGINT,
+            ):  # Python changes these; a program expects the default
                 signal.signal(number, signal.SIG_DFL)
-            os.execve(stage["program"], stage["argv"], stage["environment"] | {"HOME": launcher.folder, "TMPDIR": launcher.folder})
+            os.execve(
+                stage["program"],
+                stage["argv"],
+                stage["environment"] | {"HOME": launcher.folder, "TMPDIR": launcher.folder},
+            )
     except BaseException as error:
         os.write(report, f"E{type(error).__name__}: {error}".encode()[:1000])
     finally:
@@ -184,12 +196,16 @@ class Launcher:
 
     def __init__(self, channel, level, folder, user):
         self.channel, self.level, self.folder, self.user = channel, level, folder, user
-        self.own_users = level == "namespaces" and user is None  # a user namespace of its own, in which the process limit counts
+        self.own_users = (
+            level == "namespaces" and user is None
+        )  # a user namespace of its own, in which the process limit counts
         # where the process limit counts more than this job (one user for all, or none for root), the launcher counts itself
         self.ask = level == "kernel" and user is None and kernel.attempt(kernel.ask_once) is None
         self._rulesets, self._filters, self._warm = {}, {}, None
         gc.disable()  # jobs are plain dicts; a collection would only touch pages shared with the children
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2
+        )
         self.bounded = self._separate()
 
     def _separate(self):
@@ -217,7 +233,9 @@ class Launcher:
         key = (*stage["read"], "|", *stage["execute"], "|", stage["run_work"])
         if key not in self._rulesets:
             work = kernel.WORK | (kernel.EXECUTE if stage["run_work"] else 0)
-            rules = [(path, kernel.READ) for path in stage["read"]] + [(path, kernel.EXECUTE) for path in stage["execute"]]
+            rules = [(path, kernel.READ) for path in stage["read"]] + [
+                (path, kernel.EXECUTE) for path in stage["execute"]
+            ]
             rules += [("/dev/null", kernel.WRITE), (self.folder, work)]
             self._rulesets[key] = kernel.landlock_ruleset(rules)
         return self._rulesets[key]
@@ -232,7 +250,11 @@ class Launcher:
         wanted = stage.get("warm")
         if wanted and self._warm is None:
             self._warm = load_warm(wanted, stage, self.folder)
-        return self._warm if self._warm and wanted == self._warm.wanted and self._warm.ready() else None
+        return (
+            self._warm
+            if self._warm and wanted == self._warm.wanted and self._warm.ready()
+            else None
+        )
 
     def serve(self):
         """Job after job until the trainer is gone (True), or until something failed that a fresh launcher may not suffer from (False)."""
@@ -242,7 +264,10 @@ class Launcher:
                     reply = self.run(job)
                     clear(self.folder)
                 except Exception as error:
-                    send(self.channel, {"status": "sandbox_error", "stderr": f"{type(error).__name__}: {error}"})
+                    send(
+                        self.channel,
+                        {"status": "sandbox_error", "stderr": f"{type(error).__name__}: {error}"},
+                    )
                     return False
                 if reply is None:  # the trainer went away during the job
                     break
@@ -254,10 +279,16 @@ class Launcher:
         write_files(self.folder, job["files"], self.user)
         cpu, wall, memory = 0.0, 0.0, 0
         for number, stage in enumerate(job["stages"]):
-            program = self.run_stage(stage, job["stdin"].encode("latin-1") if stage["last"] else b"")
+            program = self.run_stage(
+                stage, job["stdin"].encode("latin-1") if stage["last"] else b""
+            )
             if program.trainer_gone:
                 return None
-            cpu, wall, memory = cpu + program.cpu, wall + program.wall, max(memory, program.peak_memory)
+            cpu, wall, memory = (
+                cpu + program.cpu,
+                wall + program.wall,
+                max(memory, program.peak_memory),
+            )
             status = judge(program, stage)
             if status != "ok":
                 break
@@ -267,7 +298,9 @@ class Launcher:
         return {
             "status": status,
             "stdout": program.stdout.decode("latin-1"),
-            "stderr": (program.report[1:] or b"the program never started" if failed else program.stderr).decode("latin-1"),
+            "stderr": (
+                program.report[1:] or b"the program never started" if failed else program.stderr
+            ).decode("latin-1"),
             "returncode": program.returncode,
             "cpu": cpu,
             "wall": wall,
@@ -292,13 +325,19 @@ class Launcher:
         started = time.monotonic()
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC) if inner else os.fork()
         if pid == 0:
-            (become_init if inner else become_program)(self, stage, warm, (source, out[1], err[1]), report.detach())
+            (become_init if inner else become_program)(
+                self, stage, warm, (source, out[1], err[1]), report.detach()
+            )
         report.close()
         for descriptor in (source, out[1], err[1]):
             os.close(descriptor)
         with contextlib.suppress(OSError):  # the trainer is gone: the Program notices
             send(self.channel, {"started": pid})
-        disk = None if self.bounded or self.level == "portable" else Disk(self.folder, WORK_BYTES, WORK_FILES)
+        disk = (
+            None
+            if self.bounded or self.level == "portable"
+            else Disk(self.folder, WORK_BYTES, WORK_FILES)
+        )
         program = Program(pid, stage, (out[0], err[0]), heard, disk, started)
         program.wait(self.channel)
         return program
@@ -311,7 +350,12 @@ def load_warm(wanted, stage, folder):
     os.chdir(folder)  # what the interpreter takes for its working folder is the same for all jobs
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
-        warm = WarmProlog(stage["program"], stage["argv"], wanted["libraries"], stage["environment"] | {"HOME": folder, "TMPDIR": folder})
+        warm = WarmProlog(
+            stage["program"],
+            stage["argv"],
+            wanted["libraries"],
+            stage["environment"] | {"HOME": folder, "TMPDIR": folder},
+        )
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         print(f"sandbox: no warm interpreter ({error}); programs start cold", file=sys.stderr)
         return False
@@ -336,7 +380,14 @@ def open_input(data):
         return os.dup(file.fileno())
 
 
-_NO_MEMORY = (b"out of memory", b"cannot allocate memory", b"MemoryError", b"heap exhausted", b"not enough memory", b"bad_alloc")
+_NO_MEMORY = (
+    b"out of memory",
+    b"cannot allocate memory",
+    b"MemoryError",
+    b"heap exhausted",
+    b"not enough memory",
+    b"bad_alloc",
+)
 
 
 def judge(program, stage):

@@ -30,7 +30,15 @@ _LAUNCHER = os.path.join(os.path.dirname(__file__), "launcher.py")
 _ATTEMPTS = 3
 _CACHE_BYTES = 64 << 20
 # These depend on the program alone; a wall limit or a sandbox error depends on how busy the machine was.
-_CACHED = ("ok", "error", "compile_error", "cpu_limit", "memory_limit", "output_limit", "file_limit")
+_CACHED = (
+    "ok",
+    "error",
+    "compile_error",
+    "cpu_limit",
+    "memory_limit",
+    "output_limit",
+    "file_limit",
+)
 
 
 class Pool:
@@ -54,7 +62,9 @@ class Pool:
         self._cache = _Cache(_CACHE_BYTES if cache else 0)
         self._closed = False
         self._threads = []
-        self._launchers = [{} for _ in range(self.workers)]  # per worker {kind: launcher}; "" is the general kind
+        self._launchers = [
+            {} for _ in range(self.workers)
+        ]  # per worker {kind: launcher}; "" is the general kind
         try:
             for launchers in self._launchers:
                 launchers[""] = self._launch()
@@ -64,7 +74,10 @@ class Pool:
             self.close()
             raise
         self.bounded = all(launchers[""].bounded for launchers in self._launchers)
-        self._threads = [threading.Thread(target=self._work, args=(slot,), daemon=True) for slot in range(self.workers)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(slot,), daemon=True)
+            for slot in range(self.workers)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -107,7 +120,11 @@ class Pool:
         except TimeoutError:
             for future, job in futures.items():
                 cancelled = future.cancel()
-                yield self._error(f"not done {deadline} s after the start of the batch", job.id) if cancelled else future.result()
+                yield (
+                    self._error(f"not done {deadline} s after the start of the batch", job.id)
+                    if cancelled
+                    else future.result()
+                )
 
     def run_all(self, jobs, deadline=None):
         """Results in the order of the jobs."""
@@ -144,7 +161,9 @@ class Pool:
     def _wanted(self, pending):
         """False when everybody who waited for this job has given up."""
         with self._lock:
-            pending.waiters = [(future, name) for future, name in pending.waiters if not future.cancelled()]
+            pending.waiters = [
+                (future, name) for future, name in pending.waiters if not future.cancelled()
+            ]
             if not pending.waiters:
                 del self._pending[pending.key]
             return bool(pending.waiters)
@@ -247,10 +266,18 @@ class _Launcher:
         self.folder = tempfile.mkdtemp(dir=parent)
         self.program = None  # process id of what it runs
         self.channel, other = socket.socketpair()
-        command = [sys.executable, "-I", "-S", _LAUNCHER, json.dumps({"level": level, "folder": self.folder})]
+        command = [
+            sys.executable,
+            "-I",
+            "-S",
+            _LAUNCHER,
+            json.dumps({"level": level, "folder": self.folder}),
+        ]
         try:
             with other:  # a session of its own: Ctrl-C in the trainer's terminal must not reach it before the trainer has ended it
-                self.process = subprocess.Popen(command, stdin=other, stdout=subprocess.DEVNULL, start_new_session=True, env={})
+                self.process = subprocess.Popen(
+                    command, stdin=other, stdout=subprocess.DEVNULL, start_new_session=True, env={}
+                )
         except OSError as error:
             self.channel.close()
             raise SandboxError(f"a sandbox launcher did not start: {error}") from None
@@ -273,7 +300,9 @@ class _Launcher:
             return reply
         except TimeoutError:
             self.process.kill()
-            raise SandboxError(f"a sandbox launcher gave no answer for {pending.patience:.0f} s") from None
+            raise SandboxError(
+                f"a sandbox launcher gave no answer for {pending.patience:.0f} s"
+            ) from None
 
     def _receive(self):
         size = struct.unpack("I", self._receive_exactly(4))[0]
@@ -301,7 +330,9 @@ class _Launcher:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        if self.program and self.process.returncode:  # killed: the program died with it, but not the program's children
+        if (
+            self.program and self.process.returncode
+        ):  # killed: the program died with it, but not the program's children
             with contextlib.suppress(OSError):
                 os.killpg(self.program, signal.SIGKILL)
         self.channel.close()
@@ -313,7 +344,9 @@ def remove(folder):
     with contextlib.suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.isdir(folder):
-        subprocess.run(["chmod", "-R", "u+rwX", "--", folder], stderr=subprocess.DEVNULL, check=False)
+        subprocess.run(
+            ["chmod", "-R", "u+rwX", "--", folder], stderr=subprocess.DEVNULL, check=False
+        )
         subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False)
 
 
@@ -321,10 +354,14 @@ def choose_level(level, require, allow_weaker):
     """The level to run at; SandboxError when the machine gives less than `require` and the user did not say that weaker is fine."""
     for name in (level, require):
         if name is not None and name not in LEVELS:
-            raise SandboxError(f"unknown isolation level {name!r}: choose one of {', '.join(LEVELS)}")
+            raise SandboxError(
+                f"unknown isolation level {name!r}: choose one of {', '.join(LEVELS)}"
+            )
     wanted = level or require
     if LEVELS.index(wanted) < LEVELS.index(require) and not allow_weaker:
-        raise SandboxError(f"level {level} is weaker than the required {require}; allow_weaker=True accepts that")
+        raise SandboxError(
+            f"level {level} is weaker than the required {require}; allow_weaker=True accepts that"
+        )
     if wanted == "portable":
         return wanted
     best, lacking = available_level(probe())
@@ -332,7 +369,9 @@ def choose_level(level, require, allow_weaker):
         return wanted
     if allow_weaker:
         return best
-    raise SandboxError(f"the sandbox cannot give {wanted} isolation here: {lacking}; python -m sandbox doctor shows more")
+    raise SandboxError(
+        f"the sandbox cannot give {wanted} isolation here: {lacking}; python -m sandbox doctor shows more"
+    )
 
 
 def request(job):
@@ -342,12 +381,26 @@ def request(job):
     files = {}
     for path, content in job.files.items():
         parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts or "\0" in path or str(PurePosixPath(path)) != path:
-            raise SandboxError(f"file name {path!r} must be a plain relative path inside the work folder")
-        files[path] = (content if isinstance(content, bytes) else content.encode("utf-8", "replace")).decode("latin-1")
+        if (
+            not parts
+            or path.startswith("/")
+            or ".." in parts
+            or "\0" in path
+            or str(PurePosixPath(path)) != path
+        ):
+            raise SandboxError(
+                f"file name {path!r} must be a plain relative path inside the work folder"
+            )
+        files[path] = (
+            content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+        ).decode("latin-1")
     body = {"stages": stages, "files": files, "stdin": job.stdin.decode("latin-1")}
     kind = (stages[-1]["warm"] or {}).get("alone", "")
-    return json.dumps(body, sort_keys=True).encode(), kind, 30 + 3 * sum(stage["wall"] for stage in stages)
+    return (
+        json.dumps(body, sort_keys=True).encode(),
+        kind,
+        30 + 3 * sum(stage["wall"] for stage in stages),
+    )
 
 
 def cores():

@@ -15,15 +15,29 @@ LEVELS = ("portable", "kernel", "namespaces")  # weakest first
 @functools.cache
 def probe():
     """{"landlock": reason or None, "seccomp": ..., "pid namespace": ..., "user": ids programs can run as or None, "abi": ...}."""
-    ran = subprocess.run([sys.executable, "-I", "-S", __file__], capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-I", "-S", __file__],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     if ran.returncode:
-        return {"seccomp": f"the probe failed: {ran.stderr.strip()[-300:]}", "landlock": "", "pid namespace": "", "separate user": ""}
+        return {
+            "seccomp": f"the probe failed: {ran.stderr.strip()[-300:]}",
+            "landlock": "",
+            "pid namespace": "",
+            "separate user": "",
+        }
     return json.loads(ran.stdout)
 
 
 def available_level(found):
     """Strongest level for which everything works, and a sentence about what the next one lacks (or None)."""
-    for level, needs in (("portable", ("no_new_privs", "landlock", "seccomp")), ("kernel", ("pid namespace",))):
+    for level, needs in (
+        ("portable", ("no_new_privs", "landlock", "seccomp")),
+        ("kernel", ("pid namespace",)),
+    ):
         lacking = [f"{need} ({found[need]})" for need in needs if found.get(need)]
         if lacking:
             return level, f"{LEVELS[LEVELS.index(level) + 1]} isolation needs {', '.join(lacking)}"
@@ -51,7 +65,9 @@ def _seccomp():
 
 
 def _pid_namespace():
-    if os.geteuid() != 0 or kernel.attempt(lambda: kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)):
+    if os.geteuid() != 0 or kernel.attempt(
+        lambda: kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
+    ):
         kernel.enter_user_namespace(kernel.CLONE_NEWNS)
     pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC)
     if pid == 0:
@@ -77,7 +93,12 @@ def main():
         "process guard": kernel.attempt(kernel.ask_once),
         "private tmpfs": kernel.attempt(_private_tmpfs),
     }
-    print(json.dumps(reasons | {"abi": kernel.landlock_abi(), "separate user": kernel.program_user() is not None}))
+    print(
+        json.dumps(
+            reasons
+            | {"abi": kernel.landlock_abi(), "separate user": kernel.program_user() is not None}
+        )
+    )
 
 
 if __name__ == "__main__":

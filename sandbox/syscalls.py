@@ -48,5 +48,11 @@ _OTHER = {
 }  # fmt: skip
 
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
-NUMBER = {} if _COLUMN is None else {name: row[_COLUMN] for name, row in (_DENIED | _OTHER).items() if row[_COLUMN] is not None}
+NUMBER = (
+    {}
+    if _COLUMN is None
+    else {
+        name: row[_COLUMN] for name, row in (_DENIED | _OTHER).items() if row[_COLUMN] is not None
+    }
+)
 DENIED = tuple(name for name in _DENIED if name in NUMBER)

@@ -28,7 +28,9 @@ class WarmProlog:
         os.environ.clear()
         os.environ.update(environment)
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-        resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, hard))  # a cold start sees its limit when it starts, and sizes its stacks by it
+        resource.setrlimit(
+            resource.RLIMIT_STACK, (64 << 20, hard)
+        )  # a cold start sees its limit when it starts, and sizes its stacks by it
         self.argv = argv
         self.library = ctypes.CDLL(_find_library(program), ctypes.RTLD_GLOBAL)
         self.library.PL_new_term_ref.restype = ctypes.c_size_t
@@ -37,9 +39,13 @@ class WarmProlog:
         words = [word.encode() for word in argv[:-1]]
         words[words.index(b"main")] = b"true"
         with _program_streams():
-            if not self.library.PL_initialise(len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)):
+            if not self.library.PL_initialise(
+                len(words), (ctypes.c_char_p * (len(words) + 1))(*words, None)
+            ):
                 raise RuntimeError("libswipl did not start")
-        self._call("set_prolog_gc_thread(false)")  # a thread would be lost by the fork, and `halt` wait for it; the child may have one
+        self._call(
+            "set_prolog_gc_thread(false)"
+        )  # a thread would be lost by the fork, and `halt` wait for it; the child may have one
         for name in _NEEDED:
             if not self._call(f"current_predicate('$toplevel':{name})"):
                 raise RuntimeError(f"this version of SWI-Prolog has no {name}")
@@ -49,7 +55,9 @@ class WarmProlog:
 
     def _call(self, goal):
         term = self.library.PL_new_term_ref()
-        return self.library.PL_chars_to_term(goal.encode(), term) and self.library.PL_call(term, None)
+        return self.library.PL_chars_to_term(goal.encode(), term) and self.library.PL_call(
+            term, None
+        )
 
     def ready(self):
         """True when a fork is safe: no thread but this one."""
@@ -80,7 +88,13 @@ class _program_streams:
 
 def _find_library(program):
     """Path of the libswipl that belongs to this swipl."""
-    ran = subprocess.run([program, "--dump-runtime-variables"], capture_output=True, text=True, timeout=20, check=True)
+    ran = subprocess.run(
+        [program, "--dump-runtime-variables"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
     variables = dict(re.findall(r'^(\w+)="(.*)";$', ran.stdout, re.MULTILINE))
     path = variables.get("PLLIBSWIPL", "")
     if not os.path.isfile(path):

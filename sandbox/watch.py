@@ -13,7 +13,10 @@ import time
 import kernel
 
 THREADS = 256  # of all processes of a job together; runtimes start up to about 30, a thread bomb thousands
-_TICK_SINGLE, _TICK_MANY = 0.1, 0.02  # seconds between looks; a fork bomb makes about 2,000 processes per second
+_TICK_SINGLE, _TICK_MANY = (
+    0.1,
+    0.02,
+)  # seconds between looks; a fork bomb makes about 2,000 processes per second
 _TICK_LEAST = 0.004  # a program that writes or asks all the time must not be looked at all the time
 _REFUSALS = 100  # of processes and threads, after which this is a bomb
 _PAGE, _CLOCK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
@@ -78,7 +81,14 @@ class Program:
         """Seconds until the next look: soon enough to end a program within milliseconds of its limits."""
         tick = _TICK_SINGLE if self.stage["processes"] == 1 else _TICK_MANY
         wall_left = self.started + self.stage["wall"] - time.monotonic()
-        return max(0.001, min(wall_left if wall_left > 0 else tick, self.stage["cpu"] - self.seen_cpu, tick if pidfd else 0.005))
+        return max(
+            0.001,
+            min(
+                wall_left if wall_left > 0 else tick,
+                self.stage["cpu"] - self.seen_cpu,
+                tick if pidfd else 0.005,
+            ),
+        )
 
     def _read(self, pipe):
         """Take what is there; True when no more will come."""
@@ -137,7 +147,9 @@ class Program:
         for pid in tree:
             with contextlib.suppress(OSError):
                 memory += _resident(pid)
-                cpu += time.clock_gettime((~pid << 3) | 2)  # CPU clock of another process, see clock_getcpuclockid(3)
+                cpu += time.clock_gettime(
+                    (~pid << 3) | 2
+                )  # CPU clock of another process, see clock_getcpuclockid(3)
                 cpu += _waited_for(pid) if stage["processes"] > 1 else 0
                 if self.disk:
                     written += _written(pid)
@@ -148,7 +160,11 @@ class Program:
         self.peak_memory, self.seen_cpu = max(self.peak_memory, memory), cpu
         for status, exceeded in (
             # first: a fork bomb that is seen late also has too much memory, which is not what is wrong with it
-            ("crash", len(tree) > stage["processes"] + 1 or _tasks(tree) > stage["processes"] + THREADS + 1),
+            (
+                "crash",
+                len(tree) > stage["processes"] + 1
+                or _tasks(tree) > stage["processes"] + THREADS + 1,
+            ),
             ("memory_limit", memory > stage["memory"]),
             ("cpu_limit", cpu > stage["cpu"]),
             ("file_limit", self.disk and self.disk.exceeded(written)),
@@ -171,7 +187,9 @@ class Program:
         self._kill()
         self._reap()
         self.wall = time.monotonic() - self.started
-        self.cpu = max(self.cpu, self.seen_cpu)  # what process 1 of a namespace did not wait for is missing in the former
+        self.cpu = max(
+            self.cpu, self.seen_cpu
+        )  # what process 1 of a namespace did not wait for is missing in the former
         for pipe in tuple(self.open):
             while not self.truncated and not self._empty(pipe):
                 pass
@@ -202,15 +220,22 @@ class Program:
                 return
             if pid:
                 self.cpu += usage.ru_utime + usage.ru_stime
-                self.peak_memory = max(self.peak_memory, usage.ru_maxrss * (1024 if os.uname().sysname == "Linux" else 1))
+                self.peak_memory = max(
+                    self.peak_memory,
+                    usage.ru_maxrss * (1024 if os.uname().sysname == "Linux" else 1),
+                )
                 if pid == self.pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
                 continue
             for orphan in descendants(os.getpid()):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(orphan, signal.SIGKILL)
-            if time.monotonic() > deadline:  # only the portable level lets a program fork faster than it can be killed
-                raise RuntimeError("processes of the program are still there 10 s after they were killed")
+            if (
+                time.monotonic() > deadline
+            ):  # only the portable level lets a program fork faster than it can be killed
+                raise RuntimeError(
+                    "processes of the program are still there 10 s after they were killed"
+                )
             time.sleep(0.002)
 
     def _settle(self):
@@ -219,7 +244,10 @@ class Program:
             self.returncode = os.waitstatus_to_exitcode(int(self.report[1:]))
         if self.reason or self.returncode is None:
             return
-        if self.returncode in (-signal.SIGXCPU, -signal.SIGKILL) and self.cpu > 0.9 * self.stage["cpu"]:
+        if (
+            self.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+            and self.cpu > 0.9 * self.stage["cpu"]
+        ):
             self.reason = "cpu_limit"
         elif self.returncode == -signal.SIGXFSZ:
             self.reason = "file_limit"
@@ -246,7 +274,9 @@ def descendants(pid):
         parent = waiting.pop()
         with contextlib.suppress(OSError):
             for task in os.listdir(f"/proc/{parent}/task"):
-                children = [int(word) for word in _read(f"/proc/{parent}/task/{task}/children").split()]
+                children = [
+                    int(word) for word in _read(f"/proc/{parent}/task/{task}/children").split()
+                ]
                 found += children
                 waiting += children
     return found
@@ -266,7 +296,10 @@ def _delayed(tree):
     total = 0
     for pid in tree:
         with contextlib.suppress(OSError):
-            total += sum(int(_read(f"/proc/{pid}/task/{task}/schedstat").split()[1]) for task in os.listdir(f"/proc/{pid}/task"))
+            total += sum(
+                int(_read(f"/proc/{pid}/task/{task}/schedstat").split()[1])
+                for task in os.listdir(f"/proc/{pid}/task")
+            )
     return total / 1e9
 
 

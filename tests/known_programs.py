@@ -24,17 +24,26 @@ def rows(name):
 def multipl_e(bench, pool):
     """Canonical Python solutions of HumanEval and (sanitized) MBPP in MultiPL-E's Python rows: (row, completion)."""
     if bench == "humaneval":
-        known = {r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"] for r in rows("humaneval/HumanEval.jsonl.gz")}
+        known = {
+            r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"]
+            for r in rows("humaneval/HumanEval.jsonl.gz")
+        }
     else:
         known = {str(r["task_id"]): r["code"] for r in rows("mbpp/sanitized-mbpp.jsonl.gz")}
     number = re.compile(r"_(\d+)_")
-    return [(row, f"```python\n{known[number.search(row.id)[1]]}\n```") for row in load_rows(bench, "python")]
+    return [
+        (row, f"```python\n{known[number.search(row.id)[1]]}\n```")
+        for row in load_rows(bench, "python")
+    ]
 
 
 def carried_over(name):
     """HumanEval-X solutions as answers to MultiPL-E's rows: (row, completion). Only types and names are adapted, so not all of them fit."""
     code = {"cpp": "cpp", "javascript": "js"}[name]
-    known = {r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"] for r in rows(f"humaneval_x/humaneval_{code}.jsonl.gz")}
+    known = {
+        r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"]
+        for r in rows(f"humaneval_x/humaneval_{code}.jsonl.gz")
+    }
     for row in load_rows("humaneval", name):
         number, function = re.search(r"_(\d+)_(\w+)", row.id).groups()
         text = known[number]
@@ -48,42 +57,86 @@ def carried_over(name):
 def humaneval_x(name):
     """Canonical solutions of HumanEval-X under its own tests."""
     language = load_language(name)
-    code = {"python": "python", "cpp": "cpp", "java": "java", "javascript": "js", "go": "go", "rust": "rust"}[name]
-    build = {"cpp": _cpp, "java": _java, "javascript": _javascript, "go": _go, "rust": _rust, "python": _python}[name]
+    code = {
+        "python": "python",
+        "cpp": "cpp",
+        "java": "java",
+        "javascript": "js",
+        "go": "go",
+        "rust": "rust",
+    }[name]
+    build = {
+        "cpp": _cpp,
+        "java": _java,
+        "javascript": _javascript,
+        "go": _go,
+        "rust": _rust,
+        "python": _python,
+    }[name]
     judge = TestJudge(None, language)
     for row in rows(f"humaneval_x/humaneval_{code}.jsonl.gz"):
         job = build(row)
         job.limits = job.limits or Limits(**{**vars(language.limits), "cpu": 15.0})
-        yield row["task_id"], job, lambda result: result.status == "ok" and judge.passes(result, NONCE) and b"Assertion failed" not in result.stderr
+        yield (
+            row["task_id"],
+            job,
+            lambda result: (
+                result.status == "ok"
+                and judge.passes(result, NONCE)
+                and b"Assertion failed" not in result.stderr
+            ),
+        )
 
 
 def _python(row):
-    return Job("python", {"main.py": f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\nprint('{NONCE}')\n"})
+    return Job(
+        "python",
+        {
+            "main.py": f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\nprint('{NONCE}')\n"
+        },
+    )
 
 
 def _cpp(row):
     test = re.sub(r"\}\s*\Z", f'puts("{NONCE}"); }}\n', row["test"])
-    return Job("cpp", {"main.cpp": f"#include <stdio.h>\n{row['prompt']}{row['canonical_solution']}\n{test}"})
+    return Job(
+        "cpp",
+        {"main.cpp": f"#include <stdio.h>\n{row['prompt']}{row['canonical_solution']}\n{test}"},
+    )
 
 
 def _java(row):
     """Java runs the first class of a source file, so the tests' Main goes before the solution, and the imports before both."""
     program, imports = row["prompt"] + row["canonical_solution"], r"(?m)^import .*;$"
     hoisted = "\n".join(re.findall(imports, program) + re.findall(imports, row["test"]))
-    test = re.sub(r"\}\s*\}\s*\Z", f'System.out.println("{NONCE}"); }} }}\n', re.sub(imports, "", row["test"]))
+    test = re.sub(
+        r"\}\s*\}\s*\Z", f'System.out.println("{NONCE}"); }} }}\n', re.sub(imports, "", row["test"])
+    )
     return Job("java", {"Main.java": f"{hoisted}\n{test}\n{re.sub(imports, '', program)}"})
 
 
 def _javascript(row):
-    return Job("javascript", {"main.js": f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\nconsole.log('{NONCE}')\n"})
+    return Job(
+        "javascript",
+        {
+            "main.js": f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\nconsole.log('{NONCE}')\n"
+        },
+    )
 
 
 def _rust(row):
     """The #[test] functions are called from main; the crates that the data imports everywhere are not here."""
     declaration = re.sub(r"(?m)^\s*use (rand|regex|md5)\b.*;$", "", row["declaration"])
-    test = re.sub(r"#\[(cfg\(test\)|test)\]", "", row["test"]).replace("    fn test_", "    pub fn test_")
+    test = re.sub(r"#\[(cfg\(test\)|test)\]", "", row["test"]).replace(
+        "    fn test_", "    pub fn test_"
+    )
     calls = "".join(f"tests::{name}(); " for name in re.findall(r"fn (test_\w+)", test))
-    return Job("rust", {"main.rs": f'{declaration}{row["canonical_solution"]}\n{test}\nfn main() {{ {calls}println!("{NONCE}"); }}\n'})
+    return Job(
+        "rust",
+        {
+            "main.rs": f'{declaration}{row["canonical_solution"]}\n{test}\nfn main() {{ {calls}println!("{NONCE}"); }}\n'
+        },
+    )
 
 
 # What testify's assert does, in the standard library.
@@ -100,30 +153,76 @@ var assert checker
 
 def _go(row):
     imports = r"(?m)^import\s*\([^)]*\)|^import .*$"
-    program = re.sub(imports, "", f"{row['prompt']}{row['canonical_solution']}\n{row['test']}") + GO_ASSERT
-    program += f'\nfunc TestZzz(t *testing.T) {{ os.Stdout.WriteString("{NONCE}\\n") }}\n'  # runs last
-    known = set(re.findall(r'"([\w/]+)"', row["import"] + row["prompt"] + row["test_setup"])) | {"testing", "reflect", "os", "math", "sort", "strings"}
-    used = sorted(name for name in known if name[0].islower() and re.search(rf"\b{name.rpartition('/')[2]}\.\w", program))
+    program = (
+        re.sub(imports, "", f"{row['prompt']}{row['canonical_solution']}\n{row['test']}")
+        + GO_ASSERT
+    )
+    program += (
+        f'\nfunc TestZzz(t *testing.T) {{ os.Stdout.WriteString("{NONCE}\\n") }}\n'  # runs last
+    )
+    known = set(re.findall(r'"([\w/]+)"', row["import"] + row["prompt"] + row["test_setup"])) | {
+        "testing",
+        "reflect",
+        "os",
+        "math",
+        "sort",
+        "strings",
+    }
+    used = sorted(
+        name
+        for name in known
+        if name[0].islower() and re.search(rf"\b{name.rpartition('/')[2]}\.\w", program)
+    )
     source = "package main\n" + "".join(f'import "{name}"\n' for name in used) + program
     limits = Limits(**{**vars(load_language("go").compile_limits), "cpu": 15.0})
-    return Job("go", {"main_test.go": source}, limits=limits, run=["go", "test", "-vet=off", "-v", "main_test.go"])
+    return Job(
+        "go",
+        {"main_test.go": source},
+        limits=limits,
+        run=["go", "test", "-vet=off", "-v", "main_test.go"],
+    )
 
 
 def exercism(track):
     """Example solutions of Exercism under the exercise's own tests."""
-    command = {"prolog": _prolog_test, "racket": _racket_test, "python": _python_test, "scheme": _scheme_test, "julia": _julia_test}[track]
+    command = {
+        "prolog": _prolog_test,
+        "racket": _racket_test,
+        "python": _python_test,
+        "scheme": _scheme_test,
+        "julia": _julia_test,
+    }[track]
     for row in rows(f"exercism/{track}.jsonl.gz"):
         files = {**row["support"], **row["editor"], **row["tests"]}
         files |= dict(zip(row["stub"], row["example"].values()))
         if track == "julia":  # an option of @testset that Julia 1.5 does not have
-            files = {name: text.replace("@testset verbose = true ", "@testset ") for name, text in files.items()}
+            files = {
+                name: text.replace("@testset verbose = true ", "@testset ")
+                for name, text in files.items()
+            }
         limits = Limits(**{**vars(load_language(track).limits), "cpu": 15.0})
-        yield row["slug"], Job(track, files, limits=limits, run=command(row)), lambda result: result.status == "ok"
+        yield (
+            row["slug"],
+            Job(track, files, limits=limits, run=command(row)),
+            lambda result: result.status == "ok",
+        )
 
 
 def _prolog_test(row):
     stub, tests = list(row["stub"])[0], list(row["tests"])[0]
-    return ["swipl", "-f", stub, "-s", tests, "-g", "run_tests,halt", "-t", "halt(1)", "--", "--all"]
+    return [
+        "swipl",
+        "-f",
+        stub,
+        "-s",
+        tests,
+        "-g",
+        "run_tests,halt",
+        "-t",
+        "halt(1)",
+        "--",
+        "--all",
+    ]
 
 
 def _racket_test(row):

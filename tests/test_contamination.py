@@ -2,9 +2,9 @@
 
 import re
 
+import known_programs
 import pytest
 
-import known_programs
 import sft
 import translate
 import triples
@@ -13,35 +13,62 @@ from sandbox.languages import language_names, load_language
 from settings import Settings
 from tasks import Problem, load_problems
 
-needs_data = pytest.mark.skipif(not known_programs.DATA.is_dir(), reason="../shared/data is not here")
+needs_data = pytest.mark.skipif(
+    not known_programs.DATA.is_dir(), reason="../shared/data is not here"
+)
 
 TRAINING = {  # every --task of train.py and sft.py: the words in a row at which a shared text counts as copied, and its training problems
     "sums": (8, lambda: load_problems("sums", "train")),
     "gsm8k": (8, lambda: load_problems("gsm8k", "train")),
     "gsm8k_steps": (8, lambda: load_problems("gsm8k_steps", "train")),
-    "translate": (13, lambda: translate.load("train", [load_language(name) for name in language_names()])),  # code repeats itself sooner than prose
-    "selfplay": (8, lambda: [Problem(f"triples/{n}", "selfplay", " ".join(d), None) for n, d in enumerate(demonstrations())]),  # of its warm start
+    "translate": (
+        13,
+        lambda: translate.load("train", [load_language(name) for name in language_names()]),
+    ),  # code repeats itself sooner than prose
+    "selfplay": (
+        8,
+        lambda: [
+            Problem(f"triples/{n}", "selfplay", " ".join(d), None)
+            for n, d in enumerate(demonstrations())
+        ],
+    ),  # of its warm start
 }
 
 
 def demonstrations():
-    return [d for name in ("racket", "julia", "lua", "python") for d in triples.demonstrations(load_language(name), 300, 0, 6, False)]
+    return [
+        d
+        for name in ("racket", "julia", "lua", "python")
+        for d in triples.demonstrations(load_language(name), 300, 0, 6, False)
+    ]
 
 
 def test_no_training_task_is_forgotten():
     for settings in (Settings, sft.WarmStart):
         text = settings.__dataclass_fields__["task"].metadata["help"]
-        assert set(re.split(r", | or ", re.sub(r" \(.*?\)", "", text.partition(": ")[2]))) <= set(TRAINING)
+        assert set(re.split(r", | or ", re.sub(r" \(.*?\)", "", text.partition(": ")[2]))) <= set(
+            TRAINING
+        )
 
 
 @pytest.fixture(scope="module")
 def benchmark():
     """All of MultiPL-E: {(bench, number)}, function names, texts. Also of languages without a TOML; texts of what translate translates, too."""
-    rows = [r for path in sorted((known_programs.DATA / "multipl_e/v3").glob("*.gz")) for r in known_programs.rows(path)]
+    rows = [
+        r
+        for path in sorted((known_programs.DATA / "multipl_e/v3").glob("*.gz"))
+        for r in known_programs.rows(path)
+    ]
     assert len({r["language"] for r in rows}) == 23
     ids = {tuple(r["name"].lower().split("_", 2)[:2]) for r in rows}
-    texts = [r["prompt"] for r in rows] + [r.source for source in SOURCES for r in load_rows("translate", "python", source=source)]
-    return ids, {bare(r["name"].split("_", 2)[2]) for r in rows} - {"f"}, texts  # HumanEval 106 is called f, which says nothing
+    texts = [r["prompt"] for r in rows] + [
+        r.source for source in SOURCES for r in load_rows("translate", "python", source=source)
+    ]
+    return (
+        ids,
+        {bare(r["name"].split("_", 2)[2]) for r in rows} - {"f"},
+        texts,
+    )  # HumanEval 106 is called f, which says nothing
 
 
 def bare(name):
@@ -61,9 +88,19 @@ def test_no_benchmark_row_is_reachable_from_a_training_task(task, benchmark):
     ids, names, texts = benchmark
     length, problems = TRAINING[task][0], TRAINING[task][1]()
     assert not [p.id for p in problems if re.search("humaneval|multipl_e|/test/", p.id, re.I)]
-    assert not [p.id for p in problems if (found := re.search(r"mb[a-z]?[xp]p?/(\d+)", p.id)) and ("mbpp", found[1]) in ids]
-    defined = r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{" if task == "translate" else r"(\w+_\w+)()"  # in prose, anything that looks like a function's name
-    assert not names & {bare(name) for p in problems for name in (getattr(p, "entry", ""), *map("".join, re.findall(defined, p.question)))}
+    assert not [
+        p.id
+        for p in problems
+        if (found := re.search(r"mb[a-z]?[xp]p?/(\d+)", p.id)) and ("mbpp", found[1]) in ids
+    ]
+    defined = (
+        r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{" if task == "translate" else r"(\w+_\w+)()"
+    )  # in prose, anything that looks like a function's name
+    assert not names & {
+        bare(name)
+        for p in problems
+        for name in (getattr(p, "entry", ""), *map("".join, re.findall(defined, p.question)))
+    }
     copied = set().union(*(grams(text, length) for text in texts))
     assert not [p.id for p in problems if not copied.isdisjoint(grams(p.question, length))]
 

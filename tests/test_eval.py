@@ -14,15 +14,15 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import known_programs
 import pytest
 import torch
+from forgers import FORGERS
 
 import eval as evaluation
-import known_programs
 import model as model_file
 import sft
 from benchmarks import TestJudge, answer_block, exchange_answers, load_rows, program, row_prompt
-from forgers import FORGERS
 from rewards import Judge
 from sampler import Sampler
 from sandbox import Pool
@@ -32,7 +32,9 @@ from tokenizer import ChatTokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("RARECODE_FULL"))
-needs_data = pytest.mark.skipif(not known_programs.DATA.is_dir(), reason="../shared/data is not here")
+needs_data = pytest.mark.skipif(
+    not known_programs.DATA.is_dir(), reason="../shared/data is not here"
+)
 MULTIPL_E = [name for name in language_names() if "tests" in load_language(name).answer]
 
 
@@ -64,7 +66,11 @@ test_judge.__test__ = False  # not a test
 
 
 def test_pass_at_k_is_unbiased():
-    assert evaluation.pass_at_k(4, 1, 2) == 0.5 and evaluation.pass_at_k(5, 5, 3) == 1.0 and evaluation.pass_at_k(5, 0, 3) == 0.0
+    assert (
+        evaluation.pass_at_k(4, 1, 2) == 0.5
+        and evaluation.pass_at_k(5, 5, 3) == 1.0
+        and evaluation.pass_at_k(5, 0, 3) == 0.0
+    )
     rng, draws = random.Random(0), 20000
     outcomes = [True] * 3 + [False] * 7
     estimate = sum(any(rng.sample(outcomes, 4)) for _ in range(draws)) / draws
@@ -73,12 +79,20 @@ def test_pass_at_k_is_unbiased():
 
 def test_intervals():
     low, high = evaluation.interval([1, 0, 1, 1])
-    assert (low, high) == (pytest.approx(0.301, abs=1e-3), pytest.approx(0.954, abs=1e-3))  # Wilson, p = 0.75, n = 4
+    assert (low, high) == (
+        pytest.approx(0.301, abs=1e-3),
+        pytest.approx(0.954, abs=1e-3),
+    )  # Wilson, p = 0.75, n = 4
     low, high = evaluation.interval([0.0] * 10)
     assert low == 0.0 and high == pytest.approx(0.278, abs=1e-3)
     rng, inside = random.Random(1), 0
-    for _ in range(300):  # 40 problems of 4 samples each with their own difficulty: 95 % of the intervals hold the true mean
-        rates = [sum(rng.random() < d for _ in range(4)) / 4 for d in (rng.betavariate(0.5, 1.5) for _ in range(40))]
+    for _ in range(
+        300
+    ):  # 40 problems of 4 samples each with their own difficulty: 95 % of the intervals hold the true mean
+        rates = [
+            sum(rng.random() < d for _ in range(4)) / 4
+            for d in (rng.betavariate(0.5, 1.5) for _ in range(40))
+        ]
         low, high = evaluation.interval(rates)
         inside += low <= 0.25 <= high
     assert 0.90 <= inside / 300 <= 0.99
@@ -89,15 +103,35 @@ def rows_of(outcomes):
     for id, corrects in outcomes.items():
         for sample, correct in enumerate(corrects):
             status = "sandbox_error" if correct is None else "ok"
-            found.append(dict(id=id, sample=sample, correct=bool(correct), status=status, program=f"{id}{sample}", tokens=10,
-                              finish_reason="stop", format_ok=True, constant=False, leaked=False))  # fmt: skip
+            found.append(
+                dict(
+                    id=id,
+                    sample=sample,
+                    correct=bool(correct),
+                    status=status,
+                    program=f"{id}{sample}",
+                    tokens=10,
+                    finish_reason="stop",
+                    format_ok=True,
+                    constant=False,
+                    leaked=False,
+                )
+            )
     return found
 
 
 def test_summary_by_hand():
-    found = evaluation.summary(rows_of({"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [None] * 4}))
-    assert found["pass@1"] == 0.5 and found["any_of_n"] == pytest.approx(2 / 3) and found["all_of_n"] == pytest.approx(1 / 3)
-    assert found["pass@2"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3) and found["pass@4"] == pytest.approx(2 / 3)
+    found = evaluation.summary(
+        rows_of({"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [None] * 4})
+    )
+    assert (
+        found["pass@1"] == 0.5
+        and found["any_of_n"] == pytest.approx(2 / 3)
+        and found["all_of_n"] == pytest.approx(1 / 3)
+    )
+    assert found["pass@2"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3) and found[
+        "pass@4"
+    ] == pytest.approx(2 / 3)
     assert found["sandbox/sandbox_error_frac"] == 0.25
     with pytest.raises(ValueError, match="nothing could be judged"):
         evaluation.summary(rows_of({"a": [None]}))
@@ -105,14 +139,22 @@ def test_summary_by_hand():
 
 def test_comparison_is_paired(tmp_path, capsys):
     a = {f"p{n}": [n % 2] for n in range(40)}
-    b = {id: [1] if n < 10 else outcome for n, (id, outcome) in enumerate(a.items())}  # 5 problems gained, none lost
+    b = {
+        id: [1] if n < 10 else outcome for n, (id, outcome) in enumerate(a.items())
+    }  # 5 problems gained, none lost
     for name, outcomes in (("a", a), ("b", b | {"only": [1]})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows_of(outcomes)))
+        (tmp_path / name / "samples.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows_of(outcomes))
+        )
     evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (found["gained"], found["lost"], found["unchanged"], found["only_in_b"]) == (5, 0, 35, 1)
-    assert found["difference"] == 0.125 and 0 < found["difference_low"] < 0.125 < found["difference_high"] and found["p"] < 0.05
+    assert (
+        found["difference"] == 0.125
+        and 0 < found["difference_low"] < 0.125 < found["difference_high"]
+        and found["p"] < 0.05
+    )
     with pytest.raises(ValueError, match="no problem in common"):
         evaluation.compare(rows_of(a), rows_of({"x": [1]}))
     with pytest.raises(ValueError, match="does not exist"):
@@ -144,9 +186,13 @@ def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
     judge, chat = test_judge(pool, language), test_judge(pool, language, "chat")
     whole = f"<think>x</think><answer>```{language.fence[0]}\n{row.prompt}{right}\n{closing(row)}\n```</answer>"
     texts = [right + row.stop_tokens[0] + " never seen (", wrong, QUIT.get(language.name, wrong)]
-    submissions = [judge.submit(row, text) for text in texts] + [chat.submit(row, text) for text in (whole, "no code")]
+    submissions = [judge.submit(row, text) for text in texts] + [
+        chat.submit(row, text) for text in (whole, "no code")
+    ]
     verdicts = judge.collect(submissions, 300)
-    assert [v.correct for v in verdicts] == [True, False, False, True, False], [v.status for v in verdicts]
+    assert [v.correct for v in verdicts] == [True, False, False, True, False], [
+        v.status for v in verdicts
+    ]
 
 
 @needs_data
@@ -155,9 +201,16 @@ def test_forgers_do_not_pass(name, pool):
     """Neither by reading, leaving or printing, nor by other tests; where the status says so, the second run was needed to find out."""
     language = installed(name)
     row = next(r for r in load_rows("humaneval", language) if "HumanEval_53_add" in r.id)
-    judge, mine = test_judge(pool, language, "chat"), [forger[1:] for forger in FORGERS if forger[0] == name]
-    verdicts = judge.collect([judge.submit(row, f"```{language.fence[0]}\n{code}\n```") for _, code, _ in mine], 120)
-    assert [(kind, v.correct, v.status == "forged") for (kind, _, _), v in zip(mine, verdicts)] == [(kind, False, status == "forged") for kind, _, status in mine]
+    judge, mine = (
+        test_judge(pool, language, "chat"),
+        [forger[1:] for forger in FORGERS if forger[0] == name],
+    )
+    verdicts = judge.collect(
+        [judge.submit(row, f"```{language.fence[0]}\n{code}\n```") for _, code, _ in mine], 120
+    )
+    assert [(kind, v.correct, v.status == "forged") for (kind, _, _), v in zip(mine, verdicts)] == [
+        (kind, False, status == "forged") for kind, _, status in mine
+    ]
 
 
 @needs_data
@@ -168,12 +221,19 @@ def test_answers_can_be_exchanged_in_every_row(name):
     for row in load_rows("humaneval", language) + load_rows("mbpp", language):
         tests = exchange_answers(row, language.answer["tests"]["test"], random.Random(0))
         assert tests and tests != row.tests, row.id
-        if "_34_unique" not in row.id and "_432_median" not in row.id:  # these have one test, or one answer
+        if (
+            "_34_unique" not in row.id and "_432_median" not in row.id
+        ):  # these have one test, or one answer
             assert sorted(tests) == sorted(row.tests), row.id
 
 
-FAIL = {"cpp": ' throw std::runtime_error("it ran");', "rust": ' panic!("it ran")', "java": ' throw new RuntimeException("it ran");',
-        "go": ' panic("it ran")\n}', "haskell": ' error "it ran"'}  # fmt: skip
+FAIL = {
+    "cpp": ' throw std::runtime_error("it ran");',
+    "rust": ' panic!("it ran")',
+    "java": ' throw new RuntimeException("it ran");',
+    "go": ' panic("it ran")\n}',
+    "haskell": ' error "it ran"',
+}
 
 
 @needs_data
@@ -182,19 +242,39 @@ def test_exchanged_tests_compile(name, pool):
     """Else a forger would seem honest: its second run would not even begin."""
     language = installed(name)
     judge, rows = test_judge(pool, language), load_rows("humaneval", language)
-    rows = rows if FULL else rows[3:: len(rows) // 2]
-    exchanged = [replace(row, tests=exchange_answers(row, judge.table["test"], random.Random(row.id))) for row in rows]
-    results = pool.run_all([judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in exchanged])
-    plain = pool.run_all([judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in rows]) if FULL else results
-    silent = [row.id for row, r, p in zip(rows, results, plain) if b"it ran" not in r.stderr + r.stdout and (not FULL or b"it ran" in p.stderr + p.stdout)]
-    print(f"{name}: {len(rows) - len(silent)} of {len(rows)} rows' exchanged tests compile as the row's own do; not: {silent}")
+    rows = rows if FULL else rows[3 :: len(rows) // 2]
+    exchanged = [
+        replace(row, tests=exchange_answers(row, judge.table["test"], random.Random(row.id)))
+        for row in rows
+    ]
+    results = pool.run_all(
+        [judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in exchanged]
+    )
+    plain = (
+        pool.run_all(
+            [judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in rows]
+        )
+        if FULL
+        else results
+    )
+    silent = [
+        row.id
+        for row, r, p in zip(rows, results, plain)
+        if b"it ran" not in r.stderr + r.stdout and (not FULL or b"it ran" in p.stderr + p.stdout)
+    ]
+    print(
+        f"{name}: {len(rows) - len(silent)} of {len(rows)} rows' exchanged tests compile as the row's own do; not: {silent}"
+    )
     assert not silent
 
 
 def test_a_missing_test_library_is_named(pool):
     language = installed("lua")
     tests = language.answer["tests"] | {"probe": "require('no_such_library')"}
-    with pytest.raises(ValueError, match=r"^MultiPL-E's Lua tests need luaunit, which is not here: apt-get install lua-unit"):
+    with pytest.raises(
+        ValueError,
+        match=r"^MultiPL-E's Lua tests need luaunit, which is not here: apt-get install lua-unit",
+    ):
         TestJudge(pool, replace(language, answer=language.answer | {"tests": tests}))
 
 
@@ -215,12 +295,18 @@ def test_canonical_python_solutions(bench, right, total, pool):
     judge = TestJudge(pool, "python", "chat")
     verdicts = judge.collect([judge.submit(row, text) for row, text in chosen], None)
     wrong = [v.problem for v in verdicts if not v.correct]
-    print(f"{bench}: {len(verdicts) - len(wrong)} of {len(verdicts)} canonical Python solutions pass; not: {wrong}")
+    print(
+        f"{bench}: {len(verdicts) - len(wrong)} of {len(verdicts)} canonical Python solutions pass; not: {wrong}"
+    )
     assert len(wrong) <= total - right if FULL else len(wrong) <= 6
     if FULL:
         assert len(verdicts) - len(wrong) == right
     # the same programs with their first return spoilt do not pass
-    spoilt = [(row, re.sub(r"return ", "return 'spoilt', ", text)) for row, text in chosen if "return " in text.split('"""')[-1]]
+    spoilt = [
+        (row, re.sub(r"return ", "return 'spoilt', ", text))
+        for row, text in chosen
+        if "return " in text.split('"""')[-1]
+    ]
     verdicts = judge.collect([judge.submit(row, text) for row, text in spoilt], None)
     passed = [v.problem for v in verdicts if v.correct]
     print(f"{bench}: {len(passed)} of {len(verdicts)} spoilt programs pass: {passed}")
@@ -230,18 +316,36 @@ def test_canonical_python_solutions(bench, right, total, pool):
 # Known right programs that are not judged right here, and why.
 EXPLAINED_X = {
     "python": {},
-    "javascript": {"112": "=== between arrays", "155": "counts the minus sign as a digit", "162": "module js-md5"},
+    "javascript": {
+        "112": "=== between arrays",
+        "155": "counts the minus sign as a digit",
+        "162": "module js-md5",
+    },
     "cpp": {"22": "boost", "137": "boost", "162": "openssl"},
     "java": {},
-    "rust": {"32": "no test", "38": "crate rand", "50": "crate rand", "53": "crate rand", "91": "crate regex", "162": "crate md5"},
+    "rust": {
+        "32": "no test",
+        "38": "crate rand",
+        "50": "crate rand",
+        "53": "crate rand",
+        "91": "crate regex",
+        "162": "crate md5",
+    },
     "go": {},
 }
 EXPLAINED_EXERCISM = {
     "prolog": {"meetup": "needs a newer SWI-Prolog"},
     "racket": {},
-    "scheme": {"list-ops": "lists of a million in uncompiled Guile", "robot-name": "example for Guile, test for Chez"},
+    "scheme": {
+        "list-ops": "lists of a million in uncompiled Guile",
+        "robot-name": "example for Guile, test for Chez",
+    },
     "python": {},
-    "julia": {"crypto-square": "transposes characters", "fft": "cispi: Julia 1.6", "intergalactic-transmission": "typed globals: Julia 1.8"},
+    "julia": {
+        "crypto-square": "transposes characters",
+        "fft": "cispi: Julia 1.6",
+        "intergalactic-transmission": "typed globals: Julia 1.8",
+    },
 }
 
 
@@ -256,7 +360,9 @@ def test_canonical_humaneval_x_solutions(name, pool):
 @pytest.mark.parametrize("track", EXPLAINED_EXERCISM)
 def test_exercism_examples(track, pool):
     installed(track)
-    check_known(f"Exercism {track}", known_programs.exercism(track), EXPLAINED_EXERCISM[track], 6, pool)
+    check_known(
+        f"Exercism {track}", known_programs.exercism(track), EXPLAINED_EXERCISM[track], 6, pool
+    )
 
 
 def check_known(title, cases, explained, sample, pool):
@@ -264,7 +370,9 @@ def check_known(title, cases, explained, sample, pool):
     chosen = cases if FULL else cases[:: len(cases) // sample]
     results = pool.run_all([job for _, job, _ in chosen])
     failed = {name: r.status for (name, _, passed), r in zip(chosen, results) if not passed(r)}
-    print(f"{title}: {len(chosen) - len(failed)} of {len(chosen)} known right programs pass; not: {failed}")
+    print(
+        f"{title}: {len(chosen) - len(failed)} of {len(chosen)} known right programs pass; not: {failed}"
+    )
     assert {name.rpartition("/")[2] for name in failed} <= set(explained)
 
 
@@ -278,8 +386,12 @@ def test_right_programs_are_not_taken_for_forgers(name, at_least, pool):
     judge = test_judge(pool, name, "chat")
     verdicts = judge.collect([judge.submit(row, text) for row, text in chosen], None)
     passed = sum(v.correct for v in verdicts)
-    print(f"{name}: {passed} of {len(chosen)} HumanEval-X solutions pass MultiPL-E's tests, {sum(v.status == 'forged' for v in verdicts)} taken for forged")
-    assert not [v.problem for v in verdicts if v.status == "forged"] and passed >= (at_least if FULL else 3)
+    print(
+        f"{name}: {passed} of {len(chosen)} HumanEval-X solutions pass MultiPL-E's tests, {sum(v.status == 'forged' for v in verdicts)} taken for forged"
+    )
+    assert not [v.problem for v in verdicts if v.status == "forged"] and passed >= (
+        at_least if FULL else 3
+    )
 
 
 # ---- benchmark rows and prompts ----
@@ -288,22 +400,44 @@ def test_right_programs_are_not_taken_for_forgers(name, at_least, pool):
 @needs_data
 def test_rows_and_prompts():
     rows = load_rows("humaneval", "racket")
-    assert len(rows) == 161 and len(load_rows("mbpp", "lua")) == 397 and len(load_rows("humaneval", "racket", version="v0.4")) == 161
-    assert load_rows("mbpp", "lua", count=20, seed=1) == load_rows("mbpp", "lua", count=20, seed=1) != load_rows("mbpp", "lua", count=20, seed=2)
+    assert (
+        len(rows) == 161
+        and len(load_rows("mbpp", "lua")) == 397
+        and len(load_rows("humaneval", "racket", version="v0.4")) == 161
+    )
+    assert (
+        load_rows("mbpp", "lua", count=20, seed=1)
+        == load_rows("mbpp", "lua", count=20, seed=1)
+        != load_rows("mbpp", "lua", count=20, seed=2)
+    )
     row = next(r for r in rows if "HumanEval_53_add" in r.id)
     text = program(row, "\n  (+ x y))\n(define (g) 1)", "racket", "completion")
     assert text == row.prompt.rstrip() + "\n  (+ x y))\n" + row.tests
     listing = row_prompt(row, "racket", "think")
-    assert listing.startswith("# Task: You will be given a question (problem specification) and will generate a correct Racket program")
-    assert "; YOUR CODE HERE\n```" in listing and listing.endswith("Assistant: <think>") and row.prompt.strip() in listing
+    assert listing.startswith(
+        "# Task: You will be given a question (problem specification) and will generate a correct Racket program"
+    )
+    assert (
+        "; YOUR CODE HERE\n```" in listing
+        and listing.endswith("Assistant: <think>")
+        and row.prompt.strip() in listing
+    )
     assert [m["role"] for m in row_prompt(row, "racket", "chat")] == ["user"]
     answer = "<think>(f)\n```racket\nwrong\n```</think><answer>```racket\n(define (add x y)\n  (+ x y))\n```</answer>"
     assert answer_block(answer, load_language("racket")) == "(define (add x y)\n  (+ x y))"
-    assert program(row, answer, "racket", "think").startswith("#lang racket\n(define (add x y)\n  (+ x y))\n(require rackunit)")
+    assert program(row, answer, "racket", "think").startswith(
+        "#lang racket\n(define (add x y)\n  (+ x y))\n(require rackunit)"
+    )
     for source in ("python", "cpp"):
         translated = load_rows("translate", "lua", source=source)
-        assert len(translated) == 161 and translated[0].source and translated[0].id.startswith(f"translate/{source}-lua/")
-        assert translated[0].source.splitlines()[0] in row_prompt(translated[0], "lua", "completion")
+        assert (
+            len(translated) == 161
+            and translated[0].source
+            and translated[0].id.startswith(f"translate/{source}-lua/")
+        )
+        assert translated[0].source.splitlines()[0] in row_prompt(
+            translated[0], "lua", "completion"
+        )
     for call, words in [
         (lambda: load_rows("humaneval", "prolog"), "MultiPL-E does not have the language"),
         (lambda: load_rows("humanevil", "lua"), "unknown benchmark"),
@@ -316,10 +450,19 @@ def test_rows_and_prompts():
 
 def test_crosspleval_form(tmp_path):
     (tmp_path / "crosspleval").mkdir()
-    row = {"id": "T1", "source": "def f(): ...", "prompt": "local function f()\n", "tests": "f()", "stop_tokens": ["\nlocal"]}
+    row = {
+        "id": "T1",
+        "source": "def f(): ...",
+        "prompt": "local function f()\n",
+        "tests": "f()",
+        "stop_tokens": ["\nlocal"],
+    }
     (tmp_path / "crosspleval/python-lua.jsonl").write_text(json.dumps(row))
     (found,) = load_rows("crosspleval", "lua", data=tmp_path)
-    assert found.id == "crosspleval/python-lua/T1" and program(found, "\nend\nlocal x", "lua", "completion") == "local function f()\nend\nf()"
+    assert (
+        found.id == "crosspleval/python-lua/T1"
+        and program(found, "\nend\nlocal x", "lua", "completion") == "local function f()\nend\nf()"
+    )
 
 
 # ---- evaluate() and the command, with a real model ----
@@ -334,7 +477,14 @@ def tiny(tmp_path_factory):
     sft.make_tiny(load_problems("sums", "train", count=300), language, prompt, folder, seed=0)
     tokenizer, model = ChatTokenizer(folder), model_file.load(folder)
     settings = sft.WarmStart(steps=60, batch=4, lr=3e-3, warmup=5)
-    sft.train_supervised(model, sft.make_optimizer(model), sft.encode(problems, language, tokenizer, prompt, 0.0, 0), settings, torch.device("cpu"), lambda *_: None)
+    sft.train_supervised(
+        model,
+        sft.make_optimizer(model),
+        sft.encode(problems, language, tokenizer, prompt, 0.0, 0),
+        settings,
+        torch.device("cpu"),
+        lambda *_: None,
+    )
     model_file.save(dict(model.named_parameters()), model.config, folder, dtype=torch.float32)
     return folder
 
@@ -343,13 +493,27 @@ def test_evaluate_in_the_loop(tiny, pool):
     tokenizer, sampler = ChatTokenizer(tiny), Sampler(model_file.load(tiny), slots=16)
     problems, seen = load_problems("sums", "test", count=6), []
     metrics, rows = evaluation.evaluate(
-        sampler, tokenizer, Judge(pool, "prolog"), problems, prompt=lambda p: messages(p, "prolog", 0, system=False),
-        n=2, temperature=0.3, max_new_tokens=120, seed=5, on_rows=seen.append,
-    )  # fmt: skip
+        sampler,
+        tokenizer,
+        Judge(pool, "prolog"),
+        problems,
+        prompt=lambda p: messages(p, "prolog", 0, system=False),
+        n=2,
+        temperature=0.3,
+        max_new_tokens=120,
+        seed=5,
+        on_rows=seen.append,
+    )
     assert [(r["id"], r["sample"]) for r in rows] == [(p.id, n) for p in problems for n in (0, 1)]
-    assert metrics["pass@1"] >= 0.5 and metrics["pass@1"] == sum(r["correct"] for r in rows) / 12 and sorted(len(s) for s in seen) == [2] * 6
+    assert (
+        metrics["pass@1"] >= 0.5
+        and metrics["pass@1"] == sum(r["correct"] for r in rows) / 12
+        and sorted(len(s) for s in seen) == [2] * 6
+    )
     right = next(r for r in rows if r["correct"])
-    assert Fraction(right["answer"]) == Fraction(right["value"]) and right["text"] == solution(problems[int(right["id"][-1])], "prolog")
+    assert Fraction(right["answer"]) == Fraction(right["value"]) and right["text"] == solution(
+        problems[int(right["id"][-1])], "prolog"
+    )
 
 
 def command(tiny, out):
@@ -371,13 +535,21 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, tmp_path, capsys):
     evaluation.main(command(tiny, tmp_path / "whole"))
     assert (folder / "samples.jsonl").read_text() == whole
     # a real one, after the first problem
-    process = subprocess.Popen([sys.executable, "eval.py", *command(tiny, tmp_path / "cut"), "--slots", "2"], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "eval.py", *command(tiny, tmp_path / "cut"), "--slots", "2"],
+        cwd=REPO,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     partial, deadline = tmp_path / "cut/prolog/partial-0.jsonl", time.monotonic() + 100
     while not (partial.exists() and "\n" in partial.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert not (tmp_path / "cut/prolog/samples.jsonl").exists() and 1 <= len(partial.read_text().splitlines()) < 10
+    assert (
+        not (tmp_path / "cut/prolog/samples.jsonl").exists()
+        and 1 <= len(partial.read_text().splitlines()) < 10
+    )
     evaluation.main(command(tiny, tmp_path / "cut"))
     assert (tmp_path / "cut/prolog/samples.jsonl").read_text() == whole
     with pytest.raises(SystemExit, match="other settings"):
@@ -386,19 +558,48 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, tmp_path, capsys):
 
 def test_ranks_give_the_numbers_of_one_process(tiny, tmp_path):
     evaluation.main(command(tiny, tmp_path / "one"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "eval.py"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "eval.py",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, *command(tiny, tmp_path / "two")], cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*torchrun, *command(tiny, tmp_path / "two")],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "two/prolog/samples.jsonl").read_text() == (tmp_path / "one/prolog/samples.jsonl").read_text()
-    assert (tmp_path / "two/prolog/results.json").read_text() == (tmp_path / "one/prolog/results.json").read_text()
+    assert (tmp_path / "two/prolog/samples.jsonl").read_text() == (
+        tmp_path / "one/prolog/samples.jsonl"
+    ).read_text()
+    assert (tmp_path / "two/prolog/results.json").read_text() == (
+        tmp_path / "one/prolog/results.json"
+    ).read_text()
 
 
 def test_bad_input_has_one_clear_sentence(tiny, tmp_path):
-    done = subprocess.run([sys.executable, "eval.py", "--model", str(tiny), "--lang", "cobol"], cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and re.fullmatch(r"eval.py: unknown language 'cobol': choose one of .+\n", done.stderr)
+    done = subprocess.run(
+        [sys.executable, "eval.py", "--model", str(tiny), "--lang", "cobol"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and re.fullmatch(
+        r"eval.py: unknown language 'cobol': choose one of .+\n", done.stderr
+    )
     for words, sentence in [
-        (["--model", str(tiny), "--bench", "humaneval", "--lang", "prolog"], "MultiPL-E does not have the language"),
+        (
+            ["--model", str(tiny), "--bench", "humaneval", "--lang", "prolog"],
+            "MultiPL-E does not have the language",
+        ),
         (["--model", str(tmp_path), "--bench", "sums"], str(tmp_path)),
         (["--model", str(tiny), "--mode", "poetry"], "unknown mode 'poetry'"),
     ]:

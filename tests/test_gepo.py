@@ -17,7 +17,9 @@ from optimizer import score
 from sandbox import Pool
 from sandbox.languages import load_language
 
-needs_clang = pytest.mark.skipif(load_language("llvm-ir").missing() is not None, reason="clang and llvm are not installed")
+needs_clang = pytest.mark.skipif(
+    load_language("llvm-ir").missing() is not None, reason="clang and llvm are not installed"
+)
 
 
 # ---- the loss ----
@@ -25,17 +27,32 @@ needs_clang = pytest.mark.skipif(load_language("llvm-ir").missing() is not None,
 
 def test_worked_numbers():
     rewards = 0.1 * (torch.tensor([-10.0, -12, -14, -11]) + 10)
-    for lam, unbiased, expected in [(0.0, False, 0.6210), (1.0, False, 0.6310), (1.0, True, 0.6410), (2.0, False, 0.6410)]:
-        torch.testing.assert_close(gepo.gepo_loss(rewards, 2, lam, unbiased), torch.tensor(expected), atol=1e-4, rtol=0)
+    for lam, unbiased, expected in [
+        (0.0, False, 0.6210),
+        (1.0, False, 0.6310),
+        (1.0, True, 0.6410),
+        (2.0, False, 0.6410),
+    ]:
+        torch.testing.assert_close(
+            gepo.gepo_loss(rewards, 2, lam, unbiased), torch.tensor(expected), atol=1e-4, rtol=0
+        )
     # winners pulled apart cost more than winners together, whatever their mean
-    assert gepo.gepo_loss(torch.tensor([1.0, -1, 0, 0]), 2) > gepo.gepo_loss(torch.tensor([0.0, 0, 0, 0]), 2) + 0.9
+    assert (
+        gepo.gepo_loss(torch.tensor([1.0, -1, 0, 0]), 2)
+        > gepo.gepo_loss(torch.tensor([0.0, 0, 0, 0]), 2) + 0.9
+    )
 
 
 def test_one_against_one_without_variance_is_dpo():
-    policy, reference = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    policy, reference = (
+        torch.randn(5, 2, dtype=torch.float64),
+        torch.randn(5, 2, dtype=torch.float64),
+    )
     dpo = -F.logsigmoid(0.3 * ((policy[:, 0] - reference[:, 0]) - (policy[:, 1] - reference[:, 1])))
     torch.testing.assert_close(gepo.gepo_loss(0.3 * (policy - reference), 1, lam=0.0), dpo)
-    torch.testing.assert_close(gepo.gepo_loss(0.3 * (policy - reference), 1, lam=1.0), dpo)  # one winner has no variance
+    torch.testing.assert_close(
+        gepo.gepo_loss(0.3 * (policy - reference), 1, lam=1.0), dpo
+    )  # one winner has no variance
 
 
 def test_gradcheck():
@@ -49,15 +66,36 @@ def test_gradcheck():
 
 def settings(**changed):
     values = dict(
-        gepo=0.01, gepo_batch=3, gepo_winners=2, gepo_losers=3, gepo_beta=0.1, gepo_lam=1.0, gepo_length_norm=False, gepo_unbiased=False,
-        gepo_cheap=False, gepo_max_tokens=400, gepo_eval=8, token_budget=4096, share_prompts=False, seed=0, gepo_data="groups.jsonl",
-    )  # fmt: skip
+        gepo=0.01,
+        gepo_batch=3,
+        gepo_winners=2,
+        gepo_losers=3,
+        gepo_beta=0.1,
+        gepo_lam=1.0,
+        gepo_length_norm=False,
+        gepo_unbiased=False,
+        gepo_cheap=False,
+        gepo_max_tokens=400,
+        gepo_eval=8,
+        token_budget=4096,
+        share_prompts=False,
+        seed=0,
+        gepo_data="groups.jsonl",
+    )
     return SimpleNamespace(**values | changed)
 
 
 @pytest.fixture
 def model():
-    config = Config(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config = Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     return random_model(config, std=0.3)
 
 
@@ -67,7 +105,11 @@ def made_groups(model, count=3, members=5):
     groups = []
     for i in range(count):
         prompt = ids(draw.randint(3, 9))
-        groups.append(gepo.Group(f"g{i}", [Sequence(prompt, ids(draw.randint(2, 30))) for _ in range(members)]))
+        groups.append(
+            gepo.Group(
+                f"g{i}", [Sequence(prompt, ids(draw.randint(2, 30))) for _ in range(members)]
+            )
+        )
     reference = random_model(model.config, seed=1, std=0.3)
     for g in groups:
         g.reference = [sum(row) for row in score(reference, g.members, 10**6, "cpu")]
@@ -83,26 +125,44 @@ def gradient(model, groups, s):
 
 
 @pytest.mark.parametrize("length_norm", [False, True])
-def test_packed_and_serialised_members_give_the_gradient_of_the_plain_definition(model, length_norm):
+def test_packed_and_serialised_members_give_the_gradient_of_the_plain_definition(
+    model, length_norm
+):
     groups = made_groups(model)
     plain = []
     for g in groups:  # straight from the formula: one member at a time, one graph
         rewards = []
         for q in g.members:
             tokens = torch.tensor(q.prompt + q.tokens)
-            hidden = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
+            hidden = model(
+                tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
+            )
             rows = (hidden @ model.head_weight.T).log_softmax(-1)[len(q.prompt) - 1 : -1]
-            ratio = rows.gather(1, torch.tensor(q.tokens)[:, None]).sum() - g.reference[len(rewards)]
+            ratio = (
+                rows.gather(1, torch.tensor(q.tokens)[:, None]).sum() - g.reference[len(rewards)]
+            )
             rewards.append(0.1 * ratio / (len(q.tokens) if length_norm else 1))
         plain.append(gepo.gepo_loss(torch.stack(rewards), 2))
     model.zero_grad(set_to_none=True)
     (0.01 * torch.stack(plain).mean()).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     largest = max(float(g.abs().max()) for g in expected.values())
-    for budget, packed, share in [(4096, 1.0, False), (4096, 1.0, True), (max(g.tokens for g in groups), 1.0, False), (40, 0.0, False), (40, 0.0, True)]:
-        metrics, found = gradient(model, groups, settings(token_budget=budget, gepo_length_norm=length_norm, share_prompts=share))
+    for budget, packed, share in [
+        (4096, 1.0, False),
+        (4096, 1.0, True),
+        (max(g.tokens for g in groups), 1.0, False),
+        (40, 0.0, False),
+        (40, 0.0, True),
+    ]:
+        metrics, found = gradient(
+            model,
+            groups,
+            settings(token_budget=budget, gepo_length_norm=length_norm, share_prompts=share),
+        )
         assert metrics["gepo/packed"] == packed
-        assert metrics["gepo/loss"] == pytest.approx(float(torch.stack(plain).detach().mean()), abs=1e-5)
+        assert metrics["gepo/loss"] == pytest.approx(
+            float(torch.stack(plain).detach().mean()), abs=1e-5
+        )
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], atol=2e-5 * largest, rtol=1e-4)
 
@@ -122,7 +182,11 @@ def test_training_teaches_the_ranking_and_the_metric_shows_it(model, tmp_path):
     gepo.cache_reference(groups, model, s, "cpu", tmp_path)
     held = gepo.Gepo(groups, groups)
     before = gepo.held_out_metrics(held, model, s, "cpu")
-    assert before["gepo/rank_accuracy"] == 0.5 and abs(before["gepo/winner_std"]) < 1e-5 and 0 < before["gepo/logprob_rank_accuracy"] < 1
+    assert (
+        before["gepo/rank_accuracy"] == 0.5
+        and abs(before["gepo/winner_std"]) < 1e-5
+        and 0 < before["gepo/logprob_rank_accuracy"] < 1
+    )
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):
         gepo.add_gradient(model, groups, s, torch.device("cpu"))
@@ -136,14 +200,19 @@ def test_training_teaches_the_ranking_and_the_metric_shows_it(model, tmp_path):
         gepo.add_gradient(loose, groups, sloppy, torch.device("cpu"))
         optimizer.step()
         optimizer.zero_grad()
-    assert after["gepo/winner_std"] < 0.7 * gepo.held_out_metrics(held, loose, s, "cpu")["gepo/winner_std"]  # what lam is for
+    assert (
+        after["gepo/winner_std"]
+        < 0.7 * gepo.held_out_metrics(held, loose, s, "cpu")["gepo/winner_std"]
+    )  # what lam is for
 
 
 def test_reference_is_computed_once_and_kept(model, tmp_path):
     groups = made_groups(model)
     gepo.cache_reference(groups, model, settings(), "cpu", tmp_path)
     kept = [q.ref_logprobs for g in groups for q in g.members]
-    gepo.cache_reference(groups, random_model(model.config, seed=5), settings(), "cpu", tmp_path)  # a resumed run, with other weights
+    gepo.cache_reference(
+        groups, random_model(model.config, seed=5), settings(), "cpu", tmp_path
+    )  # a resumed run, with other weights
     assert [q.ref_logprobs for g in groups for q in g.members] == kept
     groups[0].members[0].tokens.append(1)
     with pytest.raises(SystemExit, match="start a new run"):
@@ -151,7 +220,10 @@ def test_reference_is_computed_once_and_kept(model, tmp_path):
 
 
 def test_ranking_counts_pairs():
-    assert gepo.ranking(torch.tensor([[3.0, 1, 2, 0]]), 2) == 0.75 and gepo.ranking(torch.zeros(2, 4), 2) == 0.5
+    assert (
+        gepo.ranking(torch.tensor([[3.0, 1, 2, 0]]), 2) == 0.75
+        and gepo.ranking(torch.zeros(2, 4), 2) == 0.5
+    )
 
 
 # ---- IR groups ----
@@ -173,12 +245,17 @@ def test_winners_name_no_level_and_edits_are_numbered_like_llvm():
     assert len(right) >= 2 and sum(len(w["level"].split(",")) for w in right) == 4
     draw = random.Random(0)
     for w in right:
-        assert not any(word in w["ir"] for word in ("optsize", "minsize", "optnone", "!", "#0", "target", "attributes", ";"))
+        assert not any(
+            word in w["ir"]
+            for word in ("optsize", "minsize", "optnone", "!", "#0", "target", "attributes", ";")
+        )
         assert ir_groups.verifies(w["ir"]) and ir_mutations.renumber(w["ir"]) == w["ir"]
         for kind, edit in ir_mutations.KINDS.items():
             texts = {ir_mutations.mutate(draw, w["ir"], edit) for _ in range(8)} - {None}
             assert texts and w["ir"] not in texts, kind
-            for text in filter(ir_groups.verifies, texts):  # a gap in the numbers would not verify; and no mark of the edit is left
+            for text in filter(
+                ir_groups.verifies, texts
+            ):  # a gap in the numbers would not verify; and no mark of the edit is left
                 assert "%n" not in text
 
 
@@ -186,14 +263,30 @@ def test_winners_name_no_level_and_edits_are_numbered_like_llvm():
 def test_a_group_from_c_to_losers_that_differ_in_a_run(tmp_path):
     good, bad = tmp_path / "good.c", tmp_path / "bad.c"
     good.write_text(LOOP)
-    (tmp_path / "plain.c").write_text("int same(int x) { return x + 1; }\nvoid nothing(int values[], int n) { }\n")
-    bad.write_text("int broken(int x) { return y; }\nstruct s { int x; };\nint odd(struct s *x) { return x->x; }\n")
+    (tmp_path / "plain.c").write_text(
+        "int same(int x) { return x + 1; }\nvoid nothing(int values[], int n) { }\n"
+    )
+    bad.write_text(
+        "int broken(int x) { return y; }\nstruct s { int x; };\nint odd(struct s *x) { return x->x; }\n"
+    )
     said, out = [], tmp_path / "groups.jsonl"
     counts = ir_groups.build([str(tmp_path)], out, workers=1, report=said.append)
     row, single = map(json.loads, out.read_text().splitlines())
-    assert len(single["winners"]) == counts["one_winner"] == 1 and single["winners"][0]["level"] == "Oz,O1,O2,O3"
-    assert counts["groups"] == 2 and row["id"].endswith("good.c:total") and len(row["winners"]) >= 2 and len(row["losers"]) >= 4
-    assert counts["skipped"] == {"does not compile": 1, "unsupported signature": 1, "no edit differs": 1} and "skipped, does not compile: 1" in said
+    assert (
+        len(single["winners"]) == counts["one_winner"] == 1
+        and single["winners"][0]["level"] == "Oz,O1,O2,O3"
+    )
+    assert (
+        counts["groups"] == 2
+        and row["id"].endswith("good.c:total")
+        and len(row["winners"]) >= 2
+        and len(row["losers"]) >= 4
+    )
+    assert (
+        counts["skipped"]
+        == {"does not compile": 1, "unsupported signature": 1, "no edit differs": 1}
+        and "skipped, does not compile: 1" in said
+    )
     unit = ir_groups.Unit(row["id"], row["c"], row["entry"], None)
     main_c, tests = ir_groups.driver(unit)
     with Pool(workers=1) as pool:
@@ -203,12 +296,18 @@ def test_a_group_from_c_to_losers_that_differ_in_a_run(tmp_path):
         for loser, output in zip(row["losers"], run([x["ir"] for x in row["losers"]])):
             different = sum(a != b for a, b in zip(output.splitlines(), expected[0].splitlines()))
             assert different == loser["differs"] > 0 and ir_groups.verifies(loser["ir"])
-    assert {x["valid"] for x in row["cheap"]} <= {True, False} and all(x["valid"] == ir_groups.verifies(x["ir"]) for x in row["cheap"])
+    assert {x["valid"] for x in row["cheap"]} <= {True, False} and all(
+        x["valid"] == ir_groups.verifies(x["ir"]) for x in row["cheap"]
+    )
     # a killed build leaves half a line; the same command goes on and does nothing twice
     whole = out.read_text()
     out.write_text(whole + '{"id": "half')
     ir_groups.build([str(tmp_path)], out, workers=1, report=said.append)
-    assert out.read_text() == whole and "5 C functions, 5 done before" in said and any("1 of them have one winner only" in s for s in said)
+    assert (
+        out.read_text() == whole
+        and "5 C functions, 5 done before" in said
+        and any("1 of them have one winner only" in s for s in said)
+    )
 
 
 def test_bad_sources_have_a_sentence(tmp_path, monkeypatch):
@@ -240,7 +339,13 @@ class Letters:
 
 def write_groups(path, sizes):
     rows = [
-        {"id": f"f{i}", "c": f"int f{i}(void) {{ return {i}; }}", "winners": [{"ir": f"w{i}{j}"} for j in range(n)], "losers": [{"kind": "swap", "ir": f"l{i}{j}"} for j in range(m)], "cheap": [{"kind": "cheap", "ir": "c"}]}
+        {
+            "id": f"f{i}",
+            "c": f"int f{i}(void) {{ return {i}; }}",
+            "winners": [{"ir": f"w{i}{j}"} for j in range(n)],
+            "losers": [{"kind": "swap", "ir": f"l{i}{j}"} for j in range(m)],
+            "cheap": [{"kind": "cheap", "ir": "c"}],
+        }
         for i, (n, m) in enumerate(sizes)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -250,11 +355,26 @@ def test_groups_that_do_not_fit_are_counted(tmp_path):
     path, said = tmp_path / "groups.jsonl", []
     write_groups(path, [(2, 3)] * 40 + [(1, 3)] * 5 + [(2, 1)] * 4)
     train, held_out = gepo.load_groups(settings(gepo_data=str(path)), Letters(), said.append)
-    assert len(train) + len(held_out) == 40 and held_out and not {g.id for g in train} & {g.id for g in held_out}
-    assert all(len(g.members) == 5 for g in train) and "40 of 49 groups; 5 have fewer than 2 winners, 4 fewer than 3 losers, 0 are longer" in said[0]
+    assert (
+        len(train) + len(held_out) == 40
+        and held_out
+        and not {g.id for g in train} & {g.id for g in held_out}
+    )
+    assert (
+        all(len(g.members) == 5 for g in train)
+        and "40 of 49 groups; 5 have fewer than 2 winners, 4 fewer than 3 losers, 0 are longer"
+        in said[0]
+    )
     assert said[1] == "GEPO's losers: swap 100%"
-    one = gepo.load_groups(settings(gepo_data=str(path), gepo_winners=1, gepo_losers=1), Letters(), said.append)
+    one = gepo.load_groups(
+        settings(gepo_data=str(path), gepo_winners=1, gepo_losers=1), Letters(), said.append
+    )
     assert sum(map(len, one)) == 49  # DPO takes them all
-    for changed, words in [(dict(gepo_max_tokens=20), "leaves 0 groups"), (dict(gepo_data=str(tmp_path / "no.jsonl")), "gepo.py build")]:
+    for changed, words in [
+        (dict(gepo_max_tokens=20), "leaves 0 groups"),
+        (dict(gepo_data=str(tmp_path / "no.jsonl")), "gepo.py build"),
+    ]:
         with pytest.raises(SystemExit, match=words):
-            gepo.load_groups(settings(**dict(gepo_data=str(path)) | changed), Letters(), said.append)
+            gepo.load_groups(
+                settings(**dict(gepo_data=str(path)) | changed), Letters(), said.append
+            )

@@ -37,10 +37,14 @@ def test_layers_equal_independent_formulas():
     x, weight = randn(5, 8, grad=False), randn(8, grad=False)
     assert torch.allclose(layers.rms_norm(x, weight, 1e-6), F.rms_norm(x, (8,), weight, 1e-6))
     cos, sin = layers.rope_tables(torch.tensor([0, 1, 7]), 8, 1e4)
-    assert torch.allclose(layers.rope_tables(torch.tensor([1]), 4, 1e4)[0], torch.tensor([[1.0, 0.01]]).cos())
+    assert torch.allclose(
+        layers.rope_tables(torch.tensor([1]), 4, 1e4)[0], torch.tensor([[1.0, 0.01]]).cos()
+    )
     q = randn(3, 2, 8, grad=False)
     rotated = torch.complex(*q.chunk(2, -1)) * torch.complex(cos.double(), sin.double())[:, None]
-    assert torch.allclose(layers.apply_rope(q, cos, sin), torch.cat((rotated.real, rotated.imag), -1))
+    assert torch.allclose(
+        layers.apply_rope(q, cos, sin), torch.cat((rotated.real, rotated.imag), -1)
+    )
 
 
 def test_bf16_norm_rounds_before_its_weight_like_hugging_face():
@@ -51,7 +55,10 @@ def test_bf16_norm_rounds_before_its_weight_like_hugging_face():
 
 def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
     heads, kv_heads, head_dim, page_size = 6, 2, 8, 4
-    qkv, bias = randn(5, (heads + 2 * kv_heads) * head_dim, grad=False), randn((heads + 2 * kv_heads) * head_dim, grad=False)
+    qkv, bias = (
+        randn(5, (heads + 2 * kv_heads) * head_dim, grad=False),
+        randn((heads + 2 * kv_heads) * head_dim, grad=False),
+    )
     cos, sin = layers.rope_tables(torch.arange(5), head_dim, 1e4)
     k_pages = torch.full((3, kv_heads, page_size, head_dim), 7.0, dtype=DOUBLE)
     v_pages = k_pages.clone()
@@ -59,9 +66,13 @@ def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
     q = layers.qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, heads)
     full_q, k, v = (qkv + bias).view(5, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
     assert torch.equal(q, layers.apply_rope(full_q, cos, sin))
-    flat_k, flat_v = (pages.transpose(1, 2).reshape(-1, kv_heads, head_dim) for pages in (k_pages, v_pages))
+    flat_k, flat_v = (
+        pages.transpose(1, 2).reshape(-1, kv_heads, head_dim) for pages in (k_pages, v_pages)
+    )
     used = slots[slots >= 0]
-    assert torch.equal(flat_k[used], layers.apply_rope(k, cos, sin)[slots >= 0]) and torch.equal(flat_v[used], v[slots >= 0])
+    assert torch.equal(flat_k[used], layers.apply_rope(k, cos, sin)[slots >= 0]) and torch.equal(
+        flat_v[used], v[slots >= 0]
+    )
     untouched = [slot for slot in range(12) if slot not in used.tolist()]
     assert (flat_k[untouched] == 7).all() and (flat_v[untouched] == 7).all()
 
@@ -69,24 +80,43 @@ def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
 # attention
 
 
-def paged_case(lengths, per_kv, kv_heads, head_dim, page_size, dtype=DOUBLE, device="cpu", generator=None):
+def paged_case(
+    lengths, per_kv, kv_heads, head_dim, page_size, dtype=DOUBLE, device="cpu", generator=None
+):
     """Random paged cache with NaN in every slot that no sequence owns and -7 in unused table entries."""
     pages_of = [-(-n // page_size) for n in lengths]
     order = (torch.randperm(sum(pages_of) + 2, generator=generator) + 1).tolist()
-    k_pages = torch.full((sum(pages_of) + 3, kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
-    v_pages, tables = k_pages.clone(), torch.full((len(lengths), max(pages_of) + 1), -7, dtype=torch.int32)
+    k_pages = torch.full(
+        (sum(pages_of) + 3, kv_heads, page_size, head_dim), float("nan"), dtype=dtype
+    )
+    v_pages, tables = (
+        k_pages.clone(),
+        torch.full((len(lengths), max(pages_of) + 1), -7, dtype=torch.int32),
+    )
     for row, length in enumerate(lengths):
         for index in range(pages_of[row]):
             page, used = order.pop(), min(page_size, length - index * page_size)
             tables[row, index] = page
-            k_pages[page, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator).to(dtype)
-            v_pages[page, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator).to(dtype)
+            k_pages[page, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator).to(
+                dtype
+            )
+            v_pages[page, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator).to(
+                dtype
+            )
     q = torch.randn(len(lengths), per_kv * kv_heads, head_dim, generator=generator).to(dtype)
-    return tuple(x.to(device) for x in (q, k_pages, v_pages, tables, torch.tensor(lengths, dtype=torch.int32)))
+    return tuple(
+        x.to(device)
+        for x in (q, k_pages, v_pages, tables, torch.tensor(lengths, dtype=torch.int32))
+    )
 
 
-@pytest.mark.parametrize("per_kv, kv_heads, page_size, lengths", [(7, 2, 4, [0, 1, 4, 11]), (3, 3, 16, [3, 5]), (6, 1, 8, [0, 0, 1]), (8, 2, 16, [33])])
-def test_paged_attention_equals_attention_of_each_sequence_alone(per_kv, kv_heads, page_size, lengths):
+@pytest.mark.parametrize(
+    "per_kv, kv_heads, page_size, lengths",
+    [(7, 2, 4, [0, 1, 4, 11]), (3, 3, 16, [3, 5]), (6, 1, 8, [0, 0, 1]), (8, 2, 16, [33])],
+)
+def test_paged_attention_equals_attention_of_each_sequence_alone(
+    per_kv, kv_heads, page_size, lengths
+):
     q, k_pages, v_pages, tables, length = paged_case(lengths, per_kv, kv_heads, 8, page_size)
     got = attention.paged_attention(q, k_pages, v_pages, tables, length, 0.3)
     for row, n in enumerate(lengths):
@@ -94,8 +124,13 @@ def test_paged_attention_equals_attention_of_each_sequence_alone(per_kv, kv_head
             assert (got[row] == 0).all()
             continue
         pages = tables[row, : -(-n // page_size)].long()
-        k, v = (x[pages].transpose(0, 1).reshape(kv_heads, -1, 8)[:, :n].repeat_interleave(per_kv, 0) for x in (k_pages, v_pages))
-        assert torch.allclose(got[row], F.scaled_dot_product_attention(q[row][:, None], k, v, scale=0.3)[:, 0])
+        k, v = (
+            x[pages].transpose(0, 1).reshape(kv_heads, -1, 8)[:, :n].repeat_interleave(per_kv, 0)
+            for x in (k_pages, v_pages)
+        )
+        assert torch.allclose(
+            got[row], F.scaled_dot_product_attention(q[row][:, None], k, v, scale=0.3)[:, 0]
+        )
 
 
 # log-prob
@@ -111,16 +146,24 @@ def test_chunked_logprobs_equal_the_reference_and_pass_gradcheck(monkeypatch, ch
     monkeypatch.setattr(logprob, "CPU_CHUNK", chunk)
     hidden, weight, targets = head_case()
     got = logprob.token_logprobs(hidden, weight, targets, temperature)
-    for ours, theirs in zip(got, logprob.token_logprobs_reference(hidden, weight, targets, temperature)):
+    for ours, theirs in zip(
+        got, logprob.token_logprobs_reference(hidden, weight, targets, temperature)
+    ):
         assert torch.allclose(ours, theirs, atol=1e-12)
-    assert gradcheck(lambda h, w: logprob.token_logprobs(h, w, targets, temperature), (hidden, weight))
+    assert gradcheck(
+        lambda h, w: logprob.token_logprobs(h, w, targets, temperature), (hidden, weight)
+    )
 
 
 def test_logprobs_of_large_logits_and_of_no_tokens_at_all():
     hidden, weight = torch.tensor([[80.0], [-80.0]]), torch.tensor([[1.0], [-1.0], [0.99]])
     logp, entropy = logprob.token_logprobs(hidden, weight, torch.tensor([1, 0]))
-    exact, exact_entropy = logprob.token_logprobs_reference(hidden.double(), weight.double(), torch.tensor([1, 0]))
-    assert torch.allclose(logp.double(), exact, rtol=1e-6) and torch.allclose(entropy.double(), exact_entropy, atol=1e-6)
+    exact, exact_entropy = logprob.token_logprobs_reference(
+        hidden.double(), weight.double(), torch.tensor([1, 0])
+    )
+    assert torch.allclose(logp.double(), exact, rtol=1e-6) and torch.allclose(
+        entropy.double(), exact_entropy, atol=1e-6
+    )
     empty = torch.zeros(0, 1, requires_grad=True)
     logp, entropy = logprob.token_logprobs(empty, weight, torch.zeros(0, dtype=torch.int64))
     (logp.sum() + entropy.sum()).backward()
@@ -130,7 +173,10 @@ def test_logprobs_of_large_logits_and_of_no_tokens_at_all():
 def clipped(old, advantages):
     def loss(logp, entropy, rows):
         ratio = (logp - old[rows]).exp()
-        return -torch.minimum(ratio * advantages[rows], ratio.clamp(0.8, 1.28) * advantages[rows]) / 9 - 0.01 * entropy
+        return (
+            -torch.minimum(ratio * advantages[rows], ratio.clamp(0.8, 1.28) * advantages[rows]) / 9
+            - 0.01 * entropy
+        )
 
     return loss
 
@@ -142,18 +188,28 @@ def test_fused_loss_and_gradient_equal_the_two_pass_form(monkeypatch, chunk):
     old, advantages = randn(9, grad=False) - 2, randn(9, grad=False)
     results = []
     for per_token in (True, False):
-        loss, logp, entropy = logprob.fused_policy_loss(hidden, weight, targets, clipped(old, advantages), 0.7, per_token)
+        loss, logp, entropy = logprob.fused_policy_loss(
+            hidden, weight, targets, clipped(old, advantages), 0.7, per_token
+        )
         results.append((loss, logp, entropy, *torch.autograd.grad(3 * loss, (hidden, weight))))
     for fused, two_pass in zip(*results):
         assert torch.allclose(fused, two_pass, atol=1e-12)
-    assert gradcheck(lambda h, w: logprob.fused_policy_loss(h, w, targets, clipped(old, advantages), 0.7)[0], (hidden, weight))
+    assert gradcheck(
+        lambda h, w: logprob.fused_policy_loss(h, w, targets, clipped(old, advantages), 0.7)[0],
+        (hidden, weight),
+    )
 
 
 def test_two_pass_form_lets_a_loss_couple_tokens(monkeypatch):
     monkeypatch.setattr(logprob, "CPU_CHUNK", 1)
     hidden, weight, targets = head_case()
-    sequence_loss = lambda logp, entropy, rows: (logp.view(3, 3).mean(1) ** 2)[:, None].expand(3, 3).flatten()  # noqa: E731
-    assert gradcheck(lambda h, w: logprob.fused_policy_loss(h, w, targets, sequence_loss, per_token=False)[0], (hidden, weight))
+    sequence_loss = lambda logp, entropy, rows: (
+        (logp.view(3, 3).mean(1) ** 2)[:, None].expand(3, 3).flatten()
+    )  # noqa: E731
+    assert gradcheck(
+        lambda h, w: logprob.fused_policy_loss(h, w, targets, sequence_loss, per_token=False)[0],
+        (hidden, weight),
+    )
 
 
 # advantages and the policy loss
@@ -164,7 +220,9 @@ def test_advantages_of_a_worked_example():
     expected = {"grpo": 1.5, "mean": 0.75, "rloo": 1.0, "batch": 1.5, "whiten": 1.5}
     for kind, first in expected.items():
         got = advantage.group_advantages(rewards, ids, kind)
-        assert torch.allclose(got, torch.tensor([first, -first / 3, -first / 3, -first / 3]), atol=1e-5), kind
+        assert torch.allclose(
+            got, torch.tensor([first, -first / 3, -first / 3, -first / 3]), atol=1e-5
+        ), kind
     population = advantage.group_advantages(rewards, ids, "grpo", eps=0.0, ddof=0)
     assert torch.allclose(population, torch.tensor([3.0, -1, -1, -1]) / 3**0.5)
 
@@ -183,7 +241,11 @@ def test_equal_rewards_and_lone_rollouts_give_exactly_zero_and_nan_is_left_out()
 
 
 def test_whitening_with_lengths_is_whitening_over_tokens():
-    rewards, lengths, ids = torch.tensor([1.0, 0.5, 0.0, 2.0]), torch.tensor([1, 5, 2, 3]), torch.tensor([0, 0, 0, 1])
+    rewards, lengths, ids = (
+        torch.tensor([1.0, 0.5, 0.0, 2.0]),
+        torch.tensor([1, 5, 2, 3]),
+        torch.tensor([0, 0, 0, 1]),
+    )
     tokens = rewards[:3].repeat_interleave(lengths[:3])
     expected = (rewards[:3] - tokens.mean()) * torch.rsqrt(tokens.var() + 1e-8)
     got = advantage.group_advantages(rewards, ids, "whiten", eps=1e-8, lengths=lengths)
@@ -197,11 +259,19 @@ def test_unknown_advantage_kind_is_one_sentence():
 
 def test_policy_loss_of_worked_examples():
     logp = torch.tensor([1.5, 1.5, 0.5, 0.5, 9.9]).log().requires_grad_()
-    advantages, weights = torch.tensor([1.0, -1, -1, 1, float("nan")]), torch.tensor([1.0, 1, 1, 1, 0])
+    advantages, weights = (
+        torch.tensor([1.0, -1, -1, 1, float("nan")]),
+        torch.tensor([1.0, 1, 1, 1, 0]),
+    )
     loss, moments = advantage.policy_loss(logp, torch.zeros(5), advantages, weights, 0.2, 0.28)
     named = dict(zip(advantage.MOMENTS, moments.tolist()))
     assert loss.item() == pytest.approx(-1.28 + 1.5 + 0.8 - 0.5)
-    assert (named["tokens"], named["clip_low"], named["clip_high"], named["ratio"]) == (4, 1, 1, pytest.approx(4.0))
+    assert (named["tokens"], named["clip_low"], named["clip_high"], named["ratio"]) == (
+        4,
+        1,
+        1,
+        pytest.approx(4.0),
+    )
     assert named["max_difference"] == pytest.approx(0.6931, abs=1e-4)
     # Clipped tokens and the token of weight 0 get no gradient, the others -A rho.
     assert torch.allclose(torch.autograd.grad(loss, logp)[0], torch.tensor([0, 1.5, 0, -0.5, 0]))
@@ -210,7 +280,10 @@ def test_policy_loss_of_worked_examples():
 def test_policy_loss_gradient_with_a_reference():
     logp, old, ref = randn(12), randn(12, grad=False), randn(12, grad=False)
     advantages, weights = randn(12, grad=False), torch.rand(12, dtype=DOUBLE)
-    assert gradcheck(lambda x: advantage.policy_loss(x, old, advantages, weights, 0.2, 0.28, None, ref, 0.1)[0], (logp,))
+    assert gradcheck(
+        lambda x: advantage.policy_loss(x, old, advantages, weights, 0.2, 0.28, None, ref, 0.1)[0],
+        (logp,),
+    )
 
 
 # sampling
@@ -224,7 +297,10 @@ def keys(count, seed=1):
 
 def chi_square(tokens, probabilities):
     """(Pearson's statistic - degrees of freedom) in standard deviations, over cells of at least 5 expected draws, the rest pooled."""
-    expected, counts = probabilities * len(tokens), torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected, counts = (
+        probabilities * len(tokens),
+        torch.bincount(tokens, minlength=len(probabilities)).double(),
+    )
     big = expected >= 5
     expected = torch.cat((expected[big], expected[~big].sum()[None]))
     counts = torch.cat((counts[big], counts[~big].sum()[None]))
@@ -239,10 +315,14 @@ def test_samples_follow_the_softmax(temperature):
     draws, vocabulary = 40_000, 400
     hidden, weight = torch.randn(1, 5), torch.randn(vocabulary, 5)
     probabilities = (hidden.double() @ weight.double().T / temperature).softmax(-1)[0]
-    tokens, logp, entropy = sampling.sample_tokens(hidden.expand(draws, -1), weight, torch.full((draws,), temperature), *keys(draws))
+    tokens, logp, entropy = sampling.sample_tokens(
+        hidden.expand(draws, -1), weight, torch.full((draws,), temperature), *keys(draws)
+    )
     assert abs(chi_square(tokens, probabilities)) < 4
     assert torch.allclose(logp.double(), probabilities.log()[tokens], atol=1e-5)
-    assert torch.allclose(entropy.double(), -(probabilities * probabilities.log()).sum().expand(draws), atol=1e-5)
+    assert torch.allclose(
+        entropy.double(), -(probabilities * probabilities.log()).sum().expand(draws), atol=1e-5
+    )
 
 
 def test_chi_square_notices_a_wrong_distribution():
@@ -257,7 +337,14 @@ def test_a_draw_depends_on_its_key_alone():
     key, ones = keys(40), torch.ones(40)
     together = sampling.sample_tokens(hidden, weight, ones, *key)[0]
     shuffled = sampling.sample_tokens(hidden[order], weight, ones, *(x[order] for x in key))[0]
-    alone = torch.cat([sampling.sample_tokens(hidden[i : i + 1], weight, ones[:1], *(x[i : i + 1] for x in key))[0] for i in range(40)])
+    alone = torch.cat(
+        [
+            sampling.sample_tokens(
+                hidden[i : i + 1], weight, ones[:1], *(x[i : i + 1] for x in key)
+            )[0]
+            for i in range(40)
+        ]
+    )
     assert torch.equal(shuffled, together[order]) and torch.equal(alone, together)
     for changed in range(4):
         other = [x + (i == changed) for i, x in enumerate(key)]
@@ -275,23 +362,40 @@ def test_greedy_is_the_argmax_with_the_untempered_logprob():
     hidden, weight = torch.randn(30, 8), torch.randn(300, 8)
     tokens, logp, _ = sampling.sample_tokens(hidden, weight, torch.zeros(30), *keys(30))
     expected = (hidden @ weight.T).log_softmax(-1)
-    assert torch.equal(tokens, expected.argmax(-1)) and torch.allclose(logp, expected.amax(-1), atol=1e-5)
+    assert torch.equal(tokens, expected.argmax(-1)) and torch.allclose(
+        logp, expected.amax(-1), atol=1e-5
+    )
 
 
 def test_truncated_sampling_draws_from_the_nucleus_and_says_its_logprob():
     draws = 20_000
     probabilities = torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1])
-    logits, ones, zeros = probabilities.log().expand(draws, -1), torch.ones(draws), torch.zeros(draws, dtype=torch.int64)
-    cases = [(0.6, 0, [0, 2]), (0.71, 0, [0, 2, 3]), (1.0, 2, [0, 2]), (0.5, 3, [0, 2]), (1.0, 0, [0, 1, 2, 3, 4]), (0.1, 0, [0])]
+    logits, ones, zeros = (
+        probabilities.log().expand(draws, -1),
+        torch.ones(draws),
+        torch.zeros(draws, dtype=torch.int64),
+    )
+    cases = [
+        (0.6, 0, [0, 2]),
+        (0.71, 0, [0, 2, 3]),
+        (1.0, 2, [0, 2]),
+        (0.5, 3, [0, 2]),
+        (1.0, 0, [0, 1, 2, 3, 4]),
+        (0.1, 0, [0]),
+    ]
     for top_p, top_k, kept in cases:
-        tokens, logp, _ = sampling.sample_logits(logits, ones, *keys(draws), ones * top_p, zeros + top_k)
+        tokens, logp, _ = sampling.sample_logits(
+            logits, ones, *keys(draws), ones * top_p, zeros + top_k
+        )
         left = torch.zeros(5, dtype=DOUBLE)
         left[kept] = probabilities[kept].double() / probabilities[kept].double().sum()
         assert sorted(set(tokens.tolist())) == kept, (top_p, top_k)
         assert torch.allclose(logp.double(), left.log()[tokens], atol=1e-5)
         assert len(kept) == 1 or abs(chi_square(tokens, left)) < 4
     greedy = sampling.sample_logits(logits, zeros.float(), *keys(draws), ones * 0.1, zeros)
-    assert (greedy[0] == 0).all() and torch.allclose(greedy[1], probabilities[0].log().expand(draws))
+    assert (greedy[0] == 0).all() and torch.allclose(
+        greedy[1], probabilities[0].log().expand(draws)
+    )
 
 
 # the bench
@@ -300,6 +404,8 @@ def test_truncated_sampling_draws_from_the_nucleus_and_says_its_logprob():
 def test_the_bench_runs_every_kernel_and_ends_in_json(capsys):
     bench.main(["--smoke", "--no-compile"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert len(rows) == 16 and all(time.get("median", 0) > 0 for row in rows for time in (row["ours"], *row["peers"].values()))
+    assert len(rows) == 16 and all(
+        time.get("median", 0) > 0 for row in rows for time in (row["ours"], *row["peers"].values())
+    )
     with pytest.raises(SystemExit, match="unknown tpu"):
         bench.main(["--smoke", "--only", "tpu"])

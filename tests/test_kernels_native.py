@@ -17,9 +17,19 @@ def attention_case(heads, lengths, seed=0):
     shared, own = torch.full((rows,), 64 * rows), torch.arange(rows) * run
     alive = torch.arange(rows) != 2
     angle = torch.rand(rows, head_dim // 2, generator=generator)
-    where = (shared, torch.tensor([a for a, _ in lengths]), own, torch.tensor([b for _, b in lengths]), alive)
+    where = (
+        shared,
+        torch.tensor([a for a, _ in lengths]),
+        own,
+        torch.tensor([b for _, b in lengths]),
+        alive,
+    )
     qkv = torch.randn(rows, (query + 2 * kv) * head_dim, generator=generator)
-    return (angle.cos(), angle.sin(), *where), qkv, torch.randn(2 * kv, tokens, head_dim, generator=generator)
+    return (
+        (angle.cos(), angle.sin(), *where),
+        qkv,
+        torch.randn(2 * kv, tokens, head_dim, generator=generator),
+    )
 
 
 def run(heads, tensors, qkv, cache):
@@ -31,21 +41,29 @@ def run(heads, tensors, qkv, cache):
 LENGTHS = [(0, 1), (5, 16), (9, 3), (16, 17), (633, 64), (1, 2), (40, 33)]
 
 
-@pytest.mark.parametrize("heads", [(4, 4, 16), (9, 3, 64), (14, 2, 64), (12, 2, 128), (5, 1, 32), (16, 8, 48)])
+@pytest.mark.parametrize(
+    "heads", [(4, 4, 16), (9, 3, 64), (14, 2, 64), (12, 2, 128), (5, 1, 32), (16, 8, 48)]
+)
 def test_attention_is_the_reference(heads):
     tensors, qkv, cache = attention_case(heads, LENGTHS)
     out, written = run(heads, tensors, qkv, cache)
     expected, pages = torch.full_like(out, 7.0), cache.clone()
     native.attention_reference(heads, *tensors, qkv.clone(), pages, expected)
-    assert torch.allclose(out, expected, atol=3e-6, rtol=1e-5) and torch.allclose(written, pages, atol=1e-6)
-    assert (out[2] == 7).all() and (written != cache).sum() == (len(LENGTHS) - 1) * 2 * heads[1] * heads[2]  # nothing but the new tokens
+    assert torch.allclose(out, expected, atol=3e-6, rtol=1e-5) and torch.allclose(
+        written, pages, atol=1e-6
+    )
+    assert (out[2] == 7).all() and (written != cache).sum() == (len(LENGTHS) - 1) * 2 * heads[
+        1
+    ] * heads[2]  # nothing but the new tokens
 
 
 def test_a_row_is_the_same_alone_and_with_any_threads():
     heads = (14, 2, 64)
     tensors, qkv, cache = attention_case(heads, LENGTHS)
     torch.set_num_threads(2)
-    many = [torch.cat([x] * 40) for x in tensors]  # enough work to be shared out; each copy writes what the others write
+    many = [
+        torch.cat([x] * 40) for x in tensors
+    ]  # enough work to be shared out; each copy writes what the others write
     together = run(heads, many, torch.cat([qkv] * 40), cache)[0].view(40, len(LENGTHS), -1)
     torch.set_num_threads(1)
     for i in (0, 1, 3, 4, 5, 6):
@@ -60,11 +78,16 @@ def test_norm_and_swiglu_are_the_references(monkeypatch):
     weight = torch.rand(576, generator=generator)
     ours = native.rms_norm(x, weight, 1e-6), native.swiglu(x)
     monkeypatch.setattr(native, "library", lambda: None)
-    torch.testing.assert_close(ours, (native.rms_norm(x, weight, 1e-6), native.swiglu(x)), atol=1e-6, rtol=2e-6)
+    torch.testing.assert_close(
+        ours, (native.rms_norm(x, weight, 1e-6), native.swiglu(x)), atol=1e-6, rtol=2e-6
+    )
 
 
 def test_widths_that_fill_no_vector_and_other_dtypes_take_the_reference():
-    assert native.usable(torch.zeros(1), 24) is None and native.usable(torch.zeros(1, dtype=torch.float64), 16) is None
+    assert (
+        native.usable(torch.zeros(1), 24) is None
+        and native.usable(torch.zeros(1, dtype=torch.float64), 16) is None
+    )
     assert native.rms_norm(torch.ones(2, 24), torch.ones(24), 0.0).equal(torch.ones(2, 24))
 
 

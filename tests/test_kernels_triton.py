@@ -7,7 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")  # the interpreter's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array with ndim"
+)  # the interpreter's own
 
 from kernels import advantage, attention, head, layers, logprob, sampling  # noqa: E402
 from model import Config, random_model  # noqa: E402
@@ -16,7 +18,10 @@ from tests.test_kernels import chi_square, keys, paged_case  # noqa: E402
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter multiplies bf16 as raw bits (triton issue 11584), so there it is fp32; the kernels do not care.
-DTYPES = [pytest.param(torch.float32, marks=pytest.mark.skipif(ON_GPU, reason="bf16 runs here")), pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DTYPES = [
+    pytest.param(torch.float32, marks=pytest.mark.skipif(ON_GPU, reason="bf16 runs here")),
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 ROWS = [1, 17, 129]
 
@@ -24,7 +29,9 @@ ROWS = [1, 17, 129]
 @pytest.fixture(autouse=True)
 def poisoned():
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # with this, torch.empty fills floats with NaN, integers with their maximum
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # with this, torch.empty fills floats with NaN, integers with their maximum
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -50,7 +57,10 @@ def both(function, reference, inputs, dtype, upstream):
     ours, theirs = (ours, theirs) if isinstance(ours, tuple) else ((ours,), (theirs,))
     for a, b in zip(ours, theirs):
         close(a, b, dtype)
-    gradients = torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, exact, [g.double() for g in upstream])
+    gradients = (
+        torch.autograd.grad(ours, inputs, upstream),
+        torch.autograd.grad(theirs, exact, [g.double() for g in upstream]),
+    )
     for a, b in zip(*gradients):
         close(a, b, dtype, scale=2)
 
@@ -65,23 +75,54 @@ def test_layers(tokens, dtype):
     x, residual, grad = (randn(tokens, width, dtype=dtype) for _ in range(3))
     weight = randn(width, dtype=dtype)
     eps = 1e-6
-    both(lambda *a: layers._RmsNorm.apply(*a, eps), lambda *a: layers.rms_norm_reference(*a, eps), (x, weight), dtype, (grad,))
+    both(
+        lambda *a: layers._RmsNorm.apply(*a, eps),
+        lambda *a: layers.rms_norm_reference(*a, eps),
+        (x, weight),
+        dtype,
+        (grad,),
+    )
     inputs = (x, residual, weight)
-    both(lambda *a: layers._AddRmsNorm.apply(*a, eps), lambda *a: layers.add_rms_norm_reference(*a, eps), inputs, dtype, (grad, residual))
+    both(
+        lambda *a: layers._AddRmsNorm.apply(*a, eps),
+        lambda *a: layers.add_rms_norm_reference(*a, eps),
+        inputs,
+        dtype,
+        (grad, residual),
+    )
     wide = randn(tokens, 2 * 1100, dtype=dtype)
-    both(layers._Swiglu.apply, layers.swiglu_reference, (wide,), dtype, (randn(tokens, 1100, dtype=dtype),))
+    both(
+        layers._Swiglu.apply,
+        layers.swiglu_reference,
+        (wide,),
+        dtype,
+        (randn(tokens, 1100, dtype=dtype),),
+    )
     cos, sin = layers.rope_tables(torch.arange(tokens, device=DEVICE) * 5, 16, 1e4)
     qkv = randn(tokens, 9 * 16, dtype=dtype)
     q_of = lambda x: x.view(tokens, 9, 16)[:, :7]  # noqa: E731   a strided view, as split_qkv gives
-    rope, reference = lambda x: layers._Rope.apply(q_of(x), cos, sin), lambda x: layers.apply_rope_reference(q_of(x), cos, sin)
+    rope, reference = (
+        lambda x: layers._Rope.apply(q_of(x), cos, sin),
+        lambda x: layers.apply_rope_reference(q_of(x), cos, sin),
+    )
     both(rope, reference, (qkv,), dtype, (randn(tokens, 7, 16, dtype=dtype),))
 
 
 @dtypes
 def test_the_last_sum_of_add_rms_norm_may_have_no_user(dtype):
-    x, residual, weight = randn(5, 64, dtype=dtype), randn(5, 64, dtype=dtype), randn(64, dtype=dtype)
+    x, residual, weight = (
+        randn(5, 64, dtype=dtype),
+        randn(5, 64, dtype=dtype),
+        randn(64, dtype=dtype),
+    )
     first = lambda run: lambda *a: run(*a, 1e-6)[0]  # noqa: E731
-    both(first(layers._AddRmsNorm.apply), first(layers.add_rms_norm_reference), (x, residual, weight), dtype, (randn(5, 64, dtype=dtype),))
+    both(
+        first(layers._AddRmsNorm.apply),
+        first(layers.add_rms_norm_reference),
+        (x, residual, weight),
+        dtype,
+        (randn(5, 64, dtype=dtype),),
+    )
 
 
 @dtypes
@@ -93,9 +134,14 @@ def test_qkv_rope_write(bias, dtype):
     cos, sin = layers.rope_tables(torch.arange(tokens, device=DEVICE), head_dim, 1e4)
     slots = torch.randperm(40, device=DEVICE)[:tokens]
     slots[::4] = -1
-    caches = [[torch.full((5, kv_heads, 8, head_dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)] for _ in range(2)]
+    caches = [
+        [torch.full((5, kv_heads, 8, head_dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
+        for _ in range(2)
+    ]
     q = layers._qkv_rope_write(qkv, offset, cos, sin, *caches[0], slots, heads)
-    close(q, layers.qkv_rope_write_reference(qkv, offset, cos, sin, *caches[1], slots, heads), dtype)
+    close(
+        q, layers.qkv_rope_write_reference(qkv, offset, cos, sin, *caches[1], slots, heads), dtype
+    )
     for ours, theirs in zip(*caches):
         close(ours, theirs, dtype)
 
@@ -103,14 +149,21 @@ def test_qkv_rope_write(bias, dtype):
 # attention
 
 
-PAGED = [(7, 2, 64, 16, [0, 1, 300, 16]), (6, 1, 128, 64, [513, 64]), (8, 1, 64, 128, [129, 17]), (3, 3, 64, 32, [33])]
+PAGED = [
+    (7, 2, 64, 16, [0, 1, 300, 16]),
+    (6, 1, 128, 64, [513, 64]),
+    (8, 1, 64, 128, [129, 17]),
+    (3, 3, 64, 32, [33]),
+]
 
 
 @dtypes
 @pytest.mark.parametrize("per_kv, kv_heads, head_dim, page_size, lengths", PAGED)
 def test_paged_attention(per_kv, kv_heads, head_dim, page_size, lengths, dtype):
     case = paged_case(lengths, per_kv, kv_heads, head_dim, page_size, dtype, DEVICE)
-    exact = attention.paged_attention_reference(*(x.double() if x.is_floating_point() else x for x in case), head_dim**-0.5)
+    exact = attention.paged_attention_reference(
+        *(x.double() if x.is_floating_point() else x for x in case), head_dim**-0.5
+    )
     close(attention._paged_attention(*case, head_dim**-0.5), exact, dtype)
 
 
@@ -130,12 +183,18 @@ def shared_case(groups, prefix_pages, page_size, dead):
 
 
 @dtypes
-@pytest.mark.parametrize("groups, prefix_pages, dead", [([4, 1, 9], [3, 2, 1], [2, 5]), ([18, 3], [17, 1], [0, 17])])
+@pytest.mark.parametrize(
+    "groups, prefix_pages, dead", [([4, 1, 9], [3, 2, 1], [2, 5]), ([18, 3], [17, 1], [0, 17])]
+)
 @pytest.mark.parametrize("arch", [90, 80])
 def test_shared_prefix_attention(groups, prefix_pages, dead, arch, dtype):
-    (q, k_pages, v_pages, tables, lengths), prefix, ids = shared_case(groups, prefix_pages, 16, dead)
+    (q, k_pages, v_pages, tables, lengths), prefix, ids = shared_case(
+        groups, prefix_pages, 16, dead
+    )
     exact = attention.paged_attention_reference(q, k_pages, v_pages, tables, lengths, 0.125)
-    got = attention._paged_attention(q.to(dtype), k_pages.to(dtype), v_pages.to(dtype), tables, lengths, 0.125, prefix, ids, arch)
+    got = attention._paged_attention(
+        q.to(dtype), k_pages.to(dtype), v_pages.to(dtype), tables, lengths, 0.125, prefix, ids, arch
+    )
     close(got, exact, dtype)
 
 
@@ -143,7 +202,10 @@ def test_shared_prefix_attention(groups, prefix_pages, dead, arch, dtype):
 
 
 def head_case(tokens, vocabulary, width, dtype, size=1.0):
-    hidden, weight = randn(tokens, width, dtype=dtype) * size / width**0.5, randn(vocabulary, width, dtype=dtype)
+    hidden, weight = (
+        randn(tokens, width, dtype=dtype) * size / width**0.5,
+        randn(vocabulary, width, dtype=dtype),
+    )
     return hidden, weight, torch.randint(0, vocabulary, (tokens,), device=DEVICE)
 
 
@@ -153,7 +215,12 @@ def exact_gradient(hidden, weight, targets, grads, temperature):
     tempered = logits / temperature
     logp = tempered.log_softmax(-1)
     picked, entropy = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-    return picked, entropy, tempered.logsumexp(-1), torch.autograd.grad((picked, entropy), logits, [g.double() for g in grads])[0]
+    return (
+        picked,
+        entropy,
+        tempered.logsumexp(-1),
+        torch.autograd.grad((picked, entropy), logits, [g.double() for g in grads])[0],
+    )
 
 
 @dtypes
@@ -167,11 +234,21 @@ def test_head_stats_and_gradients(tokens, vocabulary, arch, size, dtype):
     for ours, theirs in zip(head.stats(hidden, weight, targets, 0.8, arch), stats):
         close(ours, theirs, torch.float32)
     lse, entropy = stats[2].float(), stats[1].float()
-    close(head.gradient(hidden, weight, targets, lse, entropy, *grads, 0.8, arch), gradient, dtype, scale=10)
+    close(
+        head.gradient(hidden, weight, targets, lse, entropy, *grads, 0.8, arch),
+        gradient,
+        dtype,
+        scale=10,
+    )
     logits = hidden.float() @ weight.float().T
     for ours, theirs in zip(head.logit_stats(logits, targets, 0.8), stats):
         close(ours, theirs, torch.float32)
-    close(head.logit_gradient(logits, targets, lse, entropy, *grads, 0.8, dtype), gradient, dtype, scale=10)
+    close(
+        head.logit_gradient(logits, targets, lse, entropy, *grads, 0.8, dtype),
+        gradient,
+        dtype,
+        scale=10,
+    )
 
 
 @dtypes
@@ -182,14 +259,18 @@ def test_logprobs_and_fused_loss_through_the_kernels(monkeypatch, dtype):
     hidden, weight, targets = head_case(45, 150, 64, dtype)
     weights, entropies = torch.rand(45, device=DEVICE), torch.rand(45, device=DEVICE)
     weights[::3], entropies[::3] = 0, 0
-    loss_fn = lambda logp, entropy, rows: -weights[rows].to(logp) * logp.exp() - entropies[rows].to(logp) * entropy  # noqa: E731
+    loss_fn = lambda logp, entropy, rows: (
+        -weights[rows].to(logp) * logp.exp() - entropies[rows].to(logp) * entropy
+    )  # noqa: E731
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     logp, entropy = logprob.token_logprobs_reference(*exact, targets, 0.8)
     loss = loss_fn(logp, entropy, slice(0, 45)).sum()
     theirs = torch.autograd.grad(loss, exact)
     for per_token in (True, False):
         ours = [x.detach().requires_grad_() for x in (hidden, weight)]
-        fused, fused_logp, fused_entropy = logprob.fused_policy_loss(*ours, targets, loss_fn, 0.8, per_token)
+        fused, fused_logp, fused_entropy = logprob.fused_policy_loss(
+            *ours, targets, loss_fn, 0.8, per_token
+        )
         close(fused, loss, torch.float32)
         close(fused_logp, logp, torch.float32)
         close(fused_entropy, entropy, torch.float32)
@@ -197,14 +278,18 @@ def test_logprobs_and_fused_loss_through_the_kernels(monkeypatch, dtype):
             close(a, b, dtype, scale=2)
     no_user = [x.detach().requires_grad_() for x in (hidden, weight)]
     (logprob.token_logprobs(*no_user, targets)[0] * 0).sum().backward()
-    assert (no_user[0].grad == 0).all() and (no_user[1].grad == 0).all()  # every row ignored: exact zeros, no NaN
+    assert (no_user[0].grad == 0).all() and (
+        no_user[1].grad == 0
+    ).all()  # every row ignored: exact zeros, no NaN
 
 
 # sampling
 
 
 @dtypes
-@pytest.mark.parametrize("rows, vocabulary, arch", [(1, 300, 90), (17, 256, 80), (129, 300, 90), (70, 77, 80)])
+@pytest.mark.parametrize(
+    "rows, vocabulary, arch", [(1, 300, 90), (17, 256, 80), (129, 300, 90), (70, 77, 80)]
+)
 def test_sample_tokens(rows, vocabulary, arch, dtype):
     hidden, weight, _ = head_case(rows, vocabulary, 64, dtype, size=3.0)
     temperature = torch.rand(rows, device=DEVICE) + 0.5
@@ -223,7 +308,9 @@ def test_sampled_tokens_follow_the_softmax(dtype):
     draws, vocabulary = 1000, 150
     hidden, weight, _ = head_case(1, vocabulary, 64, dtype, size=2.0)
     key = [x.to(DEVICE) for x in keys(draws)]
-    token, _, _ = sampling._sample_tokens(hidden.expand(draws, -1), weight, torch.ones(draws, device=DEVICE), *key)
+    token, _, _ = sampling._sample_tokens(
+        hidden.expand(draws, -1), weight, torch.ones(draws, device=DEVICE), *key
+    )
     probabilities = (hidden.double() @ weight.double().T).softmax(-1)[0]
     assert abs(chi_square(token.cpu(), probabilities.cpu())) < 4
 
@@ -235,8 +322,12 @@ def test_greedy_takes_the_first_of_equal_maxima_and_large_logits_stay_finite(dty
     hidden = torch.zeros(2, 64, dtype=dtype, device=DEVICE)
     hidden[:, 0] = torch.tensor([1.0, -1.0])
     hidden[1, 1] = 80.0
-    token, logp, entropy = sampling._sample_tokens(hidden, weight, torch.zeros(2, device=DEVICE), *(x.to(DEVICE) for x in keys(2)))
-    assert token.tolist() == [130, 0] and torch.allclose(logp.exp().cpu(), torch.tensor([1 / 3, 1 / 297])), "ties"
+    token, logp, entropy = sampling._sample_tokens(
+        hidden, weight, torch.zeros(2, device=DEVICE), *(x.to(DEVICE) for x in keys(2))
+    )
+    assert token.tolist() == [130, 0] and torch.allclose(
+        logp.exp().cpu(), torch.tensor([1 / 3, 1 / 297])
+    ), "ties"
     assert torch.allclose(entropy.cpu(), -logp.cpu(), atol=1e-4)
 
 
@@ -248,14 +339,25 @@ def test_greedy_takes_the_first_of_equal_maxima_and_large_logits_stay_finite(dty
 def test_group_advantages(monkeypatch, rollouts, groups, dtype):
     monkeypatch.setattr(advantage, "BLOCK", 64)  # so that 129 rollouts take three rounds
     rewards = torch.randint(0, 4, (rollouts,), device=DEVICE) / 3
-    ids, lengths = torch.randint(0, groups, (rollouts,), device=DEVICE), torch.randint(1, 50, (rollouts,), device=DEVICE)
+    ids, lengths = (
+        torch.randint(0, groups, (rollouts,), device=DEVICE),
+        torch.randint(1, 50, (rollouts,), device=DEVICE),
+    )
     rewards[ids == 1] = 0.1  # a group without variance
     rewards[ids == 2] = float("nan")  # one that could not be judged at all
     rewards[5::11] = float("nan")
     for kind in advantage.KINDS:
-        for ddof, tokens in {"grpo": [(1, None), (0, None)], "whiten": [(1, lengths)]}.get(kind, [(1, None)]):
+        for ddof, tokens in {"grpo": [(1, None), (0, None)], "whiten": [(1, lengths)]}.get(
+            kind, [(1, None)]
+        ):
             got = advantage._group_advantages(rewards, ids, kind, 1e-4, ddof, tokens)
-            close(got, advantage.group_advantages_reference(rewards.double(), ids, kind, 1e-4, ddof, tokens), torch.float32)
+            close(
+                got,
+                advantage.group_advantages_reference(
+                    rewards.double(), ids, kind, 1e-4, ddof, tokens
+                ),
+                torch.float32,
+            )
             assert (got[ids == 1] == 0).all() and (got[rewards.isnan()] == 0).all()
 
 
@@ -264,19 +366,32 @@ def test_group_advantages(monkeypatch, rollouts, groups, dtype):
 def test_policy_loss(tokens, dtype):
     logp = randn(tokens) - 3
     old, ref = logp + 0.3 * randn(tokens), logp + 0.3 * randn(tokens)
-    advantages, weights, entropy = randn(tokens), torch.rand(tokens, device=DEVICE) / tokens, torch.rand(tokens, device=DEVICE)
+    advantages, weights, entropy = (
+        randn(tokens),
+        torch.rand(tokens, device=DEVICE) / tokens,
+        torch.rand(tokens, device=DEVICE),
+    )
     ignored = torch.arange(tokens, device=DEVICE) % 5 == 3
     weights[ignored] = 0
     for x in (old, advantages, entropy):
         x[ignored] = float("nan")
     for extras in ((entropy, ref, 0.05), (None, None, 0.0)):
         ours, exact = logp.clone().requires_grad_(), logp.double().requires_grad_()
-        loss, moments = advantage._PolicyLoss.apply(ours, old, advantages, weights, 0.2, 0.28, *extras)
-        theirs = [x.double() if isinstance(x, torch.Tensor) else x for x in (old, advantages, weights, 0.2, 0.28, *extras)]
+        loss, moments = advantage._PolicyLoss.apply(
+            ours, old, advantages, weights, 0.2, 0.28, *extras
+        )
+        theirs = [
+            x.double() if isinstance(x, torch.Tensor) else x
+            for x in (old, advantages, weights, 0.2, 0.28, *extras)
+        ]
         expected, expected_moments = advantage.policy_loss_reference(exact, *theirs)
         close(loss, expected, torch.float32)
         close(moments / tokens, expected_moments / tokens, torch.float32)
-        close(torch.autograd.grad(loss, ours)[0], torch.autograd.grad(expected, exact)[0], torch.float32)
+        close(
+            torch.autograd.grad(loss, ours)[0],
+            torch.autograd.grad(expected, exact)[0],
+            torch.float32,
+        )
 
 
 # together
@@ -285,14 +400,37 @@ def test_policy_loss(tokens, dtype):
 @dtypes
 def test_a_model_trains_the_same_through_the_kernels(monkeypatch, dtype):
     """Hidden states, log-probs and every parameter's gradient, with Triton and without it."""
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     model = random_model(Config(vocab_size=150, **shape), std=0.2).to(DEVICE, dtype)
-    tokens, targets, upstream = torch.randint(0, 150, (24,), device=DEVICE), torch.randint(0, 150, (24,), device=DEVICE), torch.rand(24, device=DEVICE)
-    positions, ends = torch.cat((torch.arange(17), torch.arange(7))).to(DEVICE), torch.tensor([0, 17, 24], dtype=torch.int32, device=DEVICE)
+    tokens, targets, upstream = (
+        torch.randint(0, 150, (24,), device=DEVICE),
+        torch.randint(0, 150, (24,), device=DEVICE),
+        torch.rand(24, device=DEVICE),
+    )
+    positions, ends = (
+        torch.cat((torch.arange(17), torch.arange(7))).to(DEVICE),
+        torch.tensor([0, 17, 24], dtype=torch.int32, device=DEVICE),
+    )
 
     def step():
-        logp, entropy = model(tokens, positions, ends, head=lambda hidden, weight: logprob.token_logprobs(hidden, weight, targets))
-        return (logp, entropy, *torch.autograd.grad((logp * upstream - 0.1 * entropy).sum(), list(model.parameters())))
+        logp, entropy = model(
+            tokens,
+            positions,
+            ends,
+            head=lambda hidden, weight: logprob.token_logprobs(hidden, weight, targets),
+        )
+        return (
+            logp,
+            entropy,
+            *torch.autograd.grad((logp * upstream - 0.1 * entropy).sum(), list(model.parameters())),
+        )
 
     monkeypatch.setenv("RARECODE_TRITON", "0")
     expected = step()
@@ -326,7 +464,9 @@ def test_two_runs_agree_bit_for_bit_and_rows_do_not_see_each_other():
     assert all(torch.equal(a, b[77:101]) for a, b in zip(part, runs[0]))
     key = [x.cuda() for x in keys(300)]
     together = sampling.sample_tokens(hidden, weight, torch.ones(300, device="cuda"), *key)
-    few = sampling.sample_tokens(hidden[5:9], weight, torch.ones(4, device="cuda"), *(x[5:9] for x in key))
+    few = sampling.sample_tokens(
+        hidden[5:9], weight, torch.ones(4, device="cuda"), *(x[5:9] for x in key)
+    )
     assert all(torch.equal(a, b[5:9]) for a, b in zip(few, together))
 
 
@@ -335,7 +475,10 @@ def test_sampling_and_attention_replay_in_a_cuda_graph():
     hidden, weight, _ = head_case(40, 5000, 64, torch.bfloat16)
     case = paged_case([5, 300, 0, 64], 7, 2, 64, 64, torch.bfloat16, "cuda")
     key, ones = [x.cuda() for x in keys(40)], torch.ones(40, device="cuda")
-    run = lambda: (*sampling.sample_tokens(hidden, weight, ones, *key), attention.paged_attention(*case, 0.125))  # noqa: E731
+    run = lambda: (
+        *sampling.sample_tokens(hidden, weight, ones, *key),
+        attention.paged_attention(*case, 0.125),
+    )  # noqa: E731
     eager = [x.clone() for x in run()]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -354,4 +497,6 @@ def test_training_never_holds_the_logits():
     logp, entropy = logprob.token_logprobs(hidden, weight, targets)
     (logp.sum() + entropy.sum()).backward()
     whole = 16_384 * 151_936 * 2
-    assert torch.cuda.max_memory_allocated() - before < 0.6 * whole  # [T, V] in bf16 alone is 4.98 GB
+    assert (
+        torch.cuda.max_memory_allocated() - before < 0.6 * whole
+    )  # [T, V] in bf16 alone is 4.98 GB

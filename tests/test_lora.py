@@ -4,13 +4,13 @@ import json
 
 import torch
 from safetensors.torch import load_file
+from test_update import CONFIG, gradient, sequences
 
 import checkpoint
 import lora
 import model as model_file
 from batches import pack
 from optimizer import make_optimizer, take_step
-from test_update import CONFIG, gradient, sequences
 
 
 def adapted(seed=1):
@@ -36,10 +36,14 @@ def test_only_adapters_train_and_a_fresh_one_changes_nothing():
     optimizer = make_optimizer(model)
     step(model, optimizer, sequences())
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {f"layers.{i}.{m}.adapter.b" for i in range(2) for m in lora.MATRICES}  # A has no gradient while B is 0
+    assert changed == {
+        f"layers.{i}.{m}.adapter.b" for i in range(2) for m in lora.MATRICES
+    }  # A has no gradient while B is 0
     step(model, optimizer, sequences())
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {f"layers.{i}.{m}.adapter.{x}" for i in range(2) for m in lora.MATRICES for x in "ab"}
+    assert changed == {
+        f"layers.{i}.{m}.adapter.{x}" for i in range(2) for m in lora.MATRICES for x in "ab"
+    }
     with lora.disabled(model) as base:
         assert torch.equal(hidden(base), hidden(plain))
 
@@ -52,7 +56,9 @@ def test_merged_weights_are_the_adapted_model_and_what_peft_means():
         step(model, optimizer, sequences())
     merged = model_file.Model(CONFIG)
     merged.load_state_dict(dict(lora.merged(model)))
-    assert not torch.allclose(hidden(merged), hidden(model_file.random_model(CONFIG, 1, std=0.3)), atol=1e-2)
+    assert not torch.allclose(
+        hidden(merged), hidden(model_file.random_model(CONFIG, 1, std=0.3)), atol=1e-2
+    )
     torch.testing.assert_close(hidden(merged), hidden(model), atol=1e-4, rtol=1e-4)
 
 
@@ -63,11 +69,24 @@ def test_a_checkpoint_holds_both_forms_and_resumes_exactly(tmp_path):
     step(model, optimizer, sequences())
     checkpoint.save(tmp_path, 2, model, optimizer, {"updates": 2}, None, keep=1)
     folder = tmp_path / "step_2"
-    peft, config = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
-    base, names = model_file.random_model(CONFIG, 1, std=0.3), "base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight"
+    peft, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    base, names = (
+        model_file.random_model(CONFIG, 1, std=0.3),
+        "base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight",
+    )
     parts = [8.0 / 4 * peft[names.format(x, "B")] @ peft[names.format(x, "A")] for x in "qkv"]
-    torch.testing.assert_close(model_file.load(folder).layers[1].qkv.weight, base.layers[1].qkv.weight + torch.cat(parts))
-    assert config["r"] == 4 and config["lora_alpha"] == 8.0 and "gate_proj" in config["target_modules"] and len(peft) == 2 * 7 * 2
+    torch.testing.assert_close(
+        model_file.load(folder).layers[1].qkv.weight, base.layers[1].qkv.weight + torch.cat(parts)
+    )
+    assert (
+        config["r"] == 4
+        and config["lora_alpha"] == 8.0
+        and "gate_proj" in config["target_modules"]
+        and len(peft) == 2 * 7 * 2
+    )
     again = adapted()
     other = make_optimizer(again)
     checkpoint.restore(folder, again, other)

@@ -11,15 +11,26 @@ import model as model_file
 from batches import Sequence, pack
 from sampler import Request, Sampler
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: it is the peer of these tests")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: it is the peer of these tests"
+)
 
 
 def qwen2(ratio, tied, seed=0, family="Qwen2", **shapes):
     """A random transformers Qwen2 with `ratio` query heads per KV head; biases and norms random too, or an error in them would not show."""
     config = getattr(transformers, f"{family}Config")(
-        **shapes, vocab_size=517, hidden_size=2 * ratio * 16, intermediate_size=160, num_hidden_layers=3, num_attention_heads=2 * ratio, num_key_value_heads=2,
-        max_position_embeddings=512, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, rms_norm_eps=1e-6, tie_word_embeddings=tied,
-    )  # fmt: skip
+        **shapes,
+        vocab_size=517,
+        hidden_size=2 * ratio * 16,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=2 * ratio,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+    )
     torch.manual_seed(seed)
     peer = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -33,7 +44,9 @@ def logits(model, sequences):
     lengths = torch.tensor([len(s) for s in sequences])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     with torch.no_grad():
-        hidden = model(torch.cat(sequences), torch.cat([torch.arange(n) for n in lengths]), cu_seqlens)
+        hidden = model(
+            torch.cat(sequences), torch.cat([torch.arange(n) for n in lengths]), cu_seqlens
+        )
         return (hidden @ model.head_weight.T).split(lengths.tolist())
 
 
@@ -55,7 +68,9 @@ def test_logits_equal_transformers_and_files_go_both_ways(tmp_path, ratio, tied)
     assert largest_gap(peer, ours, sequences) < 1e-4
     model_file.save(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
     back = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values())
+    )
     again = model_file.load(tmp_path / "ours")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
 
@@ -67,18 +82,36 @@ def test_qwen3_equals_transformers_in_logits_files_and_greedy_text(tmp_path, tie
     peer = qwen2(7, tied, family="Qwen3", head_dim=32, attention_bias=False)
     peer.save_pretrained(tmp_path / "theirs")
     ours = model_file.load(tmp_path / "theirs")
-    assert ours.layers[0].qkv.bias is None and ours.config.head_dim * ours.config.num_attention_heads != ours.config.hidden_size
+    assert (
+        ours.layers[0].qkv.bias is None
+        and ours.config.head_dim * ours.config.num_attention_heads != ours.config.hidden_size
+    )
     assert largest_gap(peer, ours, [torch.randint(0, 517, (n,)) for n in (70, 1, 33)]) < 1e-4
     model_file.save(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
     back = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values())
+    )
 
     prompts = [torch.randint(0, 517, (n,)).tolist() for n in (70, 5, 33)]
-    greedy = [group[0].tokens for group in Sampler(ours).generate([Request(p, max_new_tokens=24, temperature=0.0) for p in prompts])]
+    greedy = [
+        group[0].tokens
+        for group in Sampler(ours).generate(
+            [Request(p, max_new_tokens=24, temperature=0.0) for p in prompts]
+        )
+    ]
     for prompt, tokens in zip(prompts, greedy):
-        whole = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False, eos_token_id=None)
+        whole = peer.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+        )
         assert tokens == whole[0, len(prompt) :].tolist()
-    for group in Sampler(ours).generate([Request(p, n=3, max_new_tokens=24, seed=1, id=i) for i, p in enumerate(prompts)]):
+    for group in Sampler(ours).generate(
+        [Request(p, n=3, max_new_tokens=24, seed=1, id=i) for i, p in enumerate(prompts)]
+    ):
         for c in group:
             batch = pack([Sequence(prompts[c.request], c.tokens)])
             with torch.no_grad():
@@ -129,7 +162,9 @@ def real_checkpoint():
     root = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("RARECODE_MODEL", root.parent / "models" / "smollm2-135m"))
     if not (folder / "model.safetensors").exists():
-        pytest.skip(f"no pretrained checkpoint at {folder}: write one with smollm2_to_qwen2.py and set RARECODE_MODEL to its folder")
+        pytest.skip(
+            f"no pretrained checkpoint at {folder}: write one with smollm2_to_qwen2.py and set RARECODE_MODEL to its folder"
+        )
     return folder
 
 
@@ -138,11 +173,18 @@ def test_real_checkpoint_same_logits_and_same_greedy_text():
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = model_file.load(folder)
-    questions = ["What is 6 times 7?", "Name three primary colours, and say which two of them make green.", "Write one sentence about rain."]
+    questions = [
+        "What is 6 times 7?",
+        "Name three primary colours, and say which two of them make green.",
+        "Write one sentence about rain.",
+    ]
     prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in questions]
     ids = [tokenizer(p)["input_ids"] for p in prompts]
     assert largest_gap(peer, ours, [torch.tensor(x) for x in ids]) < 1e-4
-    requests = [Request(x, max_new_tokens=16, temperature=0.0, stop_ids=(tokenizer.eos_token_id,)) for x in ids]
+    requests = [
+        Request(x, max_new_tokens=16, temperature=0.0, stop_ids=(tokenizer.eos_token_id,))
+        for x in ids
+    ]
     sampled = [group[0].tokens for group in Sampler(ours).generate(requests)]
     for prompt, tokens in zip(ids, sampled):
         with torch.no_grad():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from test_update import CONFIG
 
 import lora
 import model as model_file
 import plan
 from settings import Settings
-from test_update import CONFIG
 
 
 def test_parameters_are_those_of_the_model_and_its_adapters():
@@ -15,9 +15,13 @@ def test_parameters_are_those_of_the_model_and_its_adapters():
     everything, layer, ends = plan.parameters(CONFIG)
     assert everything == sum(p.numel() for p in model.parameters()) == 2 * layer + ends
     lora.attach(model, 8, 8.0)
-    assert plan.adapter_parameters(CONFIG, 8) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.adapter_parameters(CONFIG, 8) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
     # Qwen2.5-Coder's published sizes
-    assert [round(plan.parameters(plan.qwen(size))[0] / 1e9, 2) for size in ("0.5B", "1.5B", "3B", "7B")] == [0.49, 1.54, 3.09, 7.62]
+    assert [
+        round(plan.parameters(plan.qwen(size))[0] / 1e9, 2) for size in ("0.5B", "1.5B", "3B", "7B")
+    ] == [0.49, 1.54, 3.09, 7.62]
 
 
 def test_activation_estimate_bounds_what_a_step_keeps():
@@ -33,7 +37,9 @@ def test_activation_estimate_bounds_what_a_step_keeps():
     tokens = torch.arange(40) % 50
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         model(tokens, torch.arange(40), torch.tensor([0, 40], dtype=torch.int32))
-    planned = plan.plan(CONFIG, Settings(token_budget=40, gradient_checkpointing=False), 1, cuda=False)["activations"]
+    planned = plan.plan(
+        CONFIG, Settings(token_budget=40, gradient_checkpointing=False), 1, cuda=False
+    )["activations"]
     assert 0.8 * planned < sum(kept.values()) < 1.05 * planned
 
 

@@ -12,9 +12,15 @@ from model import Config, random_model
 from sampler import Request, Sampler, StalePageError
 
 CONFIG = Config(
-    vocab_size=331, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+    vocab_size=331,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
     max_position_embeddings=2048,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +33,22 @@ def one_thread():
     torch.set_num_threads(1)  # tiny tensors: a second thread only costs time
 
 
-def requests(n=4, new=40, stop_ids=(3, 5, 8, 13, 21, 34, 55, 89), lengths=(1, 2, 15, 16, 17, 40, 65, 90), **more):
+def requests(
+    n=4,
+    new=40,
+    stop_ids=(3, 5, 8, 13, 21, 34, 55, 89),
+    lengths=(1, 2, 15, 16, 17, 40, 65, 90),
+    **more,
+):
     generator = torch.Generator().manual_seed(7)
-    prompts = [torch.randint(0, CONFIG.vocab_size, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(p, n=n, max_new_tokens=new, stop_ids=stop_ids, seed=11, id=100 + i, **more) for i, p in enumerate(prompts)]
+    prompts = [
+        torch.randint(0, CONFIG.vocab_size, (length,), generator=generator).tolist()
+        for length in lengths
+    ]
+    return [
+        Request(p, n=n, max_new_tokens=new, stop_ids=stop_ids, seed=11, id=100 + i, **more)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def values(groups):
@@ -39,15 +57,21 @@ def values(groups):
 
 def trainer_logprobs(model, request, completion):
     tokens = torch.tensor(request.prompt + completion.tokens)
-    hidden = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
+    hidden = model(
+        tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
+    )
     start = len(request.prompt) - 1
-    return model.logprobs(hidden[start:-1], torch.tensor(completion.tokens), request.temperature or 1.0)[0]
+    return model.logprobs(
+        hidden[start:-1], torch.tensor(completion.tokens), request.temperature or 1.0
+    )[0]
 
 
 def same_logprobs(model, asked, groups):
     """As the trainer's, up to fp32's rounding: on these requests the trainer's own are up to 1.4e-5 and in the mean 2e-6 from float64."""
     pairs = [(r, c) for r, group in zip(asked, groups) for c in group]
-    gap = torch.cat([trainer_logprobs(model, r, c) - torch.tensor(c.logprobs) for r, c in pairs]).abs()
+    gap = torch.cat(
+        [trainer_logprobs(model, r, c) - torch.tensor(c.logprobs) for r, c in pairs]
+    ).abs()
     return gap.max() < 2e-5 and gap.mean() < 4e-6
 
 
@@ -89,7 +113,9 @@ VARIANTS = {
 def test_samples_do_not_depend_on_the_batch(model, variant):
     """Tokens and log-probs are equal to the last bit whatever the batch, slots, pages and sharing."""
     asked = requests()
-    assert values(Sampler(model, **VARIANTS[variant]).generate(asked)) == values(Sampler(model).generate(asked))
+    assert values(Sampler(model, **VARIANTS[variant]).generate(asked)) == values(
+        Sampler(model).generate(asked)
+    )
 
 
 def test_samples_do_not_depend_on_the_batch_without_a_compiler(model, monkeypatch):
@@ -126,17 +152,23 @@ def test_the_way_through_the_kernels_draws_the_same_tokens(model):
 
 def test_qwen3_takes_both_ways():
     """Its norms of q and k stand before attention, so that neither way knows of them: same draws alone and together, trainer's log-probs."""
-    model = random_model(dataclasses.replace(CONFIG, model_type="qwen3"), seed=1, std=0.15).requires_grad_(False)
+    model = random_model(
+        dataclasses.replace(CONFIG, model_type="qwen3"), seed=1, std=0.15
+    ).requires_grad_(False)
     for layer in model.layers:  # random norms, or an error in them would not show
         layer.q_norm.data.uniform_(0.5, 2.0), layer.k_norm.data.uniform_(0.5, 2.0)
     asked = requests()
     expected, kernels = Sampler(model).generate(asked), Sampler(model, slots=20, page_size=32)
     assert same_logprobs(model, asked, expected)
     alone = [Sampler(model, slots=3).generate([r])[0] for r in asked]
-    assert [[(c.tokens, c.logprobs) for c in g] for g in alone] == [[(c.tokens, c.logprobs) for c in g] for g in expected]
+    assert [[(c.tokens, c.logprobs) for c in g] for g in alone] == [
+        [(c.tokens, c.logprobs) for c in g] for g in expected
+    ]
     kernels.cpu, kernels.look_every = False, 3
     groups = kernels.generate(asked)
-    assert [[c.tokens for c in g] for g in groups] == [[c.tokens for c in g] for g in expected] and same_logprobs(model, asked, groups)
+    assert [[c.tokens for c in g] for g in groups] == [
+        [c.tokens for c in g] for g in expected
+    ] and same_logprobs(model, asked, groups)
 
 
 def test_samples_do_not_depend_on_order_ranks_or_threads(model):
@@ -147,7 +179,9 @@ def test_samples_do_not_depend_on_order_ranks_or_threads(model):
     assert [ranks[i % 3][i // 3] for i in range(len(asked))] == expected
     torch.set_num_threads(2)
     assert values(Sampler(model).generate(asked[-2:])) == expected[-2:]
-    assert len({tuple(tokens) for group in expected for _, tokens, _, _ in group}) > 25  # samples do differ among themselves
+    assert (
+        len({tuple(tokens) for group in expected for _, tokens, _, _ in group}) > 25
+    )  # samples do differ among themselves
     other_seed = [dataclasses.replace(r, seed=12) for r in asked]
     assert values(Sampler(model).generate(other_seed)) != expected
 
@@ -168,7 +202,10 @@ def test_first_token_frequencies_are_the_models_distribution(model):
 def test_cpu_draw_is_the_kernels_draw():
     """decode.draw on CPU takes fewer passes than kernels.sampling; the tokens must be the same ones."""
     generator = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(64, 32, generator=generator), torch.randn(331, 32, generator=generator)
+    hidden, weight = (
+        torch.randn(64, 32, generator=generator),
+        torch.randn(331, 32, generator=generator),
+    )
     temperature = torch.tensor([0.0, 0.7, 1.0, 1.3]).repeat(16)
     key = (torch.full((64,), 5), torch.arange(64), torch.arange(64) % 4, torch.arange(64) + 1000)
     tokens, logprobs, _ = sample_tokens(hidden, weight, temperature, *key)
@@ -180,7 +217,11 @@ def test_greedy_is_the_argmax_of_a_plain_forward(model):
     (request,) = requests(n=1, new=20, stop_ids=(), lengths=(12,), temperature=0.0)
     tokens = list(request.prompt)
     for _ in range(20):
-        hidden = model(torch.tensor(tokens), torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
+        hidden = model(
+            torch.tensor(tokens),
+            torch.arange(len(tokens)),
+            torch.tensor([0, len(tokens)], dtype=torch.int32),
+        )
         tokens.append(int((hidden[-1] @ model.head_weight.T).argmax()))
     assert Sampler(model).generate([request])[0][0].tokens == tokens[12:]
 
@@ -201,8 +242,12 @@ def test_top_k_and_top_p(model):
         (group,) = Sampler(model).generate([request])
         for c in group:
             tokens = torch.tensor(request.prompt + c.tokens)
-            hidden = model(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
-            p = (hidden[len(request.prompt) - 1 : -1] @ model.head_weight.T / request.temperature).softmax(-1)
+            hidden = model(
+                tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
+            )
+            p = (
+                hidden[len(request.prompt) - 1 : -1] @ model.head_weight.T / request.temperature
+            ).softmax(-1)
             kept = allowed(p)
             chosen = torch.tensor(c.tokens)[:, None]
             assert kept.gather(1, chosen).all()
@@ -212,9 +257,13 @@ def test_top_k_and_top_p(model):
     (request,) = requests(n=6, new=25, stop_ids=(), lengths=(20,), temperature=0.8)
     check(dataclasses.replace(request, top_k=5), lambda p: p >= p.topk(5).values[:, -1:])
     ordered = lambda p: p.sort(descending=True)
-    smallest = lambda p: ordered(p).values.gather(1, ((ordered(p).values.cumsum(-1) < 0.5).sum(-1, keepdim=True)))
+    smallest = lambda p: ordered(p).values.gather(
+        1, ((ordered(p).values.cumsum(-1) < 0.5).sum(-1, keepdim=True))
+    )
     check(dataclasses.replace(request, top_p=0.5), lambda p: p >= smallest(p))
-    one = Sampler(model).generate([dataclasses.replace(request, top_k=1), dataclasses.replace(request, temperature=0.0)])
+    one = Sampler(model).generate(
+        [dataclasses.replace(request, top_k=1), dataclasses.replace(request, temperature=0.0)]
+    )
     assert [c.tokens for c in one[0]] == [c.tokens for c in one[1]]
 
 
@@ -222,19 +271,31 @@ def test_groups_are_handed_over_as_they_finish(model):
     """So that rewards overlap sampling: half of the groups are with the judge before half of the steps are done."""
     asked, seen = requests(n=3), []
     sampler = Sampler(model, slots=5)
-    groups = sampler.generate(asked, on_done=lambda i, completions: seen.append((i, completions, sampler.stats["steps"])))
+    groups = sampler.generate(
+        asked, on_done=lambda i, completions: seen.append((i, completions, sampler.stats["steps"]))
+    )
     assert sorted(i for i, *_ in seen) == list(range(len(asked)))
     assert all(values([completions]) == values([groups[i]]) for i, completions, _ in seen)
-    assert seen[len(seen) // 2 - 1][2] < 0.6 * sampler.stats["steps"] and seen[-1][2] == sampler.stats["steps"]
+    assert (
+        seen[len(seen) // 2 - 1][2] < 0.6 * sampler.stats["steps"]
+        and seen[-1][2] == sampler.stats["steps"]
+    )
     assert sampler.stats["tokens"] == sum(len(c.tokens) for g in groups for c in g)
-    assert sorted(sampler.pool.free_runs) == list(range(sampler.pool.runs)) and len(sampler.pool.free) == sampler.pool.prompts
-    static = sum(max(len(c.tokens) for c in g) for g in groups)  # steps of a batch that waits for its longest
+    assert (
+        sorted(sampler.pool.free_runs) == list(range(sampler.pool.runs))
+        and len(sampler.pool.free) == sampler.pool.prompts
+    )
+    static = sum(
+        max(len(c.tokens) for c in g) for g in groups
+    )  # steps of a batch that waits for its longest
     assert sampler.stats["steps"] < 0.8 * static
 
 
 def test_the_longest_expected_starts_first(model):
     asked, order = requests(n=1, new=4, stop_ids=(), lengths=(9, 9, 9)), []
-    asked = [dataclasses.replace(r, expected_tokens=expected) for r, expected in zip(asked, (1, 3, 2))]
+    asked = [
+        dataclasses.replace(r, expected_tokens=expected) for r, expected in zip(asked, (1, 3, 2))
+    ]
     Sampler(model, slots=1).generate(asked, on_done=lambda i, _: order.append(i))
     assert order == [1, 2, 0]
 
@@ -253,7 +314,11 @@ def test_memory_is_what_the_requests_need_or_what_is_allowed(model, monkeypatch)
     scarce = Sampler(model)
     monkeypatch.setattr("sampler.free_bytes", lambda device: 60 * PAGE_BYTES - scarce.held_bytes())
     for _ in range(2):
-        assert values(scarce.generate(asked)) == expected and scarce.rows == 3 and scarce.held_bytes() <= 30 * PAGE_BYTES
+        assert (
+            values(scarce.generate(asked)) == expected
+            and scarce.rows == 3
+            and scarce.held_bytes() <= 30 * PAGE_BYTES
+        )
     scarce.release()
     assert scarce.held_bytes() == 0
 
@@ -278,9 +343,13 @@ def test_new_weights_are_used_and_old_pages_refused(model):
 def test_what_cannot_run_is_refused_with_a_sentence(model):
     def refused(match, sampler=None, **changes):
         with pytest.raises(ValueError, match=match):
-            (sampler or Sampler(model)).generate([dataclasses.replace(requests(lengths=(40,))[0], **changes)])
+            (sampler or Sampler(model)).generate(
+                [dataclasses.replace(requests(lengths=(40,))[0], **changes)]
+            )
 
-    refused("need 6 pages of 16 tokens and there is room for 4", Sampler(model, memory=4 * PAGE_BYTES))
+    refused(
+        "need 6 pages of 16 tokens and there is room for 4", Sampler(model, memory=4 * PAGE_BYTES)
+    )
     refused("longer than the model's 2048 positions", max_new_tokens=2020)
     refused("empty prompt", prompt=[])
     refused("outside the model's vocabulary of 331", prompt=[1, 331])

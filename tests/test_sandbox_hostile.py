@@ -35,9 +35,17 @@ def attack(*arguments, user=None, before=(), harmless=True):
         for path in [folder, *folder.rglob("*")]:
             path.chmod(0o755)
         python = sys.executable if user is None else python_for_all()
-        command = [*before, python, str(folder / "tests" / "hostile" / "attack.py"), *([] if FULL else SHORT), *arguments]
+        command = [
+            *before,
+            python,
+            str(folder / "tests" / "hostile" / "attack.py"),
+            *([] if FULL else SHORT),
+            *arguments,
+        ]
         who = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=3000, cwd="/", check=False, **who)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=3000, cwd="/", check=False, **who
+        )
     finally:
         shutil.rmtree(folder)
     rows = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
@@ -49,10 +57,23 @@ def attack(*arguments, user=None, before=(), harmless=True):
 
 def python_for_all():
     """A Python of at least 3.11 that every user can start."""
-    for name in (sys.executable, sys._base_executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+    for name in (
+        sys.executable,
+        sys._base_executable,
+        "/usr/bin/python3",
+        "/usr/local/bin/python3",
+    ):
         real = Path(os.path.realpath(name))
-        reachable = real.is_file() and all(parent.stat().st_mode & stat.S_IXOTH for parent in real.parents)
-        if reachable and subprocess.run([name, "-c", "import sys, tomllib"], check=False, capture_output=True).returncode == 0:
+        reachable = real.is_file() and all(
+            parent.stat().st_mode & stat.S_IXOTH for parent in real.parents
+        )
+        if (
+            reachable
+            and subprocess.run(
+                [name, "-c", "import sys, tomllib"], check=False, capture_output=True
+            ).returncode
+            == 0
+        ):
             return name
     pytest.skip("no Python 3.11 that a normal user could start")
 
@@ -65,11 +86,17 @@ def normal_user(number=0):
 @pytest.fixture(scope="module")
 def attacks():
     """{name: future of all attacks that way}; two at a time where they run as different users, so that each finds what its own left."""
-    few = [] if FULL else [word for name in ("python", "bash", "c", "prolog") for word in ("--language", name)]
+    few = (
+        []
+        if FULL
+        else [word for name in ("python", "bash", "c", "prolog") for word in ("--language", name)]
+    )
     with ThreadPoolExecutor(2 if os.geteuid() == 0 else 1) as threads:
         started = {"kernel": threads.submit(attack, "--level", "kernel", user=normal_user())}
         if BEST == "namespaces":
-            started["namespaces"] = threads.submit(attack, "--level", "namespaces", *few, user=normal_user(1))
+            started["namespaces"] = threads.submit(
+                attack, "--level", "namespaces", *few, user=normal_user(1)
+            )
         if os.geteuid() == 0:
             started["root"] = threads.submit(attack, "--level", "kernel", *few[:4])
         if os.geteuid() == 0 and BEST == "namespaces" and FULL:
@@ -81,7 +108,11 @@ def attacks():
 @pytest.mark.parametrize("way", ["kernel", "namespaces", "root", "root, namespaces"])
 def test_no_hostile_program_gets_out_hangs_or_stays(attacks, way):
     if way not in attacks:
-        pytest.skip("needs user namespaces" if way == "namespaces" else "only as root; both levels in full only")
+        pytest.skip(
+            "needs user namespaces"
+            if way == "namespaces"
+            else "only as root; both levels in full only"
+        )
     assert len(attacks[way].result()) > (100 if way == "kernel" else 50)
 
 
@@ -97,7 +128,18 @@ def test_honest_programs_are_right_amid_hostile_ones(attacks, level):
 
 def test_the_portable_level_is_no_sandbox(attacks):
     """What is caught at the other levels is no straw man: without isolation the same programs read and write the answer file."""
-    rows = attack("--level", "portable", "--language", "lua", "--language", "perl", "--only", "files", user=normal_user(4), harmless=False)
+    rows = attack(
+        "--level",
+        "portable",
+        "--language",
+        "lua",
+        "--language",
+        "perl",
+        "--only",
+        "files",
+        user=normal_user(4),
+        harmless=False,
+    )
     if load_language("lua").missing():
         pytest.skip("needs Lua")
     faults = " ".join(rows[0]["faults"])
@@ -108,13 +150,65 @@ def test_the_portable_level_is_no_sandbox(attacks):
 def test_without_landlock_or_namespaces(attacks):
     """Machines that refuse: no Landlock means no kernel level, and a sentence; no namespaces (Docker) leaves the kernel level whole."""
     refuse = str(ROOT / "tests" / "hostile" / "refuse.py")
-    command = [sys.executable, refuse, "landlock", sys.executable, "-m", "sandbox", "run", "--lang", "python"]
-    ran = subprocess.run(command, input="print(42)", capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [
+        sys.executable,
+        refuse,
+        "landlock",
+        sys.executable,
+        "-m",
+        "sandbox",
+        "run",
+        "--lang",
+        "python",
+    ]
+    ran = subprocess.run(
+        command, input="print(42)", capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1
-    assert "the sandbox cannot give kernel isolation here: kernel isolation needs landlock" in ran.stderr
-    ran = subprocess.run([*command, "--allow-weaker"], input="print(42)", capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (json.loads(ran.stdout)["level"], json.loads(ran.stdout)["stdout"]) == ("portable", "42\n")
-    attack("--level", "kernel", "--language", "python", "--only", "fi", user=normal_user(3), before=[python_for_all(), refuse, "namespaces"])
-    ran = subprocess.run([sys.executable, refuse, "namespaces", sys.executable, "-m", "sandbox", "run", "--level", "namespaces", "--lang", "python"],
-                         input="print(42)", capture_output=True, text=True, cwd=ROOT, check=False)  # fmt: skip
+    assert (
+        "the sandbox cannot give kernel isolation here: kernel isolation needs landlock"
+        in ran.stderr
+    )
+    ran = subprocess.run(
+        [*command, "--allow-weaker"],
+        input="print(42)",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert (json.loads(ran.stdout)["level"], json.loads(ran.stdout)["stdout"]) == (
+        "portable",
+        "42\n",
+    )
+    attack(
+        "--level",
+        "kernel",
+        "--language",
+        "python",
+        "--only",
+        "fi",
+        user=normal_user(3),
+        before=[python_for_all(), refuse, "namespaces"],
+    )
+    ran = subprocess.run(
+        [
+            sys.executable,
+            refuse,
+            "namespaces",
+            sys.executable,
+            "-m",
+            "sandbox",
+            "run",
+            "--level",
+            "namespaces",
+            "--lang",
+            "python",
+        ],
+        input="print(42)",
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
     assert ran.returncode == 1 and "namespaces isolation needs pid namespace" in ran.stderr

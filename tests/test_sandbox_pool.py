@@ -20,7 +20,9 @@ from sandbox import Job, Limits, Pool, SandboxError, languages
 from sandbox.languages import load_language
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(load_language("lua").missing() is not None, reason=str(load_language("lua").missing()))
+pytestmark = pytest.mark.skipif(
+    load_language("lua").missing() is not None, reason=str(load_language("lua").missing())
+)
 
 
 def lua(source, **more):
@@ -29,17 +31,28 @@ def lua(source, **more):
 
 def sleeper(number):
     """Uses no CPU, so it runs until its wall limit of 20 s. Lua cannot sleep, but it can wait for a line that never comes."""
-    return Job("bash", {"main.sh": f"sleep {20 + number}"}, limits=Limits(cpu=1.0, wall=20.0), id=number)
+    return Job(
+        "bash", {"main.sh": f"sleep {20 + number}"}, limits=Limits(cpu=1.0, wall=20.0), id=number
+    )
 
 
 def alive(pids):
-    return [pid for pid in pids if os.path.exists(f"/proc/{pid}") and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
+    return [
+        pid
+        for pid in pids
+        if os.path.exists(f"/proc/{pid}")
+        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    ]
 
 
 def descendants(pid):
     """Process ids of its children, their children and so on."""
     try:
-        children = [int(word) for task in os.listdir(f"/proc/{pid}/task") for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+        children = [
+            int(word)
+            for task in os.listdir(f"/proc/{pid}/task")
+            for word in Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+        ]
     except OSError:
         return []
     return children + [found for child in children for found in descendants(child)]
@@ -136,19 +149,25 @@ def test_a_trainer_killed_at_any_moment_leaves_nothing(work_root):
         "while True: pool.run_all([Job('lua', {'main.lua': files})] * 30)\n"
     )
     for moment in range(8):
-        process = subprocess.Popen([sys.executable, "-c", trainer], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", trainer], stdout=subprocess.PIPE, text=True
+        )
         launchers = [int(word) for word in process.stdout.readline().split()]
         time.sleep(0.03 * moment)
         process.kill()
         process.wait()
         process.stdout.close()
-        assert eventually(lambda launchers=launchers: not alive(launchers) and not list(work_root.iterdir())), list(work_root.rglob("*"))
+        assert eventually(
+            lambda launchers=launchers: not alive(launchers) and not list(work_root.iterdir())
+        ), list(work_root.rglob("*"))
 
 
 def test_the_trainer_never_forks(work_root):
     """A fork copies the page tables of the trainer: 118 ms at 4 GiB, and half-initialised threads and CUDA with it."""
     forks = []
-    os.register_at_fork(before=lambda: forks.append(1))  # runs for os.fork and for subprocess with preexec_fn, not for vfork or spawn
+    os.register_at_fork(
+        before=lambda: forks.append(1)
+    )  # runs for os.fork and for subprocess with preexec_fn, not for vfork or spawn
     with Pool(workers=2) as pool:
         assert pool.run_all([lua("print(1)")])[0].status == "ok"
     assert not forks
@@ -156,11 +175,34 @@ def test_the_trainer_never_forks(work_root):
 
 def test_results_come_as_they_end_and_equal_jobs_run_once():
     with Pool(workers=2) as pool:
-        slow, fast = Job("bash", {"main.sh": "sleep 1; echo slow"}, id="slow"), lua("print('fast')", id="fast")
+        slow, fast = (
+            Job("bash", {"main.sh": "sleep 1; echo slow"}, id="slow"),
+            lua("print('fast')", id="fast"),
+        )
         assert [result.id for result in pool.run([slow, fast])] == ["fast", "slow"]
-        jobs = [lua("io.write(os.clock() - os.clock() == 0 and 'x' or 'x', io.read('a'))", stdin=text, id=n) for n, text in enumerate((b"1", b"1", b"2", b"1"))]
-        results = pool.run_all([*jobs, replace(jobs[0], limits=Limits(cpu=0.9), id=4), replace(jobs[0], files={**jobs[0].files, "b": ""}, id=5)])
-        assert [(r.id, r.stdout) for r in results] == [(0, b"x1"), (1, b"x1"), (2, b"x2"), (3, b"x1"), (4, b"x1"), (5, b"x1")]
+        jobs = [
+            lua(
+                "io.write(os.clock() - os.clock() == 0 and 'x' or 'x', io.read('a'))",
+                stdin=text,
+                id=n,
+            )
+            for n, text in enumerate((b"1", b"1", b"2", b"1"))
+        ]
+        results = pool.run_all(
+            [
+                *jobs,
+                replace(jobs[0], limits=Limits(cpu=0.9), id=4),
+                replace(jobs[0], files={**jobs[0].files, "b": ""}, id=5),
+            ]
+        )
+        assert [(r.id, r.stdout) for r in results] == [
+            (0, b"x1"),
+            (1, b"x1"),
+            (2, b"x2"),
+            (3, b"x1"),
+            (4, b"x1"),
+            (5, b"x1"),
+        ]
         assert pool.cache_hits == 2
         again = pool.run_all(jobs)
         assert pool.cache_hits == 6 and [r.cpu for r in again] == [results[n].cpu for n in range(4)]
@@ -176,16 +218,40 @@ def test_every_limit_has_its_status():
         "wall_limit": ("import time; time.sleep(9)", replace(small, wall=0.3)),
         "memory_limit": ("x = bytearray(1 << 30)", small),
         "output_limit": ("print('x' * 2000)", small),
-        "file_limit": ("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); open('x', 'wb').write(bytes(20 << 20))", small),
+        "file_limit": (
+            "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); open('x', 'wb').write(bytes(20 << 20))",
+            small,
+        ),
         "crash": ("import ctypes; ctypes.string_at(0)", small),
         "error": ("raise SystemExit(3)", small),
         "ok": ("import os; os.write(2, b'\\xff'); print('x' * 999)", small),
     }
     with Pool(workers=2) as pool:
-        found = dict(zip(programs, pool.run_all([Job("python", {"main.py": text}, limits=limits) for text, limits in programs.values()]), strict=True))
-    assert {name: result.status for name, result in found.items()} == {name: name for name in programs}
-    assert found["output_limit"].stdout == b"x" * 1000 and found["output_limit"].truncated and not found["ok"].truncated
-    assert (found["crash"].signal, found["error"].exit_code, found["ok"].stderr) == (signal.SIGSEGV, 3, b"\xff")
+        found = dict(
+            zip(
+                programs,
+                pool.run_all(
+                    [
+                        Job("python", {"main.py": text}, limits=limits)
+                        for text, limits in programs.values()
+                    ]
+                ),
+                strict=True,
+            )
+        )
+    assert {name: result.status for name, result in found.items()} == {
+        name: name for name in programs
+    }
+    assert (
+        found["output_limit"].stdout == b"x" * 1000
+        and found["output_limit"].truncated
+        and not found["ok"].truncated
+    )
+    assert (found["crash"].signal, found["error"].exit_code, found["ok"].stderr) == (
+        signal.SIGSEGV,
+        3,
+        b"\xff",
+    )
     assert 0.2 <= found["cpu_limit"].cpu < 0.4 and found["ok"].peak_memory < 100 << 20
 
 
@@ -193,7 +259,14 @@ def test_two_pools_and_many_threads():
     """Every rank has a pool of its own, and rewards are submitted from the sampler's callbacks."""
     with Pool(workers=1) as one, Pool(workers=1) as other:
         futures = []
-        threads = [threading.Thread(target=lambda n=n: futures.append((n, (one, other)[n % 2].submit(lua(f"print({n})"))))) for n in range(20)]
+        threads = [
+            threading.Thread(
+                target=lambda n=n: futures.append(
+                    (n, (one, other)[n % 2].submit(lua(f"print({n})")))
+                )
+            )
+            for n in range(20)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -206,7 +279,15 @@ def test_two_pools_and_many_threads():
 
 
 def command(*arguments, given=""):
-    return subprocess.run([sys.executable, "-m", "sandbox", *arguments], input=given, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "sandbox", *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_run_prints_a_json_result(tmp_path):
@@ -214,8 +295,25 @@ def test_run_prints_a_json_result(tmp_path):
     (tmp_path / "in").write_text("21")
     ran = command("run", "--lang", "Lua", str(tmp_path / "a.lua"), "--stdin", str(tmp_path / "in"))
     result = json.loads(ran.stdout)
-    assert (ran.returncode, result["status"], result["stdout"], result["level"]) == (0, "ok", "42\n", "kernel")
-    assert set(result) == {"id", "status", "stdout", "stderr", "exit_code", "signal", "cpu", "wall", "peak_memory", "level", "truncated"}
+    assert (ran.returncode, result["status"], result["stdout"], result["level"]) == (
+        0,
+        "ok",
+        "42\n",
+        "kernel",
+    )
+    assert set(result) == {
+        "id",
+        "status",
+        "stdout",
+        "stderr",
+        "exit_code",
+        "signal",
+        "cpu",
+        "wall",
+        "peak_memory",
+        "level",
+        "truncated",
+    }
     for arguments, said in (
         (("--lang", "klingon", "x"), "No such file"),
         (("--lang", "klingon"), "unknown language 'klingon'"),
@@ -224,15 +322,26 @@ def test_run_prints_a_json_result(tmp_path):
         (("--lang", "lua", "--level", "portable", "--allow-weaker"), None),
     ):
         ran = command("run", *arguments, given="print(1)")
-        assert (said is None and ran.returncode == 0) or (ran.returncode == 1 and said in ran.stderr and "Traceback" not in ran.stderr), ran
+        assert (said is None and ran.returncode == 0) or (
+            ran.returncode == 1 and said in ran.stderr and "Traceback" not in ran.stderr
+        ), ran
 
 
 def test_job_lines_stream_in_order():
     lines = [
         {"id": "slow", "lang": "bash", "source": "sleep 0.5; echo slow"},
         {"id": 7, "lang": "lua", "source": "print(io.read('a'))", "stdin": "in"},
-        {"id": "files", "lang": "lua", "files": {"main.lua": "print((require('other')))", "other.lua": "return 42"}},
-        {"id": "limits", "lang": "lua", "source": "while true do end", "limits": {"cpu": 0.2, "wall": 5, "memory": 100_000_000, "output": 100}},
+        {
+            "id": "files",
+            "lang": "lua",
+            "files": {"main.lua": "print((require('other')))", "other.lua": "return 42"},
+        },
+        {
+            "id": "limits",
+            "lang": "lua",
+            "source": "while true do end",
+            "limits": {"cpu": 0.2, "wall": 5, "memory": 100_000_000, "output": 100},
+        },
         "{not json",
         {"id": "klingon", "lang": "klingon", "source": "x"},
         {"id": "typo", "lang": "lua", "sauce": "x"},
@@ -242,13 +351,36 @@ def test_job_lines_stream_in_order():
         [1],
         {"lang": "lua", "source": "print('last')"},
     ]
-    given = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n\n"
+    given = (
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n\n"
+    )
     ran = command("run", "--jobs", "-", given=given)
     rows = [json.loads(line) for line in ran.stdout.splitlines()]
     assert ran.returncode == 0 and len(rows) == len(lines)
-    assert [row["id"] for row in rows] == ["slow", 7, "files", "limits", None, "klingon", "typo", "path", "number", "limit", None, None]
-    assert [row["status"] for row in rows if "status" in row] == ["ok", "ok", "ok", "cpu_limit", "ok"]
-    assert [row.get("stdout", "").strip() for row in rows[:3]] == ["slow", "in", "42"] and rows[-1]["stdout"] == "last\n"
+    assert [row["id"] for row in rows] == [
+        "slow",
+        7,
+        "files",
+        "limits",
+        None,
+        "klingon",
+        "typo",
+        "path",
+        "number",
+        "limit",
+        None,
+        None,
+    ]
+    assert [row["status"] for row in rows if "status" in row] == [
+        "ok",
+        "ok",
+        "ok",
+        "cpu_limit",
+        "ok",
+    ]
+    assert [row.get("stdout", "").strip() for row in rows[:3]] == ["slow", "in", "42"] and rows[-1][
+        "stdout"
+    ] == "last\n"
     assert [row["line"] for row in rows if "error" in row] == [5, 6, 7, 8, 9, 10, 11]
 
 
@@ -264,7 +396,9 @@ def language_folder(tmp_path, monkeypatch):
 def test_doctor_says_what_works_and_how_to_get_what_does_not(language_folder, capsys):
     text = (ROOT / "sandbox" / "languages" / "lua.toml").read_text()
     (language_folder / "lua.toml").write_text(text)
-    lacking = text.replace('lua = ["lua5.4", "lua5.3", "lua"]', 'lua = ["klingon"]').replace('debian = "lua5.4"', 'debian = "klingon-nox"')
+    lacking = text.replace('lua = ["lua5.4", "lua5.3", "lua"]', 'lua = ["klingon"]').replace(
+        'debian = "lua5.4"', 'debian = "klingon-nox"'
+    )
     (language_folder / "klingon.toml").write_text(lacking)
     from sandbox.__main__ import main
 
@@ -273,7 +407,9 @@ def test_doctor_says_what_works_and_how_to_get_what_does_not(language_folder, ca
     assert re.search(r"isolation: (kernel|namespaces)", said) and re.search(r"landlock +ok", said)
     assert re.search(r"lua +\d+ ms +\d+ ms +Lua 5", said)
     assert "klingon     missing: klingon not found: apt-get install klingon-nox" in said
-    assert said.rstrip().endswith("for all that is missing: apt-get install --no-install-recommends klingon-nox")
+    assert said.rstrip().endswith(
+        "for all that is missing: apt-get install --no-install-recommends klingon-nox"
+    )
 
 
 def test_the_readmes_new_language_works(language_folder):

@@ -103,12 +103,17 @@ def installed(name):
 def test_no_program_forges_a_verdict(name, pool):
     language = installed(name)
     judge, problem = Judge(pool, language), Problem("p", "sums", "?", Fraction(ANSWER))
-    texts = [completion("r", textwrap.dedent(code).strip(), language.render["query"], language) for code in (THIEVES[name], LEAVERS[name])]
+    texts = [
+        completion("r", textwrap.dedent(code).strip(), language.render["query"], language)
+        for code in (THIEVES[name], LEAVERS[name])
+    ]
     submissions = [judge.submit(problem, text) for text in texts]
     thief, leaver = judge.collect(submissions, 60)
     printed = submissions[0].future.result().stdout.decode()
     assert thief.status == leaver.status == "ok", (submissions[0].future.result(), leaver)
-    assert re.search(f"^{submissions[0].nonce} 41", printed, re.MULTILINE), "the thief found its nonce, as it may"
+    assert re.search(f"^{submissions[0].nonce} 41", printed, re.MULTILINE), (
+        "the thief found its nonce, as it may"
+    )
     assert str(ANSWER) not in printed and (thief.reward, thief.correct) == (0.0, False)
     assert (leaver.reward, leaver.correct, leaver.value) == (0.0, False, None)
     assert str(ANSWER) in submissions[1].future.result().stdout.decode()
@@ -119,9 +124,27 @@ def test_no_program_forges_a_verdict(name, pool):
 def test_rendered_gsm8k_programs_score_full_and_wrong_ones_nothing(name, pool):
     """As tests/test_rewards.py does for Prolog and Lisp; a wrong program is that of another problem with another answer."""
     language = installed(name)
-    problems = load_problems("gsm8k_steps", "train", count=8, seed=3) + load_problems("sums", "test", count=2)
-    others = [next(other for other in problems if other.answer != problem.answer) for problem in problems]
+    problems = load_problems("gsm8k_steps", "train", count=8, seed=3) + load_problems(
+        "sums", "test", count=2
+    )
+    others = [
+        next(other for other in problems if other.answer != problem.answer) for problem in problems
+    ]
     judge = Judge(pool, language)
-    pairs = [(problem, solution(source, language)) for source in (problems, others[:4]) for problem, source in zip(problems, source)]
-    verdicts = judge.collect([judge.submit(replace(problem, id=f"{n}"), text) for n, (problem, text) in enumerate(pairs)], 300)
-    assert [(v.problem, v.reward) for v in verdicts if v.reward != (1.0 if int(v.problem) < len(problems) else 0.0)] == []
+    pairs = [
+        (problem, solution(source, language))
+        for source in (problems, others[:4])
+        for problem, source in zip(problems, source)
+    ]
+    verdicts = judge.collect(
+        [
+            judge.submit(replace(problem, id=f"{n}"), text)
+            for n, (problem, text) in enumerate(pairs)
+        ],
+        300,
+    )
+    assert [
+        (v.problem, v.reward)
+        for v in verdicts
+        if v.reward != (1.0 if int(v.problem) < len(problems) else 0.0)
+    ] == []

@@ -38,9 +38,9 @@ PROGRAMS = [
     "main :- format('~a ~d ~2f ~q~n', [x, 3, 2.5, 'A b']), format('~d~n', [x]).",
     "main :- catch(call_with_time_limit(0.05, (repeat, fail)), E, (print(E), nl)).",
     "main :- length(L, 3), aggregate_all(count, member(_, L), C), nb_setval(k, C), nb_getval(k, V), print(V).",
-    "main :- string_concat(X, Y, \"ab\"), print(X-Y), nl, fail.\nmain.",
+    'main :- string_concat(X, Y, "ab"), print(X-Y), nl, fail.\nmain.',
     "main :- tab(3), print(a), nl, write_canonical([a-'B c', \"s\", 0'a]), nl, print_message(error, format(hello, [])).",
-    "main :- split_string(\"a,b,c\", \",\", \"\", P), print(P), nl, succ_or_fail.\nsucc_or_fail :- succ(X, 0), print(X).",
+    'main :- split_string("a,b,c", ",", "", P), print(P), nl, succ_or_fail.\nsucc_or_fail :- succ(X, 0), print(X).',
     "main :- forall(member(F, [argv, os_argv, associated_file, signals, gc_thread, verbose, toplevel_goal, stack_limit, encoding, bounded]),"
     " ((current_prolog_flag(F, V) -> true ; V = none), print(F = V), nl)).",
     "main :- forall(member(S, [user_input, user_output, user_error]), (findall(P, (stream_property(S, P), P \\= position(_)), L), print(S - L), nl)).",
@@ -80,20 +80,32 @@ def compare(pool, programs, stdin=b""):
     limits = Limits(cpu=3.0)
     warm = pool.run_all([Job("prolog", files, stdin, limits) for files in programs])
     cold = pool.run_all([Job("prolog", files, stdin, limits, run=PROLOG.run) for files in programs])
-    pairs = [(program, outcome(a), outcome(b)) for program, a, b in zip(programs, warm, cold, strict=True)]
+    pairs = [
+        (program, outcome(a), outcome(b))
+        for program, a, b in zip(programs, warm, cold, strict=True)
+    ]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def outcome(result):
     """All of a result but what no two launchers share: the work folder, names of fresh variables, stack depths in messages."""
-    texts = (re.sub(rb"/[^\s']*rarecode-\w+/\w+", b"WORK", re.sub(rb"\b_\d+", b"_", text)) for text in (result.stdout, result.stderr))
+    texts = (
+        re.sub(rb"/[^\s']*rarecode-\w+/\w+", b"WORK", re.sub(rb"\b_\d+", b"_", text))
+        for text in (result.stdout, result.stderr)
+    )
     stdout, stderr = texts
-    return result.status, result.exit_code, result.signal, stdout, re.sub(rb"\d[\d,]*|\s+", b" ", stderr)
+    return (
+        result.status,
+        result.exit_code,
+        result.signal,
+        stdout,
+        re.sub(rb"\d[\d,]*|\s+", b" ", stderr),
+    )
 
 
 def test_same_results_on_programs_of_every_kind(pool):
     programs = [{"main.pl": text, "extra.pl": "extra(7)."} for text in PROGRAMS]
-    different = compare(pool, programs, b"21.\nfoo(Bar, \"x\").\n")
+    different = compare(pool, programs, b'21.\nfoo(Bar, "x").\n')
     assert not different, different[:3]
 
 
@@ -111,7 +123,11 @@ def test_same_results_on_rendered_solutions(pool):
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
     names = ["sums", "gsm8k_steps"] if data.is_dir() else ["sums"]
     programs = []
-    for problem in [p for name in names for p in tasks.load_problems(name, "train", count=COUNT if name != "sums" else 60)]:
+    for problem in [
+        p
+        for name in names
+        for p in tasks.load_problems(name, "train", count=COUNT if name != "sums" else 60)
+    ]:
         _, code, query = re.split(r"</?code>", tasks.solution(problem, "prolog"))
         query = re.search(r"<query>\s*(.*?)\s*</query>", query, re.DOTALL)[1]
         programs.append(answer_files(PROLOG, code, query, "nonce"))
@@ -127,15 +143,22 @@ def test_a_program_leaves_nothing_for_the_next(pool):
         " (exists_file(left) -> print(bad) ; true), current_prolog_flag(double_quotes, F), print(F)."
     )
     for _ in range(2):
-        results = pool.run_all([Job("prolog", {"main.pl": text}) for text in (first, first, second, second)])
-        assert [r.status for r in results] == ["ok"] * 4 and results[2].stdout == results[3].stdout == b"string"
+        results = pool.run_all(
+            [Job("prolog", {"main.pl": text}) for text in (first, first, second, second)]
+        )
+        assert [r.status for r in results] == ["ok"] * 4 and results[2].stdout == results[
+            3
+        ].stdout == b"string"
 
 
 def test_warm_is_really_warm(pool):
     """CPU time tells: library(clpfd) alone takes 100 ms to load."""
     program = {"main.pl": ":- use_module(library(clpfd)).\nmain :- X #= 6 * 7, print(X)."}
     pool.run_all([Job("prolog", program)] * 4)
-    warm, cold = pool.run_all([Job("prolog", program)])[0], pool.run_all([Job("prolog", program, run=PROLOG.run)])[0]
+    warm, cold = (
+        pool.run_all([Job("prolog", program)])[0],
+        pool.run_all([Job("prolog", program, run=PROLOG.run)])[0],
+    )
     assert warm.stdout == cold.stdout == b"42" and warm.cpu < cold.cpu / 4
 
 
@@ -144,7 +167,9 @@ def test_falls_back_to_cold(monkeypatch):
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)  # programs of root run as another user
     program = folder / "swipl"
-    program.write_text(f'#!/bin/sh\n[ "$1" = --dump-runtime-variables ] && exit 1\nexec {languages._find("swipl", ("swipl",))} "$@"\n')
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --dump-runtime-variables ] && exit 1\nexec {languages._find("swipl", ("swipl",))} "$@"\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("RARECODE_SWIPL", str(program))
     languages._find.cache_clear()

@@ -29,7 +29,11 @@ def test_sums_hold_out_templates_and_numbers():
 
 def test_sums_are_right_deterministic_and_small():
     problems = load_problems("sums", "train", count=2000, seed=3)
-    assert problems == load_problems("sums", "train", count=2000, seed=3) != load_problems("sums", "train", count=2000, seed=4)
+    assert (
+        problems
+        == load_problems("sums", "train", count=2000, seed=3)
+        != load_problems("sums", "train", count=2000, seed=4)
+    )
     assert problems[:10] == load_problems("sums", "train", count=10, seed=3)
     words = [len(p.question.split()) for p in problems]
     assert max(words) < 60 and 20 < sum(words) / len(words) < 45
@@ -38,7 +42,9 @@ def test_sums_are_right_deterministic_and_small():
         assert "{" not in p.question and p.steps[-1].value == p.answer
         # every number of the steps stands in the question, but for those that a word says (half, twice, a third)
         told = re.findall(r"\d+(?:\.\d+)?", p.question)
-        used = [number for s in p.steps for number in re.findall(r"(?<![v\d.])\d+(?:\.\d+)?", s.expr)]
+        used = [
+            number for s in p.steps for number in re.findall(r"(?<![v\d.])\d+(?:\.\d+)?", s.expr)
+        ]
         assert all(number in told or number in "23" for number in used), p
 
 
@@ -58,7 +64,10 @@ def test_expressions_keep_their_meaning_in_infix_and_prefix():
         "-v1+0.5": ("0 - V1 + 0.5", "(+ (- 0 v1) 0.5)"),
     }
     for expr, expected in cases.items():
-        assert (tasks.render_expression(expr, infix), tasks.render_expression(expr, prefix)) == expected
+        assert (
+            tasks.render_expression(expr, infix),
+            tasks.render_expression(expr, prefix),
+        ) == expected
     floats = {**infix, "integer": "{}.0", "operators": {"+": "+.", "*": "*."}}
     assert tasks.render_expression("(1+v1)*0.5", floats) == "(1.0 +. V1) *. 0.5"
 
@@ -66,14 +75,27 @@ def test_expressions_keep_their_meaning_in_infix_and_prefix():
 def test_solution_and_messages_read_as_the_format_says():
     problem = load_problems("sums", "train", count=1)[0]
     text = solution(problem, "prolog")
-    assert re.fullmatch(r"<reasoning>\n.+\n</reasoning>\n<code>\n.+\n</code>\n<query>\n.+\n</query>", text, re.DOTALL)
+    assert re.fullmatch(
+        r"<reasoning>\n.+\n</reasoning>\n<code>\n.+\n</code>\n<query>\n.+\n</query>",
+        text,
+        re.DOTALL,
+    )
     assert "<funcall>\n(solve)\n</funcall>" in solution(problem, "lisp")
     for examples in (0, 1, 5):
         system, user = messages(problem, "prolog", examples=examples)
-        assert user["content"] == problem.question and system["content"].count("## Example") == examples
+        assert (
+            user["content"] == problem.question
+            and system["content"].count("## Example") == examples
+        )
         assert system["content"].count("</query>") == 2 + examples
-    assert messages(problem, "lisp", examples=0, system=False) == [{"role": "user", "content": problem.question}]
-    assert [m["role"] for m in messages(problem, "lisp", examples=1, system=False)] == ["user", "assistant", "user"]
+    assert messages(problem, "lisp", examples=0, system=False) == [
+        {"role": "user", "content": problem.question}
+    ]
+    assert [m["role"] for m in messages(problem, "lisp", examples=1, system=False)] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     with pytest.raises(ValueError, match="use 0, 1 or 5"):
         messages(problem, "lisp", examples=2)
 
@@ -83,14 +105,20 @@ def test_gsm8k_counts_and_golds():
     train, test = load_problems("gsm8k", "train"), load_problems("gsm8k", "test")
     assert (len(train), len(test)) == (7473, 1319)
     assert train[0].answer == 72 and train[0].id == "gsm8k/train/0"
-    raw = [json.loads(line)["answer"] for line in gzip.open(DATA / "gsm8k/train.jsonl.gz", "rt", encoding="utf-8")]
+    raw = [
+        json.loads(line)["answer"]
+        for line in gzip.open(DATA / "gsm8k/train.jsonl.gz", "rt", encoding="utf-8")
+    ]
     commas = [i for i, answer in enumerate(raw) if "," in answer.split("####")[1]]
     assert commas and all(train[i].answer >= 1000 for i in commas)  # "1,200" is 1200, not an error
     steps = load_problems("gsm8k_steps", "train")
     assert len(steps) == 6991
     assert all(train[int(p.id.split("/")[-1])].answer == p.answer for p in steps)
     sample = load_problems("gsm8k", "test", count=50, seed=1)
-    assert sample == load_problems("gsm8k", "test", count=50, seed=1) and len({p.id for p in sample}) == 50
+    assert (
+        sample == load_problems("gsm8k", "test", count=50, seed=1)
+        and len({p.id for p in sample}) == 50
+    )
 
 
 def test_bad_data_has_one_clear_sentence(tmp_path, monkeypatch):
@@ -138,8 +166,14 @@ def test_chat_tokenizer_equals_transformers_and_golden_vectors():
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoTokenizer.from_pretrained(DATA / "qwen_tokenizer")
     problem = tasks.worked_example(2)
-    for chat in (messages(problem, "lisp", 5), messages(problem, "prolog", 0, system=False), messages(problem, "prolog", 1, system=False)):
-        assert tokenizer.encode_chat(chat) == peer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    for chat in (
+        messages(problem, "lisp", 5),
+        messages(problem, "prolog", 0, system=False),
+        messages(problem, "prolog", 1, system=False),
+    ):
+        assert tokenizer.encode_chat(chat) == peer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=False
+        )
 
 
 def test_stop_ids_come_from_every_config(tmp_path):
@@ -159,9 +193,13 @@ def test_train_bpe_is_deterministic_and_splits_digits(tmp_path):
     texts = [solution(p, "prolog") + p.question for p in load_problems("sums", "train", count=300)]
     tokenizer = train_bpe(texts, 512, tmp_path / "a")
     train_bpe(texts, 512, tmp_path / "b")
-    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_bytes()
     assert tokenizer.vocab_size == 512 and tokenizer.stop_ids == (2, 0)
     assert tokenizer.decode(tokenizer.encode(texts[0] + " ½ 漢")) == texts[0] + " ½ 漢"
     assert len(tokenizer.encode("1234")) == 4
     ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
-    assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1  # user turn closed, assistant turn open
+    assert (
+        ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1
+    )  # user turn closed, assistant turn open

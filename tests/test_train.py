@@ -24,33 +24,63 @@ from tasks import Problem, Step
 from tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_prolog = pytest.mark.skipif(shutil.which("swipl") is None, reason="swipl not found: apt-get install swi-prolog-nox")
+needs_prolog = pytest.mark.skipif(
+    shutil.which("swipl") is None, reason="swipl not found: apt-get install swi-prolog-nox"
+)
 # The random reward gives every step a gradient, whatever an untrained model writes.
 SMALL = "--problems 200 --warm_start_steps 2 --steps 4 --prompts 4 --samples 4 --max_new_tokens 24 --eval_problems 4 --save_every 2 --reward random --wandb off".split()
 # Everything that a resume must remember: prompts drawn for refilled groups, the reference model, adapters.
-ALL = [*SMALL, *"--dynamic_sampling 2 --overlong_buffer 8 --kl_coef 0.05 --entropy_coef 0.01 --minibatches 2 --samples 2 --lora_rank 4".split()]
+ALL = [
+    *SMALL,
+    *"--dynamic_sampling 2 --overlong_buffer 8 --kl_coef 0.05 --entropy_coef 0.01 --minibatches 2 --samples 2 --lora_rank 4".split(),
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(*arguments, ranks=1):
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+        ]
+    )
     return [*start, str(ROOT / "train.py"), *arguments]
 
 
 def cut_short(folder, how, *arguments):
     """Start a run named "cut" and stop it by signal `how` in the middle of step 3 or 4 -> (stderr, return code)."""
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and their children inherit that
+    heard = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs ignore Ctrl-C, and their children inherit that
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command(*arguments, "--name", "cut"), cwd=folder, env=ENVIRONMENT, preexec_fn=heard, **pipes)
+    process = subprocess.Popen(
+        command(*arguments, "--name", "cut"), cwd=folder, env=ENVIRONMENT, preexec_fn=heard, **pipes
+    )
     deadline = time.monotonic() + 120
-    while not (folder / "runs/cut/checkpoints/step_2").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (folder / "runs/cut/checkpoints/step_2").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)  # a step takes 0.2 s
     process.send_signal(how)
     return process.communicate(timeout=60)[1], process.returncode
 
 
 def run(folder, *arguments, ranks=1):
-    return subprocess.run(command(*arguments, ranks=ranks), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +116,9 @@ def test_interrupted_run_resumes_to_the_same_bits(straight, tmp_path, how):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (cut / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (cut / "checkpoints/step_4" / name).read_bytes() == (straight / "checkpoints/step_4" / name).read_bytes()
+        assert (cut / "checkpoints/step_4" / name).read_bytes() == (
+            straight / "checkpoints/step_4" / name
+        ).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +137,25 @@ def test_run_with_lora_kl_and_refilled_groups_resumes_to_the_same_bits(straight_
     assert done.returncode == 0, done.stderr[-2000:]
     assert (cut / "metrics.jsonl").read_bytes() == (straight_all / "metrics.jsonl").read_bytes()
     for name in ("model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"):
-        assert (cut / "checkpoints/step_4" / name).read_bytes() == (straight_all / "checkpoints/step_4" / name).read_bytes()
+        assert (cut / "checkpoints/step_4" / name).read_bytes() == (
+            straight_all / "checkpoints/step_4" / name
+        ).read_bytes()
 
 
 @needs_prolog
 def test_groups_without_signal_are_refilled_and_the_reference_is_the_start(straight_all):
-    drawn = [json.loads((straight_all / f"checkpoints/step_{n}/state.json").read_text())["drawn"] for n in (2, 4)]
-    assert drawn[0] > 8 and drawn[1] > drawn[0] + 8  # 4 prompts a step, and more where both coins of a pair fell alike
+    drawn = [
+        json.loads((straight_all / f"checkpoints/step_{n}/state.json").read_text())["drawn"]
+        for n in (2, 4)
+    ]
+    assert (
+        drawn[0] > 8 and drawn[1] > drawn[0] + 8
+    )  # 4 prompts a step, and more where both coins of a pair fell alike
     kl = [row["kl/k3"] for row in rows(straight_all)]
     assert 0 <= kl[0] < kl[-1] / 5 and kl[-1] > 1e-6
-    assert all(row["sampling/sampling_logp_difference/max"] < 1e-5 for row in rows(straight_all))  # the sampler has the adapters, which have moved
+    assert all(
+        row["sampling/sampling_logp_difference/max"] < 1e-5 for row in rows(straight_all)
+    )  # the sampler has the adapters, which have moved
 
 
 @needs_prolog
@@ -122,24 +163,40 @@ def test_two_ranks_refill_the_same_groups(straight_all, tmp_path):
     done = run(tmp_path, *ALL, "--name", "two", "--steps", "2", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     for one, two in zip(rows(straight_all), rows(tmp_path / "runs/two")):
-        assert (one["num_tokens"], one["reward"]) == (two["num_tokens"], pytest.approx(two["reward"]))
-        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert (one["num_tokens"], one["reward"]) == (
+            two["num_tokens"],
+            pytest.approx(two["reward"]),
+        )
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4) and two[
+            "grad_norm"
+        ] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 @needs_prolog
 def test_sampler_and_trainer_agree_and_a_run_leaves_readable_files(straight):
     for row in rows(straight):
-        assert row["sampling/sampling_logp_difference/max"] < 1e-5  # DESIGN.md invariant 1, in the loop
+        assert (
+            row["sampling/sampling_logp_difference/max"] < 1e-5
+        )  # DESIGN.md invariant 1, in the loop
         assert row["grad_norm"] > 0 and row["step"] == rows(straight).index(row) + 1
     for row in rows(straight, "times.jsonl"):  # what sampling did not hide of the programs' time
         assert 0 <= row["time/reward"] < row["time/step"] and row["time/generate"] > 0
     assert json.loads((straight / "config.json").read_text())["task"] == "sums"
-    assert (straight / "source" / "train.py").exists() and len(rows(straight, "samples.jsonl")) == 4 * 8
+    assert (straight / "source" / "train.py").exists() and len(
+        rows(straight, "samples.jsonl")
+    ) == 4 * 8
     assert model_file.load(straight / "checkpoints" / "step_4").config.num_hidden_layers == 5
 
 
 def small_model():
-    shapes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    shapes = dict(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     return model_file.random_model(model_file.Config.from_dict({"model_type": "qwen2", **shapes}))
 
 
@@ -157,7 +214,11 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys
     path = tmp_path / "step_2" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
-    {"truncate": lambda: path.write_bytes(data[:-9]), "flip": lambda: path.write_bytes(data), "remove": path.unlink}[harm]()
+    {
+        "truncate": lambda: path.write_bytes(data[:-9]),
+        "flip": lambda: path.write_bytes(data),
+        "remove": path.unlink,
+    }[harm]()
     assert checkpoint.newest(tmp_path).name == "step_1"
     assert "step_2" in capsys.readouterr().err and (tmp_path / "step_2").exists()
 
@@ -177,9 +238,18 @@ try:
 except OSError as problem:
     print("OSError", problem)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+    )
     assert done.stdout.startswith("OSError"), done.stderr[-1500:]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1", "step_2"] and checkpoint.newest(tmp_path).name == "step_2"
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["step_1", "step_2"]
+        and checkpoint.newest(tmp_path).name == "step_2"
+    )
 
 
 def test_restore_gives_back_weights_and_moments(tmp_path):
@@ -195,7 +265,9 @@ def test_restore_gives_back_weights_and_moments(tmp_path):
     other = make_optimizer(again)
     assert checkpoint.restore(tmp_path / "step_7", again, other)["step"] == 7
     for p, q in zip(model.parameters(), again.parameters()):
-        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["exp_avg_sq"], other.state[q]["exp_avg_sq"])
+        assert torch.equal(p, q) and torch.equal(
+            optimizer.state[p]["exp_avg_sq"], other.state[q]["exp_avg_sq"]
+        )
 
 
 BAD_INPUT = [
@@ -212,25 +284,39 @@ BAD_INPUT = [
     (["--loss", "ppo"], "unknown loss"),
     (["--advantage", "gae"], "gae"),
     (["--tis", "2"], "choose sampler or trainer"),
-    pytest.param(["--exact", "true"], "--exact is for GPUs", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")),
+    pytest.param(
+        ["--exact", "true"],
+        "--exact is for GPUs",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs"),
+    ),
 ]
 
 
 @needs_prolog
-@pytest.mark.parametrize("arguments,sentence", BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    BAD_INPUT,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
-    (tmp_path / "data" / "gsm8k" / "train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": 3\n')
+    (tmp_path / "data" / "gsm8k" / "train.jsonl").write_text(
+        '{"question": "1+1?", "answer": "#### 2"}\n{"question": 3\n'
+    )
     made = small_model()
     for name in ("broken", "small"):
         model_file.save(dict(made.named_parameters()), made.config, tmp_path / name)
         train_bpe(["a few words"], 300, tmp_path / name)
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    recipe = [] if {"--recipe", "--resume"} & set(arguments) else ["--recipe", str(ROOT / "recipes" / "tiny.toml")]
+    recipe = (
+        []
+        if {"--recipe", "--resume"} & set(arguments)
+        else ["--recipe", str(ROOT / "recipes" / "tiny.toml")]
+    )
     with pytest.raises((SystemExit, ValueError)) as raised:
         train.main([*recipe, *arguments])
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
@@ -238,8 +324,19 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, arguments, sentence)
 
 def test_missing_interpreter_is_one_sentence_with_the_install_command(tmp_path):
     environment = {**ENVIRONMENT, "PATH": str(tmp_path)}  # no interpreter there
-    done = subprocess.run(command("--lang", "prolog"), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "apt-get install swi-prolog-nox" in done.stderr
+    done = subprocess.run(
+        command("--lang", "prolog"),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.count("\n") == 1
+        and "apt-get install swi-prolog-nox" in done.stderr
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -259,7 +356,9 @@ def small_sums(task, split, data=None, count=None, seed=0):
         for b in range(2, 30):
             if (split == "test") == ((a * 7 + b) % 5 == 0):
                 step = Step("v1", f"{a}+{b}", Fraction(a + b))
-                made.append(Problem(f"small/{split}/{a}/{b}", "sums", f"{a} plus {b}?", step.value, [step]))
+                made.append(
+                    Problem(f"small/{split}/{a}/{b}", "sums", f"{a} plus {b}?", step.value, [step])
+                )
     random.Random(0).shuffle(made)
     return made[: count or len(made)]
 
@@ -273,7 +372,9 @@ def test_training_helps_on_held_out_problems_and_a_random_reward_does_not(tmp_pa
     train.main(["--name", "real", "--warm_start_steps", "100", "--steps", "10", *settings])
     warm = ["--recipe", str(ROOT / "recipes/tiny.toml"), "--model", "runs/real/warm_start"]
     train.main([*warm, "--name", "random", "--reward", "random", "--steps", "10", *settings])
-    passed = lambda name, step: sum(r["correct"] for r in rows(tmp_path / "runs" / name, f"eval/step_{step}.jsonl")) / 80
+    passed = lambda name, step: (
+        sum(r["correct"] for r in rows(tmp_path / "runs" / name, f"eval/step_{step}.jsonl")) / 80
+    )
     before, after, random_after = passed("real", 0), passed("real", 10), passed("random", 10)
     assert passed("random", 0) == before > 0.02
     assert after > before + 0.1 and random_after < before + 0.1
@@ -294,7 +395,14 @@ def test_wandb_goes_on_under_the_same_id_and_its_keys_do_not_grow(tmp_path, monk
     log.step(3, {"reward": 0.75}, {"time/step": 1.0})
     keys = set(log.wandb.summary.keys())
     log.close()
-    assert log.wandb_id == first and {p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")} == {first}
-    assert not any(ch.isdigit() for key in keys for ch in key) and [r["step"] for r in rows(tmp_path)] == [1, 2, 3]
+    assert log.wandb_id == first and {
+        p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")
+    } == {first}
+    assert not any(ch.isdigit() for key in keys for ch in key) and [
+        r["step"] for r in rows(tmp_path)
+    ] == [1, 2, 3]
     tables = {p.name for p in (tmp_path / "wandb").rglob("*.table.json")}
-    assert tables and all(len(json.loads(next((tmp_path / "wandb").rglob(name)).read_text())["data"]) == 1 for name in tables)
+    assert tables and all(
+        len(json.loads(next((tmp_path / "wandb").rglob(name)).read_text())["data"]) == 1
+        for name in tables
+    )

@@ -16,7 +16,9 @@ from translate import TranslateJudge, form, load, messages
 from translate_data import Case, Translation
 from values import Map, Symbol
 
-needs_data = pytest.mark.skipif(find_data("transcoder_gfg/gfg.jsonl") is None, reason="no data folder: set RARECODE_DATA")
+needs_data = pytest.mark.skipif(
+    find_data("transcoder_gfg/gfg.jsonl") is None, reason="no data folder: set RARECODE_DATA"
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,17 @@ def answer(code, language):
 
 
 # total of a list, and whether it is above a limit, as one list: numbers, strings, lists and truth values in and out
-MIXED = Translation("t/mixed", "python", "", "describe", (
-    Case(([1, 2, 3], 'say "hi"\\n', 2.5), ['say "hi"\\n', 6, True, 2.5]), Case(([], "", -0.5), ["", 0, True, -0.5]), Case(([-5], "é", 1.0), ["é", -5, False, 1.0]),
-))  # fmt: skip
+MIXED = Translation(
+    "t/mixed",
+    "python",
+    "",
+    "describe",
+    (
+        Case(([1, 2, 3], 'say "hi"\\n', 2.5), ['say "hi"\\n', 6, True, 2.5]),
+        Case(([], "", -0.5), ["", 0, True, -0.5]),
+        Case(([-5], "é", 1.0), ["é", -5, False, 1.0]),
+    ),
+)
 DESCRIBE = {
     "python": "def f(values, text, limit):\n    return (text, sum(values), sum(values) > limit, limit)",
     "lua": "function f(values, text, limit)\n  local sum = 0\n  for _, v in ipairs(values) do sum = sum + v end\n  return {text, sum, sum > limit, limit}\nend",
@@ -59,14 +69,24 @@ def test_a_function_is_called_with_literals_of_its_language(pool, language):
     problem = Translation(**{**vars(MIXED), "target": language, "source_language": "cpp"})
     assert form(problem, load_language(language)) == "call"
     right = verdict(pool, problem, answer(DESCRIBE[language], language))
-    assert (right.reward, right.status, right.components["tests_passed"]) == (1.0, "ok", 1.0), right.value
+    assert (right.reward, right.status, right.components["tests_passed"]) == (1.0, "ok", 1.0), (
+        right.value
+    )
     wrong = DESCRIBE[language].replace(">", "<")
     assert verdict(pool, problem, answer(wrong, language)).reward == 0.0
 
 
-PRIMES = Translation("t/sum", "python", "def total(values, word):\n    return sum(values) + len(word)", "total", (
-    Case(([1, 2, 3], "abc"), 9), Case(([-4, 10], "x"), 7), Case(([100], "four"), 104),
-))  # fmt: skip
+PRIMES = Translation(
+    "t/sum",
+    "python",
+    "def total(values, word):\n    return sum(values) + len(word)",
+    "total",
+    (
+        Case(([1, 2, 3], "abc"), 9),
+        Case(([-4, 10], "x"), 7),
+        Case(([100], "four"), 104),
+    ),
+)
 TOTAL = {
     "bash": 'read -a v; read w; s=${#w}; for x in "${v[@]}"; do s=$((s+x)); done; echo $s',
     "perl": 'my @v = split " ", <STDIN>; chomp(my $w = <STDIN>); my $s = length $w; $s += $_ for @v; print "$s\\n";',
@@ -85,8 +105,17 @@ TOTAL = {
 @pytest.mark.parametrize("language", TOTAL)
 def test_any_other_language_reads_standard_input(pool, language):
     needs(language)
-    problem = Translation(**{**vars(PRIMES), "target": language, "source_language": "cpp" if language == "python" else "python"})
-    assert form(problem, load_language(language)) == "stdin" and "one per line" in messages(problem)[0]["content"]
+    problem = Translation(
+        **{
+            **vars(PRIMES),
+            "target": language,
+            "source_language": "cpp" if language == "python" else "python",
+        }
+    )
+    assert (
+        form(problem, load_language(language)) == "stdin"
+        and "one per line" in messages(problem)[0]["content"]
+    )
     assert verdict(pool, problem, answer(TOTAL[language], language)).reward == 1.0
 
 
@@ -96,12 +125,33 @@ def test_every_language_of_the_sandbox_is_a_target(pool, language):
     needs(language)
     fixtures = load_language(language).fixtures
     source = "cpp" if language == "python" else "python"
-    problem = Translation("t/twice", source, "print(2 * int(input()))", "", (Case(stdin=fixtures["stdin"], stdout="42"),), language)
+    problem = Translation(
+        "t/twice",
+        source,
+        "print(2 * int(input()))",
+        "",
+        (Case(stdin=fixtures["stdin"], stdout="42"),),
+        language,
+    )
     judge = TranslateJudge(pool)
-    verdicts = judge.collect([judge.submit(problem, answer(fixtures[kind], language)) for kind in ("pass", "wrong", "error")], 60)
-    assert [v.reward for v in verdicts] == [1.0, 0.0, 0.0] and verdicts[2].status in ("error", "compile_error")
-    function = Translation("t/f", source, "def g(x): return 2 * x", "g", (Case((21,), 42),), language)
-    assert form(function, load_language(language)) in ("call", "stdin") and messages(function)[0]["content"].count("```") >= 3
+    verdicts = judge.collect(
+        [
+            judge.submit(problem, answer(fixtures[kind], language))
+            for kind in ("pass", "wrong", "error")
+        ],
+        60,
+    )
+    assert [v.reward for v in verdicts] == [1.0, 0.0, 0.0] and verdicts[2].status in (
+        "error",
+        "compile_error",
+    )
+    function = Translation(
+        "t/f", source, "def g(x): return 2 * x", "g", (Case((21,), 42),), language
+    )
+    assert (
+        form(function, load_language(language)) in ("call", "stdin")
+        and messages(function)[0]["content"].count("```") >= 3
+    )
 
 
 def test_what_is_no_translation_earns_nothing(pool):
@@ -110,10 +160,18 @@ def test_what_is_no_translation_earns_nothing(pool):
     assert verdict(pool, problem, answer(code, "lua")).reward == 1.0
     for text, correct, status in [
         (code, False, "no_program"),  # no block
-        (answer(code, "lua") + "\nDone.", True, "ok"),  # right, but text after the block: the form is part of the reward
+        (
+            answer(code, "lua") + "\nDone.",
+            True,
+            "ok",
+        ),  # right, but text after the block: the form is part of the reward
         (answer(code, "lua").replace("```lua", "```python"), True, "ok"),
         (answer(code, "lua") + "\n" + answer(code, "lua"), True, "ok"),
-        (answer("return 1 +", "lua"), False, "ok"),  # does not compile: self-play's harness reports it
+        (
+            answer("return 1 +", "lua"),
+            False,
+            "ok",
+        ),  # does not compile: self-play's harness reports it
         (answer(code.replace("return s", "return s + 1"), "lua"), False, "ok"),
         (answer("function f() while true do end end", "lua"), False, "cpu_limit"),
         (answer('function f() print("9\\n7\\n104"); os.exit(0) end', "lua"), False, None),
@@ -123,12 +181,22 @@ def test_what_is_no_translation_earns_nothing(pool):
         assert found.reward == 0.0, text
         assert found.correct == correct, text
         assert status is None or found.status == status, (text, found.status)
-    assert verdict(pool, Translation(**{**vars(PRIMES), "target": "c"}), answer("int main() { return x; }", "c")).status == "compile_error"
+    assert (
+        verdict(
+            pool,
+            Translation(**{**vars(PRIMES), "target": "c"}),
+            answer("int main() { return x; }", "c"),
+        ).status
+        == "compile_error"
+    )
 
 
 def test_a_sandbox_that_could_not_judge_is_masked(pool):
     judge = TranslateJudge(pool)
-    slow = judge.submit(Translation(**{**vars(PRIMES), "target": "lua"}), answer("function f() while true do end end", "lua"))
+    slow = judge.submit(
+        Translation(**{**vars(PRIMES), "target": "lua"}),
+        answer("function f() while true do end end", "lua"),
+    )
     (late,) = judge.collect([slow], deadline=0.0)
     assert math.isnan(late.reward) and late.status == "sandbox_error" and not late.correct
     judge.collect([slow])
@@ -136,7 +204,10 @@ def test_a_sandbox_that_could_not_judge_is_masked(pool):
 
 def test_random_reward_is_a_coin_that_the_seed_fixes(pool):
     coins = [TranslateJudge(pool, random_reward=True, seed=seed) for seed in (0, 0, 1)]
-    drawn = [[v.reward for v in j.collect([j.submit(PRIMES_LUA, "nothing", n) for n in range(40)])] for j in coins]
+    drawn = [
+        [v.reward for v in j.collect([j.submit(PRIMES_LUA, "nothing", n) for n in range(40)])]
+        for j in coins
+    ]
     assert drawn[0] == drawn[1] != drawn[2] and 8 < sum(drawn[0]) < 32
 
 
@@ -146,26 +217,81 @@ PRIMES_LUA = Translation(**{**vars(PRIMES), "target": "lua"})
 def test_no_expected_value_enters_prompt_or_sandbox():
     secret = 987654321
     for target in ("lua", "prolog", "perl"):
-        problem = Translation("t/s", "python", "def g(x):\n    return x + 1", "g", (Case((secret - 1,), secret), Case((1,), "hidden text")), target)
+        problem = Translation(
+            "t/s",
+            "python",
+            "def g(x):\n    return x + 1",
+            "g",
+            (Case((secret - 1,), secret), Case((1,), "hidden text")),
+            target,
+        )
         jobs = translate.case_jobs(problem, load_language(target), "code", "nonce")
         texts = [messages(problem)[0]["content"], *(str(j.files) + str(j.stdin) for j in jobs)]
-        assert not any(str(secret) in t or "hidden text" in t for t in texts) and str(secret - 1) not in texts[0]
+        assert (
+            not any(str(secret) in t or "hidden text" in t for t in texts)
+            and str(secret - 1) not in texts[0]
+        )
 
 
-@pytest.mark.parametrize("value,expected,same", [
-    (3, 3, True), (3.0, 3, True), (3, 3.0, True), (0.1 + 0.2, 0.3, True), (0.31, 0.3, False), (2**70, 2**70, True), (2**70 + 1, 2**70, False), (1, True, False),
-    (True, 1, False), ([1, [2]], [1, [2]], True), ((1, 2), [1, 2], True), ([1, 2], [2, 1], False), ([], [], True), ([], False, True), ([], None, True), (None, [], True),
-    (False, [], False), ([], 0, False), ([], "", False), (None, "", False), (False, 0, False), ("a", "a", True), (Symbol("a"), "a", False), (Map((("a", 1),)), {"a": 1}, True),
-    (Map((("a", 2),)), {"a": 1}, False), (Map(()), [], True), (Map(()), {}, True), (False, None, False), (False, False, True), (True, False, False), ("1", 1, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value,expected,same",
+    [
+        (3, 3, True),
+        (3.0, 3, True),
+        (3, 3.0, True),
+        (0.1 + 0.2, 0.3, True),
+        (0.31, 0.3, False),
+        (2**70, 2**70, True),
+        (2**70 + 1, 2**70, False),
+        (1, True, False),
+        (True, 1, False),
+        ([1, [2]], [1, [2]], True),
+        ((1, 2), [1, 2], True),
+        ([1, 2], [2, 1], False),
+        ([], [], True),
+        ([], False, True),
+        ([], None, True),
+        (None, [], True),
+        (False, [], False),
+        ([], 0, False),
+        ([], "", False),
+        (None, "", False),
+        (False, 0, False),
+        ("a", "a", True),
+        (Symbol("a"), "a", False),
+        (Map((("a", 1),)), {"a": 1}, True),
+        (Map((("a", 2),)), {"a": 1}, False),
+        (Map(()), [], True),
+        (Map(()), {}, True),
+        (False, None, False),
+        (False, False, True),
+        (True, False, False),
+        ("1", 1, False),
+    ],
+)
 def test_same_value(value, expected, same):
     assert translate.same_value(value, expected) is same
 
 
-@pytest.mark.parametrize("printed,wanted,same", [
-    ("3\n", "3", True), ("3 \n\n", "3", True), ("3.0", "3", True), ("0.30000000000000004", "0.3", True), ("0.31", "0.3", False), ("True", "true", True), ("1 2\n3", "1 2\n3", True),
-    ("1  2", "1 2", True), ("1 2 3", "1 2\n3", False), ("10000000000000001", "10000000000000002", False), ("a b", "ab", False), ("", "0", False), ("nan", "nan", True), ("Yes", "yes", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "printed,wanted,same",
+    [
+        ("3\n", "3", True),
+        ("3 \n\n", "3", True),
+        ("3.0", "3", True),
+        ("0.30000000000000004", "0.3", True),
+        ("0.31", "0.3", False),
+        ("True", "true", True),
+        ("1 2\n3", "1 2\n3", True),
+        ("1  2", "1 2", True),
+        ("1 2 3", "1 2\n3", False),
+        ("10000000000000001", "10000000000000002", False),
+        ("a b", "ab", False),
+        ("", "0", False),
+        ("nan", "nan", True),
+        ("Yes", "yes", False),
+    ],
+)
 def test_same_output(printed, wanted, same):
     assert translate.same_output(printed, wanted) is same
 
@@ -178,7 +304,11 @@ def source_is_right(pool, problems):
     judge = TranslateJudge(pool)
     text = lambda p: f"```python\n{p.question}\nf = {p.entry}\n```"
     python = [Translation(**{**vars(p), "target": "python"}) for p in problems]
-    return [v.problem for v in judge.collect([judge.submit(p, text(p)) for p in python], 300) if v.reward != 1.0]
+    return [
+        v.problem
+        for v in judge.collect([judge.submit(p, text(p)) for p in python], 300)
+        if v.reward != 1.0
+    ]
 
 
 @needs_data
@@ -190,8 +320,15 @@ def test_every_exercism_case_is_passed_by_the_python_example(pool):
 @needs_data
 def test_sources_pass_their_own_cases(pool):
     """A sample; BENCHMARKS.md has the count over all of them."""
-    problems = [p for p in translate_data.built_in() if p.source_language == "python" and form(p, load_language("python")) == "call"]
-    assert len(problems) > 1500 and len(source_is_right(pool, random.Random(1).sample(problems, 60))) <= 1
+    problems = [
+        p
+        for p in translate_data.built_in()
+        if p.source_language == "python" and form(p, load_language("python")) == "call"
+    ]
+    assert (
+        len(problems) > 1500
+        and len(source_is_right(pool, random.Random(1).sample(problems, 60))) <= 1
+    )
 
 
 @needs_data
@@ -205,22 +342,45 @@ def test_no_benchmark_row_is_reachable_from_translation():
     for p in train + test:
         number = re.fullmatch(r"translate/mbxp/(\d+)/\w+", p.id)
         assert not number or int(number[1]) not in BENCHMARK_IDS, p.id
-    rows = [json.loads(line) for f in ("humaneval", "mbpp") for line in read(f"multipl_e/v3/{f}-py-reworded.jsonl")]
+    rows = [
+        json.loads(line)
+        for f in ("humaneval", "mbpp")
+        for line in read(f"multipl_e/v3/{f}-py-reworded.jsonl")
+    ]
     names = {r["name"].split("_", 2)[2].lower() for r in rows} - {"f"}
     assert not {p.entry.lower() for p in train + test} & names
     solved = [json.loads(line) for line in read("humaneval/HumanEval.jsonl")]
-    known = set().union(*(translate_data.grams(t, 13) for t in [r["prompt"] for r in rows] + [r["prompt"] + r["canonical_solution"] for r in solved]))
-    assert len(known) > 5000 and not [p.id for p in train + test if translate_data.grams(p.question, 13) & known]
+    known = set().union(
+        *(
+            translate_data.grams(t, 13)
+            for t in [r["prompt"] for r in rows]
+            + [r["prompt"] + r["canonical_solution"] for r in solved]
+        )
+    )
+    assert len(known) > 5000 and not [
+        p.id for p in train + test if translate_data.grams(p.question, 13) & known
+    ]
 
 
 def read(name):
     import gzip
 
     path = find_data(name)
-    return (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8").read().splitlines()
+    return (
+        (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8")
+        .read()
+        .splitlines()
+    )
 
 
-BENCHMARK_IDS = {int(json.loads(line)["name"].split("_")[1]) for line in read("multipl_e/v3/mbpp-py-reworded.jsonl")} if find_data("multipl_e/v3/mbpp-py-reworded.jsonl") else set()
+BENCHMARK_IDS = (
+    {
+        int(json.loads(line)["name"].split("_")[1])
+        for line in read("multipl_e/v3/mbpp-py-reworded.jsonl")
+    }
+    if find_data("multipl_e/v3/mbpp-py-reworded.jsonl")
+    else set()
+)
 
 
 @needs_data
@@ -228,10 +388,14 @@ def test_prompts_hide_the_tests_and_targets_are_drawn():
     targets = [load_language(name) for name in ("lua", "racket", "java", "bash")]
     problems = load("train", targets)
     counts = {t.name: sum(p.target == t.name for p in problems) for t in targets}
-    assert min(counts.values()) > 300 and problems == load("train", targets) != load("train", targets, seed=1)
+    assert min(counts.values()) > 300 and problems == load("train", targets) != load(
+        "train", targets, seed=1
+    )
     for p in problems:
         text = messages(p)[0]["content"]
-        assert not re.search(r"^\s*>>> ", text, re.MULTILINE) and "assert candidate" not in text, p.id
+        assert not re.search(r"^\s*>>> ", text, re.MULTILINE) and "assert candidate" not in text, (
+            p.id
+        )
         shown = [c for c in p.cases if f"{p.entry}({', '.join(map(repr, c.args))})" in text]
         assert not shown, p.id
 
@@ -240,20 +404,42 @@ def test_a_source_that_holds_its_tests_is_left_out():
     cases = (Case((14,), True), Case((12,), False))
     source = "bool isNumKeith(int x) { if (x == 14) return true; else if (x == 12) return false; }"
     assert translate_data.shows_cases(Translation("a/b/cpp", "cpp", source, "isNumKeith", cases))
-    assert translate_data.shows_cases(Translation("a/b/cpp", "cpp", "// g(12) is false\nbool g(int x);", "g", cases))
-    assert not translate_data.shows_cases(Translation("a/b/cpp", "cpp", "bool g(int x) { return x == 14; }", "g", cases))
+    assert translate_data.shows_cases(
+        Translation("a/b/cpp", "cpp", "// g(12) is false\nbool g(int x);", "g", cases)
+    )
+    assert not translate_data.shows_cases(
+        Translation("a/b/cpp", "cpp", "bool g(int x) { return x == 14; }", "g", cases)
+    )
 
 
 def test_docstrings_go_and_code_stays():
     source = 'def f(x):\n    """Twice.\n    >>> f(1)\n    2\n    """\n    def g():\n        "only this"\n    return 2 * x  # stays'
-    assert translate_data.without_docstrings(source) == "def f(x):\n    def g():\n        pass\n    return 2 * x  # stays"
+    assert (
+        translate_data.without_docstrings(source)
+        == "def f(x):\n    def g():\n        pass\n    return 2 * x  # stays"
+    )
 
 
 def test_the_users_own_problems(tmp_path, pool):
     """The form of README: cases as args and expected, or stdin and stdout of a whole program."""
-    rows = [{"id": f"apps-{n}", "source_language": "cpp", "source": "int main() { int a, b; std::cin >> a >> b; std::cout << a * b; }",
-             "tests": [{"stdin": "3 4\n", "stdout": "12\n"}, {"stdin": "5\n6", "stdout": "30"}]} for n in range(30)]  # fmt: skip
-    rows += [{"id": "call", "source_language": "python", "source": "def g(d): return d['a']", "entry": "g", "tests": [{"args": [{"a": 1}], "expected": 1}]}]
+    rows = [
+        {
+            "id": f"apps-{n}",
+            "source_language": "cpp",
+            "source": "int main() { int a, b; std::cin >> a >> b; std::cout << a * b; }",
+            "tests": [{"stdin": "3 4\n", "stdout": "12\n"}, {"stdin": "5\n6", "stdout": "30"}],
+        }
+        for n in range(30)
+    ]
+    rows += [
+        {
+            "id": "call",
+            "source_language": "python",
+            "source": "def g(d): return d['a']",
+            "entry": "g",
+            "tests": [{"args": [{"a": 1}], "expected": 1}],
+        }
+    ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lua, bash = load_language("lua"), load_language("bash")
@@ -262,10 +448,17 @@ def test_the_users_own_problems(tmp_path, pool):
     problem = next(p for p in train if "apps" in p.id)
     assert "reads the same standard input" in messages(problem)[0]["content"]
     assert verdict(pool, problem, answer('print(io.read("n") * io.read("n"))', "lua")).reward == 1.0
-    assert verdict(pool, problem, answer('print(12)', "lua")).reward == 0.0
-    assert all("apps" in p.id for p in load("train", [bash], path=path))  # no dictionary on one line of standard input
-    for bad, words in [({"tests": []}, "at least one"), ({"tests": [{"args": [1], "expected": 2}]}, "need entry"), ({"source_language": "perl"}, "use python or cpp"),
-                       ({"tests": [{"stdin": "", "stdout": ""}, {"args": [1], "expected": 2}]}, "must all be"), ({"source": None}, "source")]:  # fmt: skip
+    assert verdict(pool, problem, answer("print(12)", "lua")).reward == 0.0
+    assert all(
+        "apps" in p.id for p in load("train", [bash], path=path)
+    )  # no dictionary on one line of standard input
+    for bad, words in [
+        ({"tests": []}, "at least one"),
+        ({"tests": [{"args": [1], "expected": 2}]}, "need entry"),
+        ({"source_language": "perl"}, "use python or cpp"),
+        ({"tests": [{"stdin": "", "stdout": ""}, {"args": [1], "expected": 2}]}, "must all be"),
+        ({"source": None}, "source"),
+    ]:
         path.write_text(json.dumps(rows[0] | bad))
         with pytest.raises(ValueError, match=words):
             load("train", [lua], path=path)

@@ -19,13 +19,35 @@ FOLDER = Path(__file__).parent
 
 # What every program may read; the rest of /proc, /sys, /etc and all homes stay closed. Julia aborts without the /proc and /sys ones.
 SYSTEM_READ = (
-    "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/share", "/usr/local/lib", "/usr/local/share", "/lib", "/lib64",
-    "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/random", "/dev/zero", "/proc/stat", "/proc/cpuinfo", "/proc/meminfo",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libexec",
+    "/usr/share",
+    "/usr/local/lib",
+    "/usr/local/share",
+    "/lib",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+    "/dev/urandom",
+    "/dev/random",
+    "/dev/zero",
+    "/proc/stat",
+    "/proc/cpuinfo",
+    "/proc/meminfo",
     "/sys/devices/system/cpu",
-)  # fmt: skip
-LOADERS = ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1", "/lib/ld-musl-x86_64.so.1", "/lib/ld-musl-aarch64.so.1")
+)
+LOADERS = (
+    "/lib64/ld-linux-x86-64.so.2",
+    "/lib/ld-linux-aarch64.so.1",
+    "/lib/ld-musl-x86_64.so.1",
+    "/lib/ld-musl-aarch64.so.1",
+)
 ENVIRONMENT = {  # and HOME and TMPDIR: the work folder
-    "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8",
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
 }
 
 
@@ -44,13 +66,17 @@ class Language:
     comment: str  # starts a comment to the end of the line
     aliases: list[str] = field(default_factory=list)
     compile: list[str] | None = None
-    check: list[str] | None = None  # syntax check; it may run code of the program, so it is a job like any other
+    check: list[str] | None = (
+        None  # syntax check; it may run code of the program, so it is a job like any other
+    )
     version: list[str] | None = None
     limits: Limits = Limits()
     compile_limits: Limits = Limits(cpu=10.0, file_size=64 << 20, processes=64)
     address_space: int = 0  # what the runtime reserves beyond its memory limit, bytes
     isolation: dict = field(default_factory=dict)  # read, execute: more folders; environment
-    warm: dict = field(default_factory=dict)  # libraries of a warm interpreter (warm_prolog.py) that stands in for `run`
+    warm: dict = field(
+        default_factory=dict
+    )  # libraries of a warm interpreter (warm_prolog.py) that stands in for `run`
     answer: dict = field(default_factory=dict)  # rewards.py
     render: dict = field(default_factory=dict)  # tasks.py
     call: dict = field(default_factory=dict)  # selfplay.py
@@ -61,7 +87,15 @@ class Language:
             if _find(name, tuple(candidates)) is None:
                 if given := os.environ.get(f"RARECODE_{name.upper()}"):
                     return f"RARECODE_{name.upper()}={given} is no program that {'every user' if os.geteuid() == 0 else 'you'} can start"
-                hint = " or ".join(filter(None, (self._hint("apt-get install", "debian"), self._hint("brew install", "brew"))))
+                hint = " or ".join(
+                    filter(
+                        None,
+                        (
+                            self._hint("apt-get install", "debian"),
+                            self._hint("brew install", "brew"),
+                        ),
+                    )
+                )
                 note = self.install.get("note", "")
                 return f"{candidates[0]} not found: {'; '.join(filter(None, (hint, note)))} (or set RARECODE_{name.upper()} to its path)"
         return None
@@ -75,15 +109,23 @@ class Language:
         `files` {name: text or bytes} decide which warm interpreter may stand in."""
         if sentence := self.missing():
             raise SandboxError(sentence)
-        stages = [_stage(self, self.compile, self.compile_limits)] if self.compile and not run else []
+        stages = (
+            [_stage(self, self.compile, self.compile_limits)] if self.compile and not run else []
+        )
         last = _stage(self, run or self.run, limits or self.limits)
-        return [*stages, last | {"last": True, "warm": None if run or files is None else self._warm_libraries(files)}]
+        return [
+            *stages,
+            last
+            | {"last": True, "warm": None if run or files is None else self._warm_libraries(files)},
+        ]
 
     def _warm_libraries(self, files):
         """What a warm interpreter for these files has loaded, and the library for which it must be a launcher of its own."""
         if not self.warm:
             return None
-        text = "\n".join(part if isinstance(part, str) else part.decode("latin-1") for part in files.values())
+        text = "\n".join(
+            part if isinstance(part, str) else part.decode("latin-1") for part in files.values()
+        )
         alone = next((name for name in self.warm.get("when_mentioned", ()) if name in text), "")
         return {"libraries": [*self.warm["always"], *filter(None, [alone])], "alone": alone}
 
@@ -93,10 +135,18 @@ def _stage(language, command, limits):
     found = {name: _find(name, tuple(candidates)) for name, candidates in language.programs.items()}
     name, isolation = command[0], language.isolation
     if name not in found and not name.startswith("./"):
-        raise SandboxError(f"a command of {language.name} must start with one of {', '.join(found)}, ./FILE; not {name!r}")
-    environment = {key: _fill(text, found) for key, text in isolation.get("environment", {}).items()}
+        raise SandboxError(
+            f"a command of {language.name} must start with one of {', '.join(found)}, ./FILE; not {name!r}"
+        )
+    environment = {
+        key: _fill(text, found) for key, text in isolation.get("environment", {}).items()
+    }
     read = [path for program in found.values() for path in _home(os.path.realpath(program))]
-    execute = [path for program in found.values() for path in (os.path.realpath(program), *_script(os.path.realpath(program)))]
+    execute = [
+        path
+        for program in found.values()
+        for path in (os.path.realpath(program), *_script(os.path.realpath(program)))
+    ]
     return {
         "program": os.path.realpath(found[name]) if name in found else name,
         "argv": [found.get(name, name), *(_fill(word, found) for word in command[1:])],
@@ -109,7 +159,9 @@ def _stage(language, command, limits):
         "memory": limits.memory,
         "address_space": limits.memory + language.address_space,
         "output": limits.output,
-        "file_size": max(limits.file_size, language.limits.file_size),  # never less than the runtime itself needs
+        "file_size": max(
+            limits.file_size, language.limits.file_size
+        ),  # never less than the runtime itself needs
         "processes": limits.processes or language.limits.processes or 1,
         "open_files": limits.open_files,
         "last": False,
@@ -119,13 +171,25 @@ def _stage(language, command, limits):
 def _fill(text, found):
     """Text with "{R}/../lib" replaced by the folder that is meant: the real path of R, two up, lib."""
     path = r"\{(\w+)\}((?:/[\w.-]+)*)"
-    return re.sub(path, lambda match: os.path.normpath(os.path.realpath(found[match[1]]) + match[2]) if match[1] in found else match[0], text)
+    return re.sub(
+        path,
+        lambda match: (
+            os.path.normpath(os.path.realpath(found[match[1]]) + match[2])
+            if match[1] in found
+            else match[0]
+        ),
+        text,
+    )
 
 
 @functools.cache
 def _places(patterns):
     """Real paths of patterns such as /usr/lib/llvm-*/bin and of tools by name, as far as they are here."""
-    places = [place for pattern in patterns for place in (glob.glob(pattern) if "/" in pattern else [shutil.which(pattern)])]
+    places = [
+        place
+        for pattern in patterns
+        for place in (glob.glob(pattern) if "/" in pattern else [shutil.which(pattern)])
+    ]
     return [os.path.realpath(place) for place in places if place]
 
 
@@ -140,7 +204,11 @@ def _find(name, candidates):
             paths = [os.path.join(folder, candidate) for folder in os.get_exec_path()]
         for path in filter(os.path.isfile, paths):
             # a version manager's stand-in only finds the interpreter with the user's home and environment
-            if "/shims/" not in path and "/.cargo/" not in path and _open_to_all(os.path.realpath(path)):
+            if (
+                "/shims/" not in path
+                and "/.cargo/" not in path
+                and _open_to_all(os.path.realpath(path))
+            ):
                 return path
     return None
 
@@ -157,7 +225,11 @@ def _home(program):
     """Folders that an interpreter outside the system's own places needs to read: the one that holds its bin folder, but never a home."""
     folder = os.path.dirname(program)
     prefix = os.path.dirname(folder) if os.path.basename(folder) == "bin" else folder
-    system = folder in ("/usr/bin", "/bin", "/usr/local/bin") or prefix in ("/", "/usr", "/usr/local")
+    system = folder in ("/usr/bin", "/bin", "/usr/local/bin") or prefix in (
+        "/",
+        "/usr",
+        "/usr/local",
+    )
     return [program] if system or Path.home().is_relative_to(prefix) else [prefix]
 
 
@@ -187,7 +259,9 @@ def load_language(name):
         language = _read(path)
         if wanted in language.aliases:
             return language
-    raise ValueError(f"unknown language {name!r}: choose one of {', '.join(language_names())} (a new one is one file in sandbox/languages/)")
+    raise ValueError(
+        f"unknown language {name!r}: choose one of {', '.join(language_names())} (a new one is one file in sandbox/languages/)"
+    )
 
 
 @functools.cache
@@ -198,7 +272,9 @@ def _read(path):
         raise ValueError(f"sandbox/languages/{path.name} is not valid TOML: {error}") from None
     for key in ("limits", "compile_limits"):
         if key in table:
-            table[key] = _limits(table[key], Language.compile_limits if key == "compile_limits" else Limits(), path)
+            table[key] = _limits(
+                table[key], Language.compile_limits if key == "compile_limits" else Limits(), path
+            )
     if "address_space" in table:
         table["address_space"] = _size(table["address_space"])
     unknown = sorted(set(table) - {f.name for f in fields(Language)} - {"name"})
@@ -207,7 +283,9 @@ def _read(path):
     try:
         return Language(name=path.stem, **table)
     except TypeError as error:
-        raise ValueError(f"sandbox/languages/{path.name}: {str(error).partition(') ')[2] or error}") from None
+        raise ValueError(
+            f"sandbox/languages/{path.name}: {str(error).partition(') ')[2] or error}"
+        ) from None
 
 
 def _limits(table, default, path):

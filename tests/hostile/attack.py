@@ -21,10 +21,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from world import World, processes, stop, strays, users  # noqa: E402
+
 from sandbox import Job, Limits, Pool  # noqa: E402
 from sandbox.languages import load_language  # noqa: E402
 from sandbox.pool import cores, request  # noqa: E402
-from world import World, processes, stop, strays, users  # noqa: E402
 
 HONEST = {  # the last three also look whether the program before them left something in the work folder
     "lua": "print(6 * 7)",
@@ -49,9 +50,17 @@ def attacks(languages=None, only=None, scale=1.0):
         for name, attack in table.items():
             if (only and only not in name) or (scale < 1 and attack.get("slow")):
                 continue
-            own = vars(language.limits) | {key: attack[key] for key in ("cpu", "wall", "memory", "processes") if key in attack}
+            own = vars(language.limits) | {
+                key: attack[key] for key in ("cpu", "wall", "memory", "processes") if key in attack
+            }
             own |= {key: own[key] * scale for key in ("cpu", "wall") if own[key]}
-            yield f"{path.stem}/{name}", path.stem, prelude + attack["source"].lstrip("\n"), Limits(**own), attack["status"]
+            yield (
+                f"{path.stem}/{name}",
+                path.stem,
+                prelude + attack["source"].lstrip("\n"),
+                Limits(**own),
+                attack["status"],
+            )
 
 
 def hostile_job(language, source, limits, words):
@@ -70,8 +79,12 @@ def honest_languages():
 
 def busy():
     """CPU seconds that this machine has spent so far, on whatever, those that a host took from it included."""
-    words = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]  # user, nice, system, idle, iowait, irq, softirq, steal
-    return sum(int(word) for place, word in enumerate(words) if place not in (3, 4)) / os.sysconf("SC_CLK_TCK")
+    words = (
+        Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    )  # user, nice, system, idle, iowait, irq, softirq, steal
+    return sum(int(word) for place, word in enumerate(words) if place not in (3, 4)) / os.sysconf(
+        "SC_CLK_TCK"
+    )
 
 
 class Stalls(threading.Thread):
@@ -107,7 +120,9 @@ def faults(result, limits, cpu, wall, expected, secret):
     if result.status not in expected:
         found.append(f"status {result.status}, not one of {expected}")
     if "ESCAPED" in result.stdout.decode(errors="replace") or secret in output:
-        found.append(f"it got out: {[line for line in output.splitlines() if 'ESCAPED' in line or secret in line][:5]}")
+        found.append(
+            f"it got out: {[line for line in output.splitlines() if 'ESCAPED' in line or secret in line][:5]}"
+        )
     if result.wall > wall + 0.5:
         found.append(f"took {result.wall:.2f} s, more than its limit of {wall:.2f} s + 0.5 s")
     if result.cpu > cpu + 0.5:
@@ -122,16 +137,25 @@ def run_attacks(level, languages, only, scale):
     with World() as world, Pool(workers=1, level=level, require=level, cache=False) as pool:
         known, honest, stalls = processes({os.getuid()}), honest_languages(), Stalls()
         retries = 0
-        for number, (name, language, source, limits, expected) in enumerate(attacks(languages, only, scale)):
+        for number, (name, language, source, limits, expected) in enumerate(
+            attacks(languages, only, scale)
+        ):
             job = hostile_job(language, source, limits, world.words())
             started, others, stood = time.monotonic(), busy() - own(pool), stalls.seconds
             result = pool.run_all([job])[0]
             stood = stalls.seconds - stood
-            others = max(0.0, busy() - own(pool) - others) + stood  # a busy machine gives a program more time
+            others = (
+                max(0.0, busy() - own(pool) - others) + stood
+            )  # a busy machine gives a program more time
             stages = json.loads(request(job)[0])["stages"]
-            cpu, wall = sum(stage["cpu"] for stage in stages) + cores() * stood, sum(stage["wall"] for stage in stages) + others
+            cpu, wall = (
+                sum(stage["cpu"] for stage in stages) + cores() * stood,
+                sum(stage["wall"] for stage in stages) + others,
+            )
             late = ["wall_limit"] * (others > 1)  # too busy to use up its CPU time
-            found = faults(result, limits, cpu, wall, expected + late, world.secret) + world.damage()
+            found = (
+                faults(result, limits, cpu, wall, expected + late, world.secret) + world.damage()
+            )
             if left := strays(users(pool), [*known, *pool.launcher_pids]):
                 found.append(f"processes left: {left}")
                 stop(left)
@@ -170,15 +194,25 @@ def soak(level, count, seed, workers, scale):
         seconds = time.monotonic() - started
         for (name, limits, expected), result in zip(checks, results, strict=True):
             if limits is None:
-                found = [] if (result.status, result.stdout.strip()) == ("ok", b"42") else [f"wrong: {result}"]
+                found = (
+                    []
+                    if (result.status, result.stdout.strip()) == ("ok", b"42")
+                    else [f"wrong: {result}"]
+                )
             else:
-                found = [fault for fault in faults(result, limits, 300, 300, expected, world.secret) if not fault.startswith("status")]
+                found = [
+                    fault
+                    for fault in faults(result, limits, 300, 300, expected, world.secret)
+                    if not fault.startswith("status")
+                ]
                 if result.status == "sandbox_error":
                     found.append(f"sandbox error: {result.stderr[:300]}")
             yield name, result.wall, result.status, found
         left = strays(users(pool), [*known, *pool.launcher_pids])
         stop(left)
-        lost = [f"{pool.retries} retries, {pool.replaced} launchers replaced"] if pool.retries else []
+        lost = (
+            [f"{pool.retries} retries, {pool.replaced} launchers replaced"] if pool.retries else []
+        )
         yield "soak", seconds, "", world.damage() + [f"processes left: {left}"] * bool(left) + lost
         folder = pool._folder
     if os.path.exists(folder):
@@ -186,14 +220,21 @@ def soak(level, count, seed, workers, scale):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--level", default="kernel")
     parser.add_argument("--language", action="append")
     parser.add_argument("--only", help="part of the names to run")
     parser.add_argument("--soak", type=int, metavar="COUNT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on time limits; below 1 without the slow attacks")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor on time limits; below 1 without the slow attacks",
+    )
     options = parser.parse_args()
     if os.getuid() != 0:  # an outer limit, should the sandbox fail
         resource.setrlimit(resource.RLIMIT_NPROC, (1500, 1500))
@@ -205,8 +246,23 @@ def main():
     for name, seconds, status, found in rows:
         count, wrong = count + 1, wrong + bool(found)
         if found or not options.soak:
-            print(json.dumps({"name": name, "seconds": round(seconds, 2), "status": status, "faults": found}), flush=True)
-    print(json.dumps({"level": options.level, "user": os.getuid(), "programs": count, "wrong": wrong, "seconds": round(time.monotonic() - started, 1)}))
+            print(
+                json.dumps(
+                    {"name": name, "seconds": round(seconds, 2), "status": status, "faults": found}
+                ),
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {
+                "level": options.level,
+                "user": os.getuid(),
+                "programs": count,
+                "wrong": wrong,
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+    )
     sys.exit(bool(wrong))
 
 

@@ -32,21 +32,31 @@ class World:
         # the strongest target: every program that runs as this user may do to it what it likes, but for the sandbox
         self.outside.chmod(0o777)
         self.answer.chmod(0o666)
-        self.victim = subprocess.Popen(["sleep", "100000"], start_new_session=True, env={"ANSWER": self.secret})
+        self.victim = subprocess.Popen(
+            ["sleep", "100000"], start_new_session=True, env={"ANSWER": self.secret}
+        )
         self.heard, self.closing = [], False
         self._listen()
         self.memory = libc.shmget(0, 4096, 0o1666)
         self.before = self._picture()
 
     def _listen(self):
-        self.tcp, self.udp, self.unix = socket.socket(), socket.socket(type=socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.tcp, self.udp, self.unix = (
+            socket.socket(),
+            socket.socket(type=socket.SOCK_DGRAM),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+        )
         self.tcp.bind(("127.0.0.1", 0))
         self.tcp.listen()
         self.udp.bind(("127.0.0.1", 0))
         self.unix_path = tempfile.mktemp(prefix="hostile-socket-")
         self.unix.bind(self.unix_path)
         os.chmod(self.unix_path, 0o777)
-        for listener, wait in ((self.tcp, self.tcp.accept), (self.udp, lambda: self.udp.recv(10)), (self.unix, lambda: self.unix.recv(10))):
+        for listener, wait in (
+            (self.tcp, self.tcp.accept),
+            (self.udp, lambda: self.udp.recv(10)),
+            (self.unix, lambda: self.unix.recv(10)),
+        ):
             threading.Thread(target=self._hear, args=(listener, wait), daemon=True).start()
 
     def _hear(self, listener, wait):
@@ -79,26 +89,48 @@ class World:
             info = path.lstat()
             content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
             marks = sorted(os.listxattr(path)) if path.exists() else []
-            files[str(path)] = (info.st_mode, info.st_uid, info.st_size, info.st_mtime_ns, content, marks)
+            files[str(path)] = (
+                info.st_mode,
+                info.st_uid,
+                info.st_size,
+                info.st_mtime_ns,
+                content,
+                marks,
+            )
         pids = (self.victim.pid, os.getpid())
         return {
             "files": files,
             "stray files": self._stray_files(),
-            "victim": Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2] in "SRD" and self.victim.poll() is None,
+            "victim": Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2] in "SRD"
+            and self.victim.poll() is None,
             "priorities": [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids],
             "affinity": [sorted(os.sched_getaffinity(pid)) for pid in pids],
             "limits": [resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids],
             "IPC objects": ipc_objects(),
-            "shared memory": os.path.exists("/proc/sysvipc/shm") and f" {self.memory} " in Path("/proc/sysvipc/shm").read_text(),
+            "shared memory": os.path.exists("/proc/sysvipc/shm")
+            and f" {self.memory} " in Path("/proc/sysvipc/shm").read_text(),
         }
 
     def _stray_files(self):
-        return [place for place in ("/dev/shm/hostile", "/tmp/hostile", "/var/tmp/hostile", "/usr/lib/hostile") if os.path.lexists(place)]
+        return [
+            place
+            for place in (
+                "/dev/shm/hostile",
+                "/tmp/hostile",
+                "/var/tmp/hostile",
+                "/usr/lib/hostile",
+            )
+            if os.path.lexists(place)
+        ]
 
     def damage(self):
         """Sentences, empty when nothing was touched."""
         after = self._picture()
-        found = [f"{what} changed: {self.before[what]} -> {after[what]}" for what in after if after[what] != self.before[what]]
+        found = [
+            f"{what} changed: {self.before[what]} -> {after[what]}"
+            for what in after
+            if after[what] != self.before[what]
+        ]
         return found + self.heard
 
     def __enter__(self):
@@ -115,13 +147,17 @@ class World:
         os.unlink(self.unix_path)
         libc.shmctl(self.memory, 0, None)
         shutil.rmtree(self.outside, ignore_errors=True)
-        for place in set(self._stray_files()) - set(self.before["stray files"]):  # the portable level keeps nobody from this
+        for place in set(self._stray_files()) - set(
+            self.before["stray files"]
+        ):  # the portable level keeps nobody from this
             os.unlink(place)
 
 
 def users(pool):
     """Ids of the users that programs of this pool run as: this user, or one of its own for each launcher of root."""
-    return {2_000_000_000 + pid for pid in pool.launcher_pids} if os.getuid() == 0 else {os.getuid()}
+    return (
+        {2_000_000_000 + pid for pid in pool.launcher_pids} if os.getuid() == 0 else {os.getuid()}
+    )
 
 
 def ipc_objects(owners=()):
@@ -141,16 +177,27 @@ def processes(owners):
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, IndexError):
-            user = int(Path(f"/proc/{entry}/status").read_text().partition("\nUid:\t")[2].split()[0])
+            user = int(
+                Path(f"/proc/{entry}/status").read_text().partition("\nUid:\t")[2].split()[0]
+            )
             if user in owners:
-                found[int(entry)] = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                found[int(entry)] = (
+                    Path(f"/proc/{entry}/cmdline")
+                    .read_bytes()
+                    .replace(b"\0", b" ")
+                    .decode(errors="replace")
+                )
     return found
 
 
 def strays(owners, known):
     """{pid: command} of processes that jobs left. Waits a little for dying ones."""
     for _ in range(20):
-        left = {pid: command for pid, command in processes(owners).items() if pid not in known and _of_a_job(pid)}
+        left = {
+            pid: command
+            for pid, command in processes(owners).items()
+            if pid not in known and _of_a_job(pid)
+        }
         if not left:
             return {}
         time.sleep(0.02)
@@ -161,7 +208,9 @@ def _of_a_job(pid):
     """Is this a program's process, and not one that the user of this machine has just started? A program's HOME is its work folder."""
     try:
         return b"rarecode-" in Path(f"/proc/{pid}/environ").read_bytes()
-    except PermissionError:  # a warm Prolog, or another user's: of interest when nobody but process 1 waits for it
+    except (
+        PermissionError
+    ):  # a warm Prolog, or another user's: of interest when nobody but process 1 waits for it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
     except OSError:
         return False
