@@ -8,24 +8,21 @@ from pathlib import Path
 
 import torch
 
-import distributed
 import gepo
 import grpo
-import lora
-import model as model_file
-import plan
-import selfplay
 import sft
-import translate
+from batches import make_optimizer
 from eval import prompt_ids
-from exact import make_exact
-from optimizer import make_optimizer
 from rewards import Judge
 from rollout import prompt_messages
+from runtime import distributed, hugging_face, lora, memory
+from runtime.exact import make_exact
+from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
+from selfplay import loop as selfplay
 from settings import Settings
-from tasks import load_problems
-from tokenizer import ChatTokenizer
+from tasks import translate
+from tasks.problems import load_problems
 
 
 @dataclass
@@ -79,7 +76,7 @@ def restarted_run(s):
 def warm_start(s, folder, problems, language, device, report):
     """The checkpoint folder to start from: the user's, or the tiny model made for this run (once: a resume finds it)."""
     if s.model != "tiny":
-        return model_file.find_checkpoint(s.model)
+        return hugging_face.find_checkpoint(s.model)
     out = folder / "warm_start"
     if not distributed.broadcast(out.exists()):  # rank 0's machine decides
         supervised = sft.WarmStart(
@@ -129,8 +126,8 @@ def build(s, folder, language, pool, device, report):
             "--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling"
         )
     source = warm_start(s, folder, problems, language, device, report)
-    plan.check(model_file.read_config(source), s, device, report)
-    model = model_file.load(source)
+    memory.check(hugging_face.read_config(source), s, device, report)
+    model = hugging_face.load(source)
     tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
     plain = (
@@ -139,7 +136,7 @@ def build(s, folder, language, pool, device, report):
     sampler_model = (
         model
         if plain
-        else model_file.load(
+        else hugging_face.load(
             source, torch.bfloat16 if device.type == "cuda" else torch.float32, device
         ).requires_grad_(False)
     )
@@ -162,11 +159,12 @@ def build(s, folder, language, pool, device, report):
         problems,
         held_out,
         ask,
-        peak_flops=plan.peak_flops(device),
+        peak_flops=memory.peak_flops(device),
     )
     if s.kl_coef and not s.lora_rank:
         run.reference = distributed.shard(
-            model_file.load(source, sampler_model.embed.weight.dtype).requires_grad_(False), device
+            hugging_face.load(source, sampler_model.embed.weight.dtype).requires_grad_(False),
+            device,
         )
     if s.gepo:  # before anything is restored: the reference is the policy that the run starts from
         run.groups = gepo.prepare(s, tokenizer, run.model, device, folder, report)

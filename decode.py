@@ -13,13 +13,13 @@ every shape chosen so that a row's result depends on that row alone, to the last
 import torch
 import torch.nn.functional as F
 
-from exact import attend_to_pages, exact_linear
 from kernels import native, use_triton
 from kernels.attention import shared_prefix_attention
 from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
 from model import causal_attention
+from runtime.exact import attend_to_pages, exact_linear
 
 SIZES = (
     1,

@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import distributed
-import ir_groups
-from batches import Sequence
+from batches import Sequence, accumulate, accumulate_parts, score
 from kernels.logprob import token_logprobs
-from optimizer import accumulate, accumulate_parts, score
-from tasks import in_passes, read_jsonl
+from runtime import distributed
+from tasks import ir_groups
+from tasks.data import in_passes, read_jsonl
 
 # ---- the loss ----
 

@@ -2,8 +2,8 @@
 
 import torch
 
-import distributed
-from rewards import shares
+from runtime import distributed
+from tasks.verdicts import shares
 
 
 def loss_metrics(collected, on_policy):

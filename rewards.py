@@ -10,22 +10,15 @@ import math
 import os
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass
-from fractions import Fraction
 
 from sandbox import Job, Result
-from tasks import Problem, language_of
+from sandbox.languages import language_of
+from tasks.answers import parse_number, same_number
+from tasks.problems import Problem
+from tasks.verdicts import Parsed, Submission, Verdict
 
 # ---- parsing ----
-
-
-@dataclass(frozen=True)
-class Parsed:
-    reasoning: str
-    code: str  # empty when there is none
-    query: str
-    format_ok: bool  # the three parts, in order, none empty, nothing around them
 
 
 def parse(text, language):
@@ -58,61 +51,8 @@ def _part(text, tag):
 
 # ---- numbers ----
 
-_DECIMAL = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:[eEdDfFlLsS]([-+]?\d{1,3}))?")
-_RATIO = re.compile(r"([-+]?\d+) ?(?:r|//?|%) ?(\d+)")
-
-
-def parse_number(text):
-    """Exact value of a printed number, or None: 42, 1,200, 42.0, 1e3, 42.0d0 (Lisp), 3/2, 3r2 (Prolog), 3//2 (Julia), 3 % 2 (Haskell)."""
-    text = text.strip()
-    if len(text) > 400:  # no answer is that long, and a huge integer costs time
-        return None
-    if match := _RATIO.fullmatch(text):
-        return Fraction(int(match[1]), int(match[2])) if int(match[2]) else None
-    match = _DECIMAL.fullmatch(text)
-    if not match or not (match[2] or len(match[3] or "") > 1):
-        return None
-    sign, whole, decimals, exponent = match.groups()
-    return Fraction(f"{sign}{(whole or '0').replace(',', '')}{decimals or ''}e{exponent or 0}")
-
-
-def same_number(value, answer):
-    """Equal, or within 1e-6 relative when one of them is no whole number: floats round, but 10000001 is not 10000000."""
-    if value.denominator == 1 and answer.denominator == 1:
-        return value == answer
-    return abs(value - answer) <= Fraction(1, 10**6) * max(abs(answer), Fraction(1, 10**3))
-
 
 # ---- running ----
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A completion whose program, when it has one, is running."""
-
-    problem: Problem
-    sample: int
-    text: str
-    parsed: Parsed
-    nonce: str
-    future: concurrent.futures.Future | None
-    syntax: concurrent.futures.Future | None = (
-        None  # the language's own check of the code alone, when a component asks for it
-    )
-
-
-@dataclass
-class Verdict:
-    problem: str  # its id
-    reward: float  # nan: the sandbox could not judge
-    components: dict[str, float]
-    correct: bool
-    status: str  # the sandbox's, or "no_program"
-    value: str | None  # what the query gave, as printed
-    program: str  # code and query
-    parsed: Parsed
-    constant: bool  # the program computes nothing
-    leaked: bool  # the answer stands in the query, though not in the question
 
 
 class Judge:
@@ -344,27 +284,3 @@ def is_leaked(facts):
         }
 
     return facts.problem.answer in numbers(facts.parsed.query) - numbers(facts.problem.question)
-
-
-def shares(verdicts):
-    """{metric name: share} over a batch of verdicts: what shows reward hacking, and how the programs ended."""
-    total = max(len(verdicts), 1)
-    repeated = sum(
-        count - 1
-        for count in Counter((verdict.problem, verdict.program) for verdict in verdicts).values()
-    )
-    found = {
-        "completions/format_frac": sum(verdict.parsed.format_ok for verdict in verdicts),
-        "completions/code_found_frac": sum(verdict.status != "no_program" for verdict in verdicts),
-        "completions/constant_frac": sum(verdict.constant for verdict in verdicts),
-        "completions/leaked_frac": sum(verdict.leaked for verdict in verdicts),
-        "completions/duplicate_frac": repeated,
-        "sandbox/wrong_frac": sum(
-            verdict.status == "ok" and not verdict.correct for verdict in verdicts
-        ),
-    }
-    found |= {
-        f"sandbox/{status}_frac": count
-        for status, count in Counter(verdict.status for verdict in verdicts).items()
-    }
-    return {name: count / total for name, count in found.items()}

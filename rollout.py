@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-import distributed
 import grpo
-import translate
 from batches import Sequence
-from rewards import Verdict
+from runtime import distributed
 from sampler import Completion, Request
-from tasks import Problem, in_passes, messages
+from tasks import translate
+from tasks.data import in_passes
+from tasks.problems import Problem, messages
+from tasks.verdicts import Verdict
 
 
 @dataclass

@@ -6,7 +6,7 @@
 Reinforcement learning needs a model that is right sometimes; this makes one from a model that never is.
 """
 
-import cpu  # noqa: F401 (before torch)
+import runtime.cpu  # noqa: F401 (before torch)
 
 # isort: split
 
@@ -20,16 +20,16 @@ from pathlib import Path
 
 import torch
 
-import distributed
 import model as model_file
-import triples
-from batches import Sequence
+from batches import Sequence, accumulate, learning_rate, make_optimizer, take_step
 from kernels.logprob import token_logprobs
-from optimizer import accumulate, learning_rate, make_optimizer, take_step
+from runtime import distributed, hugging_face
+from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
+from selfplay import triples
 from settings import add_flags, setting
-from tasks import load_problems, messages, solution
-from tokenizer import ChatTokenizer, train_bpe
+from tasks.problems import load_problems, messages
+from tasks.render import solution
 
 
 @dataclass
@@ -106,7 +106,7 @@ def make_tiny_from(texts, folder, seed):
     config = tiny_config(ChatTokenizer(folder).vocab_size)
     # Random weights of deviation 0.02, right for large models, are too small at width 128: after 400 steps the loss was 0.27, with 0.08 0.16.
     model = model_file.random_model(config, seed, std=0.08)
-    model_file.save(dict(model.named_parameters()), config, folder, dtype=torch.float32)
+    hugging_face.save(dict(model.named_parameters()), config, folder, dtype=torch.float32)
 
 
 def encode(problems, language, tokenizer, prompt, mistakes, seed):
@@ -194,7 +194,7 @@ def run(s, problems, language, device, report=print):
     source = (
         out.with_name(out.name + ".init")
         if s.model == "tiny"
-        else model_file.find_checkpoint(s.model)
+        else hugging_face.find_checkpoint(s.model)
     )
     if s.model == "tiny" and distributed.rank() == 0:
         if s.task == "selfplay":
@@ -204,7 +204,7 @@ def run(s, problems, language, device, report=print):
     if s.model == "tiny":
         distributed.mirror(source)
     tokenizer = ChatTokenizer(source)
-    model = model_file.load(source)
+    model = hugging_face.load(source)
     config = model.config
     model.gradient_checkpointing = s.gradient_checkpointing
     model = distributed.shard(model, device)
@@ -220,7 +220,7 @@ def run(s, problems, language, device, report=print):
     weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
     if distributed.rank() == 0:
         partial = out.with_name(out.name + ".tmp")
-        model_file.save(weights, config, partial, dtype=torch.float32, tokenizer_from=source)
+        hugging_face.save(weights, config, partial, dtype=torch.float32, tokenizer_from=source)
         partial.rename(out)
     distributed.barrier()
 

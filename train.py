@@ -9,7 +9,7 @@ One step: prompts -> samples (sampler.py) -> programs run while others still sam
 loss (grpo.py) -> one or more updates -> the new weights go to the sampler. runs/NAME/ holds what the run leaves (logs.py).
 """
 
-import cpu  # noqa: F401 (before torch)
+import runtime.cpu  # noqa: F401 (before torch)
 
 # isort: split
 
@@ -21,21 +21,19 @@ from functools import partial
 
 import torch
 
-import checkpoint
-import distributed
 import gepo
 import grpo
-import lora
-import selfplay
+from batches import accumulate, learning_rate, score, take_step
 from build import build, new_folder, restarted_run
 from eval import evaluate, print_gained
 from kernels.logprob import fused_policy_loss
-from logs import RunLog, write_config
 from metrics import loss_metrics, progress, rollout_metrics
-from optimizer import accumulate, learning_rate, score, take_step
 from rollout import rollout, set_advantages
+from runtime import checkpoint, distributed, lora
+from runtime.logs import RunLog, write_config
 from sandbox import Pool
 from sandbox.languages import load_language
+from selfplay import loop as selfplay
 from settings import parse_settings
 
 

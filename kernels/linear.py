@@ -1,7 +1,7 @@
 """Matrix product whose sums do not depend on how many rows there are, for the exact mode (exact.py).
 
 cuBLAS picks tile and split by shape, so the same row gets other last bits in a batch of 64 than in one of 16,384. Here one tile serves every number
-of rows, and each sum runs over the depth from first to last. What that costs against cuBLAS is for `python bench.py sampler` to say.
+of rows, and each sum runs over the depth from first to last. What that costs against cuBLAS is for `python -m bench sampler` to say.
 """
 
 from __future__ import annotations

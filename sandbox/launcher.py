@@ -24,7 +24,7 @@ import tempfile
 import time
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-import kernel  # noqa: E402
+import isolation  # noqa: E402
 from watch import THREADS, Disk, Program  # noqa: E402
 
 WORK_BYTES, WORK_FILES = 256 << 20, 16384  # what all files of one job may take
@@ -117,20 +117,20 @@ def set_limits(stage, count_processes):
 
 
 def lock_down(launcher, stage):
-    """Everything that stands between the program and the machine; the order matters. Returns the descriptor for kernel.answer, or None."""
+    """Everything that stands between the program and the machine; the order matters. Returns the descriptor for isolation.answer, or None."""
     os.chdir(launcher.folder)
     if launcher.user is not None:
         os.setgroups([])
         os.setresgid(launcher.user, launcher.user, launcher.user)
         os.setresuid(launcher.user, launcher.user, launcher.user)
-    if kernel.LINUX:
-        kernel.die_with_parent()  # after the change of user, which resets it
+    if isolation.LINUX:
+        isolation.die_with_parent()  # after the change of user, which resets it
     set_limits(stage, launcher.user is not None or launcher.own_users)
     if launcher.level != "portable":
-        kernel.no_new_privs()
-        kernel.drop_capabilities()
-        kernel.landlock_restrict(launcher.ruleset(stage))
-        return kernel.seccomp_load(launcher.filter(stage["processes"] > 1), launcher.ask)
+        isolation.no_new_privs()
+        isolation.drop_capabilities()
+        isolation.landlock_restrict(launcher.ruleset(stage))
+        return isolation.seccomp_load(launcher.filter(stage["processes"] > 1), launcher.ask)
     return None
 
 
@@ -171,7 +171,7 @@ def become_program(launcher, stage, warm, streams, report):
 def become_init(launcher, stage, warm, streams, report):
     """Process 1 of the job's namespaces: start the program as process 2, reap what it leaves, report its end. Its own end kills the rest."""
     try:
-        kernel.die_with_parent()
+        isolation.die_with_parent()
         program = os.fork()
         if program == 0:
             become_program(launcher, stage, warm, streams, report)
@@ -200,7 +200,9 @@ class Launcher:
             level == "namespaces" and user is None
         )  # a user namespace of its own, in which the process limit counts
         # where the process limit counts more than this job (one user for all, or none for root), the launcher counts itself
-        self.ask = level == "kernel" and user is None and kernel.attempt(kernel.ask_once) is None
+        self.ask = (
+            level == "kernel" and user is None and isolation.attempt(isolation.ask_once) is None
+        )
         self._rulesets, self._filters, self._warm = {}, {}, None
         gc.disable()  # jobs are plain dicts; a collection would only touch pages shared with the children
         resource.setrlimit(
@@ -210,20 +212,20 @@ class Launcher:
 
     def _separate(self):
         """Leave the trainer's view as far as allowed. True when the work folder has become a file system of its own with a size."""
-        if not kernel.LINUX:
+        if not isolation.LINUX:
             return False
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("800")  # when memory is short the kernel ends a program, never the trainer
-        kernel.become_subreaper()
+        isolation.become_subreaper()
         if self.own_users:
-            kernel.enter_user_namespace(kernel.CLONE_NEWNS)
-        kernel.set_dumpable(0)
+            isolation.enter_user_namespace(isolation.CLONE_NEWNS)
+        isolation.set_dumpable(0)
         if self.level == "portable":
             return False
         try:
             if self.user is not None:
-                kernel.unshare(kernel.CLONE_NEWNS)
-            kernel.private_tmpfs(self.folder, WORK_BYTES, WORK_FILES)
+                isolation.unshare(isolation.CLONE_NEWNS)
+            isolation.private_tmpfs(self.folder, WORK_BYTES, WORK_FILES)
             return True
         except OSError:
             return False
@@ -232,17 +234,17 @@ class Launcher:
         """Descriptor of the Landlock rules of a stage, made once. The work folder is the same for all jobs, one after another."""
         key = (*stage["read"], "|", *stage["execute"], "|", stage["run_work"])
         if key not in self._rulesets:
-            work = kernel.WORK | (kernel.EXECUTE if stage["run_work"] else 0)
-            rules = [(path, kernel.READ) for path in stage["read"]] + [
-                (path, kernel.EXECUTE) for path in stage["execute"]
+            work = isolation.WORK | (isolation.EXECUTE if stage["run_work"] else 0)
+            rules = [(path, isolation.READ) for path in stage["read"]] + [
+                (path, isolation.EXECUTE) for path in stage["execute"]
             ]
-            rules += [("/dev/null", kernel.WRITE), (self.folder, work)]
-            self._rulesets[key] = kernel.landlock_ruleset(rules)
+            rules += [("/dev/null", isolation.WRITE), (self.folder, work)]
+            self._rulesets[key] = isolation.landlock_ruleset(rules)
         return self._rulesets[key]
 
     def filter(self, may_fork):
         if may_fork not in self._filters:
-            self._filters[may_fork] = kernel.seccomp_filter(may_fork, self.ask)
+            self._filters[may_fork] = isolation.seccomp_filter(may_fork, self.ask)
         return self._filters[may_fork]
 
     def warm_for(self, stage):
@@ -323,7 +325,11 @@ class Launcher:
             self.ruleset(stage), self.filter(stage["processes"] > 1)
         inner = self.level == "namespaces"
         started = time.monotonic()
-        pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC) if inner else os.fork()
+        pid = (
+            isolation.fork_into(isolation.CLONE_NEWPID | isolation.CLONE_NEWIPC)
+            if inner
+            else os.fork()
+        )
         if pid == 0:
             (become_init if inner else become_program)(
                 self, stage, warm, (source, out[1], err[1]), report.detach()
@@ -373,7 +379,7 @@ def open_input(data):
         os.close(writer)
         return reader
     if hasattr(os, "memfd_create"):
-        return kernel.sealed_input(data)
+        return isolation.sealed_input(data)
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.seek(0)
@@ -412,7 +418,7 @@ def main():
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     alone = False
     try:
-        launcher = Launcher(channel, settings["level"], folder, kernel.program_user())
+        launcher = Launcher(channel, settings["level"], folder, isolation.program_user())
         send(channel, {"ready": True, "bounded": launcher.bounded})
         alone = launcher.serve()
     finally:
@@ -423,7 +429,7 @@ def leave(folder, alone):
     """Remove the work folder; when the trainer is gone, the common one too with the last of the launchers."""
     os.chdir("/")
     with contextlib.suppress(OSError):
-        kernel.unmount(folder)
+        isolation.unmount(folder)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         clear(folder)
         os.rmdir(folder)

@@ -45,8 +45,8 @@ def available_level(found):
 
 
 def _landlock():
-    kernel.no_new_privs()
-    kernel.landlock_restrict(kernel.landlock_ruleset([("/usr", kernel.READ)]))
+    isolation.no_new_privs()
+    isolation.landlock_restrict(isolation.landlock_ruleset([("/usr", isolation.READ)]))
     try:
         os.listdir("/")
     except PermissionError:
@@ -55,8 +55,8 @@ def _landlock():
 
 
 def _seccomp():
-    kernel.no_new_privs()
-    kernel.seccomp_load(kernel.seccomp_filter(may_fork=False))
+    isolation.no_new_privs()
+    isolation.seccomp_load(isolation.seccomp_filter(may_fork=False))
     try:
         os.fork()
     except PermissionError:
@@ -65,11 +65,11 @@ def _seccomp():
 
 
 def _pid_namespace():
-    if os.geteuid() != 0 or kernel.attempt(
-        lambda: kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWPID)
+    if os.geteuid() != 0 or isolation.attempt(
+        lambda: isolation.unshare(isolation.CLONE_NEWNS | isolation.CLONE_NEWPID)
     ):
-        kernel.enter_user_namespace(kernel.CLONE_NEWNS)
-    pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC)
+        isolation.enter_user_namespace(isolation.CLONE_NEWNS)
+    pid = isolation.fork_into(isolation.CLONE_NEWPID | isolation.CLONE_NEWIPC)
     if pid == 0:
         os._exit(0 if os.getpid() == 1 else 1)
     if os.waitpid(pid, 0)[1]:
@@ -78,31 +78,34 @@ def _pid_namespace():
 
 def _private_tmpfs():
     if os.geteuid() != 0:
-        kernel.enter_user_namespace(kernel.CLONE_NEWNS)
+        isolation.enter_user_namespace(isolation.CLONE_NEWNS)
     else:
-        kernel.unshare(kernel.CLONE_NEWNS)
-    kernel.private_tmpfs("/tmp", 1 << 20, 16)
+        isolation.unshare(isolation.CLONE_NEWNS)
+    isolation.private_tmpfs("/tmp", 1 << 20, 16)
 
 
 def main():
     reasons = {
-        "no_new_privs": kernel.attempt(kernel.no_new_privs),
-        "landlock": kernel.attempt(_landlock),
-        "seccomp": kernel.attempt(_seccomp),
-        "pid namespace": kernel.attempt(_pid_namespace),
-        "process guard": kernel.attempt(kernel.ask_once),
-        "private tmpfs": kernel.attempt(_private_tmpfs),
+        "no_new_privs": isolation.attempt(isolation.no_new_privs),
+        "landlock": isolation.attempt(_landlock),
+        "seccomp": isolation.attempt(_seccomp),
+        "pid namespace": isolation.attempt(_pid_namespace),
+        "process guard": isolation.attempt(isolation.ask_once),
+        "private tmpfs": isolation.attempt(_private_tmpfs),
     }
     print(
         json.dumps(
             reasons
-            | {"abi": kernel.landlock_abi(), "separate user": kernel.program_user() is not None}
+            | {
+                "abi": isolation.landlock_abi(),
+                "separate user": isolation.program_user() is not None,
+            }
         )
     )
 
 
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    import kernel
+    import isolation
 
     main()

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 
-import kernel
+import isolation
 
 THREADS = 256  # of all processes of a job together; runtimes start up to about 30, a thread bomb thousands
 _TICK_SINGLE, _TICK_MANY = (
@@ -123,7 +123,7 @@ class Program:
 
     def _answer(self, event):
         if event & select.POLLIN:
-            kernel.answer(self.asks, self._may_start)
+            isolation.answer(self.asks, self._may_start)
         else:
             self.poll.unregister(self.asks)
 

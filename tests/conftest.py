@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
-import cpu  # noqa: E402, F401 (before torch)
+import runtime.cpu  # noqa: F401 (before torch)
 
 if not torch.cuda.is_available():
     # The @triton.jit decorator reads this at import time, so it must be set before any kernel module is imported.

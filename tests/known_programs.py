@@ -8,9 +8,9 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import TestJudge, load_rows
 from sandbox import Job, Limits
 from sandbox.languages import load_language
+from tasks.multipl_e import TestJudge, load_rows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 NONCE = "known5a0f3c"

@@ -6,12 +6,12 @@ import known_programs
 import pytest
 
 import sft
-import translate
-import triples
-from benchmarks import SOURCES, load_rows
 from sandbox.languages import language_names, load_language
+from selfplay import triples
 from settings import Settings
-from tasks import Problem, load_problems
+from tasks import translate
+from tasks.multipl_e import SOURCES, load_rows
+from tasks.problems import Problem, load_problems
 
 needs_data = pytest.mark.skipif(
     not known_programs.DATA.is_dir(), reason="../shared/data is not here"

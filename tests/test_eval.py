@@ -20,15 +20,23 @@ import torch
 from forgers import FORGERS
 
 import eval as evaluation
-import model as model_file
 import sft
-from benchmarks import TestJudge, answer_block, exchange_answers, load_rows, program, row_prompt
 from rewards import Judge
+from runtime import hugging_face
+from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
-from tasks import load_problems, messages, solution
-from tokenizer import ChatTokenizer
+from tasks.multipl_e import (
+    TestJudge,
+    answer_block,
+    exchange_answers,
+    load_rows,
+    program,
+    row_prompt,
+)
+from tasks.problems import load_problems, messages
+from tasks.render import solution
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("RARECODE_FULL"))
@@ -475,7 +483,7 @@ def tiny(tmp_path_factory):
     language, prompt = load_language("prolog"), lambda p: messages(p, "prolog", 0, system=False)
     problems = load_problems("sums", "test", count=4)
     sft.make_tiny(load_problems("sums", "train", count=300), language, prompt, folder, seed=0)
-    tokenizer, model = ChatTokenizer(folder), model_file.load(folder)
+    tokenizer, model = ChatTokenizer(folder), hugging_face.load(folder)
     settings = sft.WarmStart(steps=60, batch=4, lr=3e-3, warmup=5)
     sft.train_supervised(
         model,
@@ -485,12 +493,12 @@ def tiny(tmp_path_factory):
         torch.device("cpu"),
         lambda *_: None,
     )
-    model_file.save(dict(model.named_parameters()), model.config, folder, dtype=torch.float32)
+    hugging_face.save(dict(model.named_parameters()), model.config, folder, dtype=torch.float32)
     return folder
 
 
 def test_evaluate_in_the_loop(tiny, pool):
-    tokenizer, sampler = ChatTokenizer(tiny), Sampler(model_file.load(tiny), slots=16)
+    tokenizer, sampler = ChatTokenizer(tiny), Sampler(hugging_face.load(tiny), slots=16)
     problems, seen = load_problems("sums", "test", count=6), []
     metrics, rows = evaluation.evaluate(
         sampler,

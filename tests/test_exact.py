@@ -6,14 +6,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import exact
 import kernels.attention
 import kernels.head
 import kernels.layers
-from batches import Sequence
+from batches import Sequence, score
 from kernels.linear import _linear
 from model import Config, random_model
-from optimizer import score
+from runtime import exact
 from sampler import Request, Sampler
 
 ON_GPU = torch.cuda.is_available()

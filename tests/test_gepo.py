@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import gepo
-import ir_groups
-import ir_mutations
-from batches import Sequence
+from batches import Sequence, score
 from model import Config, random_model
-from optimizer import score
 from sandbox import Pool
 from sandbox.languages import load_language
+from tasks import ir_groups, ir_mutations
 
 needs_clang = pytest.mark.skipif(
     load_language("llvm-ir").missing() is not None, reason="clang and llvm are not installed"

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from kernels import advantage, attention, bench, layers, logprob, sampling
+from bench import kernels as bench
+from kernels import advantage, attention, layers, logprob, sampling
 
 DOUBLE = torch.float64
 

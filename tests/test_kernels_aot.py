@@ -35,7 +35,7 @@ def compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["OMP_NUM_THREADS"] = "1"
     result = subprocess.run(
-        [sys.executable, "-m", "kernels.aot", "--json"],
+        [sys.executable, "-m", "bench.aot", "--json"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

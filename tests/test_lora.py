@@ -6,11 +6,9 @@ import torch
 from safetensors.torch import load_file
 from test_update import CONFIG, gradient, sequences
 
-import checkpoint
-import lora
 import model as model_file
-from batches import pack
-from optimizer import make_optimizer, take_step
+from batches import make_optimizer, pack, take_step
+from runtime import checkpoint, hugging_face, lora
 
 
 def adapted(seed=1):
@@ -79,7 +77,7 @@ def test_a_checkpoint_holds_both_forms_and_resumes_exactly(tmp_path):
     )
     parts = [8.0 / 4 * peft[names.format(x, "B")] @ peft[names.format(x, "A")] for x in "qkv"]
     torch.testing.assert_close(
-        model_file.load(folder).layers[1].qkv.weight, base.layers[1].qkv.weight + torch.cat(parts)
+        hugging_face.load(folder).layers[1].qkv.weight, base.layers[1].qkv.weight + torch.cat(parts)
     )
     assert (
         config["r"] == 4

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import train
-from model import Config, random_model, save
+from model import Config, random_model
+from runtime.hugging_face import save
+from runtime.tokenizer import train_bpe
 from settings import parse_settings, read_recipe
-from tokenizer import train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
 PROGRAM = "def f(a):\n    return a + 1\n"

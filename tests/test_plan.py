@@ -4,23 +4,23 @@ import pytest
 import torch
 from test_update import CONFIG
 
-import lora
 import model as model_file
-import plan
+from runtime import lora, memory
 from settings import Settings
 
 
 def test_parameters_are_those_of_the_model_and_its_adapters():
     model = model_file.random_model(CONFIG)
-    everything, layer, ends = plan.parameters(CONFIG)
+    everything, layer, ends = memory.parameters(CONFIG)
     assert everything == sum(p.numel() for p in model.parameters()) == 2 * layer + ends
     lora.attach(model, 8, 8.0)
-    assert plan.adapter_parameters(CONFIG, 8) == sum(
+    assert memory.adapter_parameters(CONFIG, 8) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
     # Qwen2.5-Coder's published sizes
     assert [
-        round(plan.parameters(plan.qwen(size))[0] / 1e9, 2) for size in ("0.5B", "1.5B", "3B", "7B")
+        round(memory.parameters(memory.qwen(size))[0] / 1e9, 2)
+        for size in ("0.5B", "1.5B", "3B", "7B")
     ] == [0.49, 1.54, 3.09, 7.62]
 
 
@@ -37,7 +37,7 @@ def test_activation_estimate_bounds_what_a_step_keeps():
     tokens = torch.arange(40) % 50
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         model(tokens, torch.arange(40), torch.tensor([0, 40], dtype=torch.int32))
-    planned = plan.plan(
+    planned = memory.plan(
         CONFIG, Settings(token_budget=40, gradient_checkpointing=False), 1, cuda=False
     )["activations"]
     assert 0.8 * planned < sum(kept.values()) < 1.05 * planned
@@ -45,10 +45,12 @@ def test_activation_estimate_bounds_what_a_step_keeps():
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(capsys):
     s = Settings(token_budget=16384, max_new_tokens=1024)
-    seven = plan.plan(plan.qwen("7B"), s, 1, cuda=True)
-    assert sum(seven.values()) > 80e9 > sum(plan.plan(plan.qwen("7B"), s, 8, cuda=True).values())
-    assert sum(plan.plan(plan.qwen("3B"), s, 1, cuda=True).values()) < 80e9
-    assert sum(plan.plan(plan.qwen("7B"), Settings(lora_rank=32), 1, cuda=True).values()) < 80e9
+    seven = memory.plan(memory.qwen("7B"), s, 1, cuda=True)
+    assert (
+        sum(seven.values()) > 80e9 > sum(memory.plan(memory.qwen("7B"), s, 8, cuda=True).values())
+    )
+    assert sum(memory.plan(memory.qwen("3B"), s, 1, cuda=True).values()) < 80e9
+    assert sum(memory.plan(memory.qwen("7B"), Settings(lora_rank=32), 1, cuda=True).values()) < 80e9
     with pytest.raises(SystemExit, match="use more than 1 ranks"):
-        plan.check(plan.qwen("32B"), s, torch.device("cpu"), print)
+        memory.check(memory.qwen("32B"), s, torch.device("cpu"), print)
     assert "memory per rank" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-import proof
+from bench import proof
 from settings import add_flags, parse_settings
 from sft import WarmStart
 

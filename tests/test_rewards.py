@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 import rewards
-from rewards import Judge, parse, parse_number, same_number, shares
+from rewards import Judge, parse
 from rollout import shaped
 from sampler import Completion
 from sandbox import Pool, Result
 from sandbox.languages import language_names, load_language
 from settings import Settings
-from tasks import Problem, completion, load_problems, solution, worked_example
+from tasks.answers import parse_number, same_number
+from tasks.problems import Problem, load_problems, worked_example
+from tasks.render import completion, solution
+from tasks.verdicts import shares
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RENDERED = [name for name in language_names() if load_language(name).render]

@@ -11,7 +11,8 @@ import pytest
 from rewards import Judge
 from sandbox import Pool
 from sandbox.languages import load_language
-from tasks import Problem, completion, load_problems, solution
+from tasks.problems import Problem, load_problems
+from tasks.render import completion, solution
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ANSWER = 918273645  # stands in no file, argument or environment of a program

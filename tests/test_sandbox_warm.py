@@ -117,8 +117,9 @@ def test_same_results_on_the_hostile_programs(pool):
 
 
 def test_same_results_on_rendered_solutions(pool):
-    import tasks
     from rewards import answer_files
+    from tasks.problems import load_problems
+    from tasks.render import solution
 
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
     names = ["sums", "gsm8k_steps"] if data.is_dir() else ["sums"]
@@ -126,9 +127,9 @@ def test_same_results_on_rendered_solutions(pool):
     for problem in [
         p
         for name in names
-        for p in tasks.load_problems(name, "train", count=COUNT if name != "sums" else 60)
+        for p in load_problems(name, "train", count=COUNT if name != "sums" else 60)
     ]:
-        _, code, query = re.split(r"</?code>", tasks.solution(problem, "prolog"))
+        _, code, query = re.split(r"</?code>", solution(problem, "prolog"))
         query = re.search(r"<query>\s*(.*?)\s*</query>", query, re.DOTALL)[1]
         programs.append(answer_files(PROLOG, code, query, "nonce"))
     different = compare(pool, programs)

@@ -16,30 +16,20 @@ import pytest
 import torch
 
 import grpo
-import selfplay
 import sft
-import triples
-from buffers import Buffers, add_seeds
-from literals import read_one
-from prompts import solve_prompt
-from proposals import (
-    PAIRS,
-    REASONS,
-    Entry,
-    Puzzle,
-    Refused,
-    Runner,
-    SolveJudge,
-    check,
-    compose,
-    outcomes,
-    parse_proposal,
-    wait,
-)
 from sandbox import Pool, Result
 from sandbox.languages import language_names, load_language
+from sandbox.languages.calls import Runner, outcomes, wait
+from sandbox.languages.literals import read_one
+from sandbox.languages.values import Char, Compound, Map, Pair, Set, Symbol, same, write
+from selfplay import loop as selfplay
+from selfplay import triples
+from selfplay.buffers import Buffers, add_seeds
+from selfplay.judge import SolveJudge
+from selfplay.parse import compose, parse_proposal
+from selfplay.prompts import solve_prompt
+from selfplay.proposals import PAIRS, REASONS, Entry, Puzzle, Refused, check
 from settings import Settings, read_recipe
-from values import Char, Compound, Map, Pair, Set, Symbol, same, write
 
 ROOT = Path(__file__).resolve().parent.parent
 LANGUAGES = [name for name in language_names() if load_language(name).call]

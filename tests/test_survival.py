@@ -20,7 +20,7 @@ from test_train import (
     save_two,
 )  # noqa: F401 (a fixture)
 
-import checkpoint
+from runtime import checkpoint
 
 pytestmark = needs_prolog
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import sums
-import tasks
-from tasks import exact_steps, load_problems, messages, solution
-from tokenizer import ChatTokenizer, train_bpe
+from runtime.tokenizer import ChatTokenizer, train_bpe
+from tasks import data, sums
+from tasks.problems import load_problems, messages, worked_example
+from tasks.render import exact_steps, render_expression, solution
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
@@ -65,11 +65,11 @@ def test_expressions_keep_their_meaning_in_infix_and_prefix():
     }
     for expr, expected in cases.items():
         assert (
-            tasks.render_expression(expr, infix),
-            tasks.render_expression(expr, prefix),
+            render_expression(expr, infix),
+            render_expression(expr, prefix),
         ) == expected
     floats = {**infix, "integer": "{}.0", "operators": {"+": "+.", "*": "*."}}
-    assert tasks.render_expression("(1+v1)*0.5", floats) == "(1.0 +. V1) *. 0.5"
+    assert render_expression("(1+v1)*0.5", floats) == "(1.0 +. V1) *. 0.5"
 
 
 def test_solution_and_messages_read_as_the_format_says():
@@ -146,12 +146,12 @@ def test_bad_data_has_one_clear_sentence(tmp_path, monkeypatch):
     assert "unknown task 'sum'" in message(task="sum")
     assert "unknown split" in message(split="dev")
     # a publisher that cannot be reached: one sentence, and nothing left behind
-    monkeypatch.setattr(tasks, "REPO", tmp_path / "repo" / "here")
+    monkeypatch.setattr(data, "REPO", tmp_path / "repo" / "here")
     monkeypatch.delenv("RARECODE_DATA", raising=False)
-    monkeypatch.setattr(tasks, "GSM8K_URL", "http://127.0.0.1:9/{split}.jsonl")
+    monkeypatch.setattr(data, "GSM8K_URL", "http://127.0.0.1:9/{split}.jsonl")
     assert "cannot be reached" in message(data=None)
     (tmp_path / "changed.jsonl").write_text(good)
-    monkeypatch.setattr(tasks, "GSM8K_URL", f"file://{tmp_path}/changed.jsonl")
+    monkeypatch.setattr(data, "GSM8K_URL", f"file://{tmp_path}/changed.jsonl")
     assert "does not have the expected sha256" in message(data=None)
     assert not list(tmp_path.glob("repo/**/*.jsonl"))
 
@@ -165,7 +165,7 @@ def test_chat_tokenizer_equals_transformers_and_golden_vectors():
     assert tokenizer.stop_ids == (151645, 151643)  # <|im_end|>, <|endoftext|>
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoTokenizer.from_pretrained(DATA / "qwen_tokenizer")
-    problem = tasks.worked_example(2)
+    problem = worked_example(2)
     for chat in (
         messages(problem, "lisp", 5),
         messages(problem, "prolog", 0, system=False),

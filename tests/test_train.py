@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import build
-import checkpoint
 import model as model_file
 import train
-from logs import RunLog
-from optimizer import make_optimizer
-from tasks import Problem, Step
-from tokenizer import train_bpe
+from batches import make_optimizer
+from runtime import checkpoint, hugging_face
+from runtime.logs import RunLog
+from runtime.tokenizer import train_bpe
+from tasks.problems import Problem
+from tasks.render import Step
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_prolog = pytest.mark.skipif(
@@ -185,7 +186,7 @@ def test_sampler_and_trainer_agree_and_a_run_leaves_readable_files(straight):
     assert (straight / "source" / "train.py").exists() and len(
         rows(straight, "samples.jsonl")
     ) == 4 * 8
-    assert model_file.load(straight / "checkpoints" / "step_4").config.num_hidden_layers == 5
+    assert hugging_face.load(straight / "checkpoints" / "step_4").config.num_hidden_layers == 5
 
 
 def small_model():
@@ -308,7 +309,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, arguments, sentence)
     )
     made = small_model()
     for name in ("broken", "small"):
-        model_file.save(dict(made.named_parameters()), made.config, tmp_path / name)
+        hugging_face.save(dict(made.named_parameters()), made.config, tmp_path / name)
         train_bpe(["a few words"], 300, tmp_path / name)
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])

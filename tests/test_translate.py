@@ -7,14 +7,13 @@ import re
 
 import pytest
 
-import translate
-import translate_data
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
-from tasks import find_data
-from translate import TranslateJudge, form, load, messages
-from translate_data import Case, Translation
-from values import Map, Symbol
+from sandbox.languages.values import Map, Symbol
+from tasks import translate, translate_data
+from tasks.data import find_data
+from tasks.translate import TranslateJudge, form, load, messages
+from tasks.translate_data import Case, Translation
 
 needs_data = pytest.mark.skipif(
     find_data("transcoder_gfg/gfg.jsonl") is None, reason="no data folder: set RARECODE_DATA"

@@ -12,9 +12,17 @@ import torch
 import build
 import grpo
 import model as model_file
-from batches import Sequence, micro_batches, pack
+from batches import (
+    Sequence,
+    accumulate,
+    learning_rate,
+    make_optimizer,
+    micro_batches,
+    pack,
+    score,
+    take_step,
+)
 from kernels.logprob import fused_policy_loss, token_logprobs
-from optimizer import accumulate, learning_rate, make_optimizer, score, take_step
 
 CONFIG = model_file.Config.from_dict(
     dict(
@@ -114,7 +122,8 @@ def test_gradient_is_the_same_on_two_ranks_one_of_them_nearly_idle(tmp_path):
     program = f"""
 import sys, torch
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
-import distributed, model as model_file
+import model as model_file
+from runtime import distributed
 from test_update import CONFIG, gradient, pack, sequences
 device = distributed.setup()
 work = sequences()[:1] if distributed.rank() == 0 else sequences()[1:]

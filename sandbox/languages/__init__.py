@@ -301,3 +301,8 @@ def _size(value):
         return value
     number, unit = value.split()
     return int(number) << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
+
+
+def language_of(language):
+    """A Language, from itself or its name."""
+    return load_language(language) if isinstance(language, str) else language

@@ -7,9 +7,10 @@ The kinds of programs are those below; a language's TOML ([call.demos]) says how
 import random
 import zlib
 
-from prompts import block, propose_prompt, solve_prompt
-from proposals import PAIRS, TASKS, Entry, Puzzle, input_text
-from values import write
+from sandbox.languages.calls import input_text
+from sandbox.languages.values import write
+from selfplay.prompts import block, propose_prompt, solve_prompt
+from selfplay.proposals import PAIRS, TASKS, Entry, Puzzle
 
 # name: (inputs by a generator, output). k and l are the program's constants.
 KINDS = {

@@ -1,4 +1,4 @@
-"""Measurements beside floors and peers: python bench.py kernels|sampler|step|sandbox [options]. Each prints a table and a last line of JSON.
+"""Measurements beside floors and peers: python -m bench kernels|sampler|step|sandbox [options]. Each prints a table and a last line of JSON.
 
 Each bench lives next to what it measures: kernels/bench.py, bench_sampler.py, bench_step.py, sandbox/bench.py. BENCHMARKS.md records the tables.
 """
@@ -7,20 +7,20 @@ import importlib
 import sys
 
 PARTS = {
-    "kernels": "kernels.bench",
-    "sampler": "bench_sampler",
-    "sandbox": "sandbox.bench",
-    "step": "bench_step",
+    "kernels": "bench.kernels",
+    "sampler": "bench.sampler",
+    "sandbox": "bench.sandbox",
+    "step": "bench.step",
 }
 
 
 def main(arguments):
     if not arguments or arguments[0] not in PARTS:
-        raise SystemExit(f"usage: python bench.py {'|'.join(PARTS)} [--help]")
+        raise SystemExit(f"usage: python -m bench {'|'.join(PARTS)} [--help]")
     try:
         importlib.import_module(PARTS[arguments[0]]).main(arguments[1:])
     except (ValueError, OSError) as problem:  # no such checkpoint, no such data: one sentence
-        raise SystemExit(f"bench.py: {problem}") from None
+        raise SystemExit(f"bench: {problem}") from None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ The long form follows Absolute Zero's structure in words of our own (methods.md 
 warm-started on it (triples.py).
 """
 
-from proposals import PAIRS, SHOWN, renamed
+from selfplay.parse import renamed
+from selfplay.proposals import PAIRS, SHOWN
 
 WRAPPER = """A conversation between User and Assistant. The user asks a question, and the assistant solves it. The assistant first thinks \
 about the reasoning process and then gives the answer. The reasoning process and the answer are enclosed within <think> </think> and \

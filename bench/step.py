@@ -1,15 +1,15 @@
 """One GRPO step, split into its parts, through train.py's own functions.
 
-    python bench.py step                                                       one GPU: 64 prompts x 16 samples, prompt 512, response 256, 0.5B and 1.5B
+    python -m bench step                                                       one GPU: 64 prompts x 16 samples, prompt 512, response 256, 0.5B and 1.5B
                                                                                (random weights); without a GPU the built-in tiny shape, 32 x 8
-    python bench.py step --model DIR --prompts 4 --samples 8 --response 64     a real checkpoint on GSM8K questions
-    python bench.py step --model DIR ... --trl                                 the same work with TRL's GRPOTrainer in the same run, when it is installed
+    python -m bench step --model DIR --prompts 4 --samples 8 --response 64     a real checkpoint on GSM8K questions
+    python -m bench step --model DIR ... --trl                                 the same work with TRL's GRPOTrainer in the same run, when it is installed
 
 Each shape runs with prompts computed once per group and with every sequence whole. No sequence stops early, rewards are a fair coin, so that every
 step has a gradient; a rendered right program per sample runs in SWI-Prolog beside it, so that "reward" is a real wait.
 """
 
-import cpu  # noqa: F401 (before torch)
+import runtime.cpu  # noqa: F401 (before torch)
 
 # isort: split
 
@@ -25,19 +25,19 @@ from pathlib import Path
 
 import torch
 
-import distributed
 import model as model_file
-import plan
 import sft
+from batches import make_optimizer
 from build import Run
-from optimizer import make_optimizer
 from rewards import Judge
+from runtime import distributed, hugging_face, memory
+from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import Settings
-from tasks import load_problems, solution
-from tokenizer import ChatTokenizer
+from tasks.problems import load_problems
+from tasks.render import solution
 from train import train_step
 
 PHASES = ("generate", "reward", "logprob", "update", "weights", "step")
@@ -85,7 +85,7 @@ def make_run(model, tokenizer, s, pool, device):
     """A Run without folder, evaluation or warm start."""
     language = load_language("prolog")
     config = model.config
-    plan.check(config, s, device, print)
+    memory.check(config, s, device, print)
     sampler_model = model
     if device.type == "cuda":
         sampler_model = (
@@ -113,7 +113,7 @@ def make_run(model, tokenizer, s, pool, device):
         judge,
         problems,
         [],
-        peak_flops=plan.peak_flops(device),
+        peak_flops=memory.peak_flops(device),
     )
 
 
@@ -209,7 +209,7 @@ def bench_checkpoint(options, pool, device):
     s = settings(options, short_prompt=True, examples=0)
     rows = bench(
         Path(options.model).name,
-        lambda: model_file.load(options.model),
+        lambda: hugging_face.load(options.model),
         tokenizer,
         s,
         pool,
@@ -217,7 +217,7 @@ def bench_checkpoint(options, pool, device):
         options.steps,
     )
     if options.trl:
-        from tasks import messages
+        from tasks.problems import messages
 
         problems = load_problems("gsm8k_steps", "train", count=512)
         prompts = [messages(p, load_language("prolog"), examples=0, system=False) for p in problems]
@@ -237,7 +237,7 @@ def bench_random(options, pool, device):
         )
     s, rows = settings(options), []
     for size in options.shapes.split(",") if device.type == "cuda" else ["tiny"]:
-        config = plan.qwen(size) if size != "tiny" else sft.tiny_config(768)
+        config = memory.qwen(size) if size != "tiny" else sft.tiny_config(768)
         load = lambda: model_file.random_model(config, std=0.02 if size != "tiny" else 0.08)
         rows += bench(
             size,
@@ -270,7 +270,7 @@ def settings(options, **more):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="bench.py step",
+        prog="python -m bench step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -12,9 +12,10 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-from rewards import Parsed, Submission, Verdict
 from sandbox import Job
-from tasks import find_data, language_of, read_jsonl
+from sandbox.languages import language_of
+from tasks.data import find_data, read_jsonl
+from tasks.verdicts import Parsed, Submission, Verdict
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
 # HumanEval-X's own file names; Python sources are HumanEval's canonical solutions.

@@ -12,27 +12,19 @@ from pathlib import Path
 
 import torch
 
-import distributed
 import grpo
-import triples
 from batches import Sequence
-from benchmarks import TestJudge, load_rows, row_prompt
-from buffers import Buffers, add_seeds
-from prompts import propose_prompt, solve_prompt
-from proposals import (
-    REASONS,
-    TASKS,
-    Entry,
-    Puzzle,
-    Refused,
-    SolveJudge,
-    begin,
-    check,
-    parse_proposal,
-)
-from rewards import Parsed, Verdict
 from rollout import Sample, counted
+from runtime import distributed
 from sampler import Request
+from selfplay import triples
+from selfplay.buffers import Buffers, add_seeds
+from selfplay.judge import SolveJudge
+from selfplay.parse import parse_proposal
+from selfplay.prompts import propose_prompt, solve_prompt
+from selfplay.proposals import REASONS, TASKS, Entry, Puzzle, Refused, begin, check
+from tasks.multipl_e import TestJudge, load_rows, row_prompt
+from tasks.verdicts import Parsed, Verdict
 
 REWARDS = ("eq3", "eq4", "switch", "blend")
 ROLES = ("propose", "solve")

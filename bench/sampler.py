@@ -1,15 +1,15 @@
 """The sampler beside transformers and beside its roofline, in one run.
 
-    python bench.py sampler --model DIR        a real checkpoint on GSM8K questions, 64 new tokens, beside transformers generate (CPU or GPU), and
+    python -m bench sampler --model DIR        a real checkpoint on GSM8K questions, 64 new tokens, beside transformers generate (CPU or GPU), and
                                                how far the trainer's log-probs are from the sampler's; without a GPU the default
-    python bench.py sampler                    one GPU, random weights of the 0.5B and 1.5B shapes: GRPO rollouts, nano-vllm's workload, decode steps
-    python bench.py sampler --smoke            the second on tiny shapes, on any machine: shows that the bench runs, its figures mean nothing
+    python -m bench sampler                    one GPU, random weights of the 0.5B and 1.5B shapes: GRPO rollouts, nano-vllm's workload, decode steps
+    python -m bench sampler --smoke            the second on tiny shapes, on any machine: shows that the bench runs, its figures mean nothing
 
 Roofline: the schedule of the very rollouts that were sampled, every step at the larger of bytes / copy bandwidth and operations / matrix rate (both
 measured at the start), body, head and attention one after another, each prompt's keys and values read once for all its samples, plus prefill.
 """
 
-import cpu  # noqa: F401 (before torch)
+import runtime.cpu  # noqa: F401 (before torch)
 
 # isort: split
 
@@ -28,10 +28,10 @@ from dataclasses import replace
 import torch
 
 import model as model_file
-from batches import Sequence
-from exact import make_exact
-from kernels.bench import measured_ceilings
-from optimizer import score
+from batches import Sequence, score
+from bench.kernels import measured_ceilings
+from runtime import hugging_face
+from runtime.exact import make_exact
 from sampler import Request, Sampler
 
 SHAPES = {  # hidden, intermediate, layers, query heads, KV heads, head dim, vocabulary
@@ -57,7 +57,7 @@ def timed(run):
 
 def question_cases(tokenizer, new, data):
     """name -> requests; the same questions for every case. Nothing stops early, so both sides draw the same number of tokens."""
-    from tasks import load_problems
+    from tasks.problems import load_problems
 
     problems = load_problems("gsm8k", "test", data=data)[:64]
     prompts = [tokenizer.encode_chat([{"role": "user", "content": p.question}]) for p in problems]
@@ -89,9 +89,9 @@ def generate_with(peer, requests):
 def bench_checkpoint(options):
     from transformers import AutoModelForCausalLM
 
-    from tokenizer import ChatTokenizer
+    from runtime.tokenizer import ChatTokenizer
 
-    ours = Sampler(model_file.load(options.model, DTYPE, DEVICE).requires_grad_(False), slots=64)
+    ours = Sampler(hugging_face.load(options.model, DTYPE, DEVICE).requires_grad_(False), slots=64)
     peer = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPE).to(DEVICE).eval()
     cases = question_cases(ChatTokenizer(options.model), options.new, options.data)
     warm = [
@@ -169,7 +169,7 @@ def random_weights(name):
 
 def workloads(vocabulary, smoke):
     """GRPO: 64 prompts of 512 tokens x 16 samples, ragged to 1,024: random weights draw almost uniformly, so a stop set of V / 400 ids ends responses after
-    400 tokens on average. nano-vllm: its bench.py, 256 requests of 100 to 1,024 tokens in and out."""
+    400 tokens on average. nano-vllm: its own bench, 256 requests of 100 to 1,024 tokens in and out."""
     rng = random.Random(0)
     prompt = lambda length: [rng.randrange(vocabulary) for _ in range(length)]
     stop = tuple(range(max(1, vocabulary // (20 if smoke else 400))))
@@ -312,7 +312,7 @@ def bench_peers(name, model, workload):
         return []
     requests, rows = workload["GRPO"][: max(1, len(workload["GRPO"]) // 8)], []
     with tempfile.TemporaryDirectory() as folder:
-        model_file.save(model.state_dict(), model.config, folder, dtype=DTYPE)
+        hugging_face.save(model.state_dict(), model.config, folder, dtype=DTYPE)
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
     limits = dict(
         max_new_tokens=requests[0].max_new_tokens,
@@ -394,7 +394,7 @@ def bench_random(options):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="bench.py sampler",
+        prog="python -m bench sampler",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,10 +4,12 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from literals import read, read_one
-from proposals import PAIRS, TASKS, Entry, Puzzle, Refused, check, input_text, normalised
-from tasks import read_jsonl
-from values import write
+from sandbox.languages.calls import input_text
+from sandbox.languages.literals import read, read_one
+from sandbox.languages.values import write
+from selfplay.parse import normalised
+from selfplay.proposals import PAIRS, TASKS, Entry, Puzzle, Refused, check
+from tasks.data import read_jsonl
 
 
 class Buffer:

@@ -1,9 +1,9 @@
 """Does a real pretrained model get better at Prolog and Lisp? Warm start, evaluation, GRPO on GSM8K, evaluation, the control; one command.
 
-    python proof.py --model DIR                     one GPU: both languages, two seeds and the random-reward control
-    python proof.py --model DIR --minutes 9         stop in time; the same command goes on where it was
-    python proof.py --model DIR --scale cpu --lang prolog --seeds 0       two cores, some hours: GSM8K's short questions
-    python proof.py --model DIR --scale smoke       a few questions and steps: shows that every stage runs
+    python -m bench.proof --model DIR                     one GPU: both languages, two seeds and the random-reward control
+    python -m bench.proof --model DIR --minutes 9         stop in time; the same command goes on where it was
+    python -m bench.proof --model DIR --scale cpu --lang prolog --seeds 0       two cores, some hours: GSM8K's short questions
+    python -m bench.proof --model DIR --scale smoke       a few questions and steps: shows that every stage runs
 
 Stages are commands of this repository, printed before they run; each leaves its folder under runs/proof/ and is skipped once it is done. The table
 at the end compares the same held-out test questions before and after, and is printed alone by --table.
@@ -17,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from eval import compare, print_gained
+from eval import print_gained
+from tasks.statistics import compare
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 # Held-out questions are GSM8K's test split (1,319), those with a prompt of at most `prompt_tokens`; at 70 there are 210 of them, and 1,145 to learn from.
 SCALES = {
     "gpu": dict(

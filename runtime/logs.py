@@ -11,6 +11,16 @@ import shutil
 import sys
 from pathlib import Path
 
+REPO = Path(__file__).resolve().parent.parent
+CODE = (
+    "kernels",
+    "sandbox",
+    "tasks",
+    "selfplay",
+    "runtime",
+    "recipes",
+)  # folders of a run's source
+
 
 def clean(row):
     """JSON has no nan: write null, so that any reader can parse every line."""
@@ -60,21 +70,12 @@ class RunLog:
         self._start_wandb(config, wandb_mode)
 
     def _copy_source(self):
-        root = Path(__file__).parent
+        """The code that runs, so that a run can be read and repeated later."""
         target = self.folder / "source"
-        shutil.copytree(
-            root / "kernels",
-            target / "kernels",
-            ignore=shutil.ignore_patterns("__pycache__"),
-            dirs_exist_ok=True,
-        )
-        shutil.copytree(
-            root / "sandbox",
-            target / "sandbox",
-            ignore=shutil.ignore_patterns("__pycache__"),
-            dirs_exist_ok=True,
-        )
-        for path in root.glob("*.py"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        for name in CODE:
+            shutil.copytree(REPO / name, target / name, ignore=ignore, dirs_exist_ok=True)
+        for path in REPO.glob("*.py"):
             shutil.copy(path, target / path.name)
 
     def _start_wandb(self, config, mode):

@@ -1,9 +1,9 @@
 """Every kernel beside its floor, torch eager, torch.compile and (when installed) Liger-Kernel.
 
-    python bench.py kernels                      Qwen2.5-Coder 0.5B, 1.5B and 3B shapes on one GPU, under ten minutes
-    python bench.py kernels --models 1.5B --only head,attention
-    python bench.py kernels --sweep              times the alternative tiles of the lm_head kernels instead
-    python bench.py kernels --smoke              tiny shapes on any machine: shows that the bench runs, its times mean nothing
+    python -m bench kernels                      Qwen2.5-Coder 0.5B, 1.5B and 3B shapes on one GPU, under ten minutes
+    python -m bench kernels --models 1.5B --only head,attention
+    python -m bench kernels --sweep              times the alternative tiles of the lm_head kernels instead
+    python -m bench kernels --smoke              tiny shapes on any machine: shows that the bench runs, its times mean nothing
 
 A floor is max(bytes / copy bandwidth, operations / matrix rate), both measured at the start of the same run. Times are medians with the 20th and 80th
 percentile; L2 is emptied before each call. Calls of decoding are timed as replays of a CUDA graph, which is how the sampler runs them (L2 stays warm;
@@ -558,7 +558,7 @@ def line(row):
     return f"{text}  target {row['target']:8} " + ", ".join(peers)
 
 
-# Tiles to try on a GPU, each without spills on sm_90 (python -m kernels.aot): rows, depth, warps, stages, register cap.
+# Tiles to try on a GPU, each without spills on sm_90 (python -m bench.aot): rows, depth, warps, stages, register cap.
 SWEEP = [
     head.Tile(128, 64, 8, 3, 128),
     head.Tile(128, 64, 8, 4, None),
@@ -609,7 +609,7 @@ def sweep(shape, bandwidth, rate):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="bench.py kernels",
+        prog="python -m bench kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -631,7 +631,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and not options.smoke:
         raise SystemExit(
-            "bench.py kernels needs a CUDA GPU; --smoke runs tiny shapes on this machine"
+            "python -m bench kernels needs a CUDA GPU; --smoke runs tiny shapes on this machine"
         )
     models = ["smoke"] if options.smoke else options.models.split(",")
     unknown = [x for x in models if x not in SHAPES] + [

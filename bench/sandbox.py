@@ -1,8 +1,8 @@
 """What running a program costs: per language and isolation level, cold and warm, beside a bare subprocess.run, and a whole training step.
 
-    python bench.py sandbox                          all languages that are here, a few minutes; wants an idle machine
-    python bench.py sandbox --language lua --language prolog --seconds 5
-    python bench.py sandbox --step 1024              only the step: that many programs, 5 % of them endless loops
+    python -m bench sandbox                          all languages that are here, a few minutes; wants an idle machine
+    python -m bench sandbox --language lua --language prolog --seconds 5
+    python -m bench sandbox --step 1024              only the step: that many programs, 5 % of them endless loops
 
 CPU ms per program is the figure to trust: it counts program, launcher and the trainer's own thread, and hardly depends on what else the
 machine does. Programs/s is wall-clock with one program per core at a time.
@@ -226,7 +226,7 @@ def verdicts(rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="python bench.py sandbox",
+        prog="python -m bench sandbox",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for sm_80 and sm_90 on a machine without a GPU, and say what the compiler made of it.
 
-    python -m kernels.aot            table of registers, spills, shared memory and tensor-core instructions
-    python -m kernels.aot --json     the same, one JSON object per line
+    python -m bench.aot            table of registers, spills, shared memory and tensor-core instructions
+    python -m bench.aot --json     the same, one JSON object per line
 
 The launchers run on `meta` tensors of the Qwen2.5-Coder shapes with the launch itself replaced by a note of its arguments, so what is compiled is what
 a GPU would run. Triton's wheel carries ptxas, cuobjdump and nvdisasm; no driver is needed. Not with TRITON_INTERPRET=1.
@@ -233,7 +233,7 @@ def main(arguments=None):
         or not isinstance(head._stats_kernel, triton.JITFunction)
     ):
         raise SystemExit(
-            "kernels.aot needs Triton without its interpreter: unset TRITON_INTERPRET (Linux only)"
+            "bench.aot needs Triton without its interpreter: unset TRITON_INTERPRET (Linux only)"
         )
     with ProcessPoolExecutor(len(ARCHITECTURES)) as pool:
         facts = [row for rows in pool.map(compile_architecture, ARCHITECTURES) for row in rows]

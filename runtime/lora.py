@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import distributed
-from model import LAYER_NAMES, part_rows
+from runtime import distributed
+from runtime.hugging_face import LAYER_NAMES, part_rows
 
 MATRICES = ("qkv", "o", "gate_up", "down")
 

@@ -1,4 +1,4 @@
-"""The curve of one or more runs from their own files: python plot.py runs/A runs/B ... --out curve.svg
+"""The curve of one or more runs from their own files: python -m bench.plot runs/A runs/B ... --out curve.svg
 
 Pass rate of the training samples per step as lines, held-out pass@1 of every evaluation as dots. A picture when matplotlib is installed, else lines of text.
 With few prompts per step the lines are noise: --mean 10 draws the mean of the last ten steps.

@@ -1,4 +1,4 @@
-"""Memory plan of a run, per rank, before anything large is allocated; `python plan.py` prints the table of the README.
+"""Memory plan of a run, per rank, before anything large is allocated; `python -m runtime.memory` prints the table of the README.
 
 An upper estimate from shapes alone: what FSDP2 shards is divided by the ranks, what every rank holds is not.
 """
@@ -7,8 +7,8 @@ import os
 
 import torch
 
-import distributed
 from model import Config, Model
+from runtime import distributed
 
 GB = 1e9
 # A100 and H100/H200: dense bf16 rates of their data sheets, for the MFU that people compare.

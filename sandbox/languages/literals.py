@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from values import (
+from sandbox.languages.values import (
     LUA_SMALLEST,
     MAX_TEXT,
     Char,

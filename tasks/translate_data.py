@@ -10,7 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
-from tasks import find_data, read_jsonl
+from tasks.data import find_data, read_jsonl
 
 SETS = ("multipl_t", "transcoder_gfg", "mbxp", "exercism")
 TRANSLATABLE = {"python": "Python", "cpp": "C++"}

@@ -14,12 +14,13 @@ import random
 import re
 from dataclasses import dataclass, replace
 
-from literals import read_one
-from proposals import call_files, outcomes
-from rewards import Parsed, Verdict
 from sandbox import Job
 from sandbox.languages import load_language
-from translate_data import (
+from sandbox.languages.calls import call_files, outcomes
+from sandbox.languages.literals import read_one
+from sandbox.languages.values import write
+from tasks.answers import same_output, same_value
+from tasks.translate_data import (
     SETS,
     TRANSLATABLE,
     Translation,
@@ -28,7 +29,7 @@ from translate_data import (
     read_problems,
     shows_cases,
 )
-from values import Map, Symbol, write
+from tasks.verdicts import Parsed, Verdict
 
 HELD_OUT = 0.1  # share of problems kept for evaluation, by their id
 CALLS, RUNS = (
@@ -337,72 +338,3 @@ def _value_passes(text, expected, language):
         return same_value(read_one(text, language), expected)
     except ValueError:
         return False
-
-
-def same_value(value, expected):
-    """A value of some language equals a case's JSON value: numbers by value (floats within 1e-6), lists, vectors and tuples alike, and where a
-    language has one thing for several (nil, empty table) any of them."""
-    if isinstance(value, Symbol) and value.name in ("true", "false"):  # Prolog's
-        value = value.name == "true"
-    if value is None or value is False or value == [] or value == Map(()):
-        if not expected and not isinstance(expected, (int, float, str)) or expected is False:
-            return (
-                value is expected
-                or isinstance(expected, type(value))
-                or value in (None, [], Map(()))
-            )
-    if isinstance(expected, bool) or isinstance(value, bool):
-        return value is expected
-    if isinstance(expected, (int, float)):
-        return same_number(value, expected)
-    if isinstance(expected, list):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(expected)
-            and all(map(same_value, value, expected))
-        )
-    if isinstance(expected, dict):
-        found = (
-            {k.name if isinstance(k, Symbol) else k: v for k, v in value.items}
-            if isinstance(value, Map)
-            else None
-        )
-        return (
-            found is not None
-            and found.keys() == expected.keys()
-            and all(same_value(found[k], v) for k, v in expected.items())
-        )
-    if isinstance(expected, str):
-        return (value.text if hasattr(value, "text") else value) == expected
-    return value is expected
-
-
-def same_number(value, expected):
-    if not isinstance(value, (int, float)) and not hasattr(value, "numerator"):
-        return False
-    if isinstance(expected, int) and getattr(value, "denominator", 0) == 1:
-        return value == expected
-    return math.isclose(float(value), expected, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def same_output(printed, wanted):
-    """Equal up to white space at line ends, or word by word where words are equal, truth values in any case, or decimals within 1e-6."""
-    clean = lambda text: [line.rstrip() for line in text.rstrip().splitlines()]
-    if clean(printed) == clean(wanted):
-        return True
-    words = [[line.split() for line in clean(text)] for text in (printed, wanted)]
-    if [len(line) for line in words[0]] != [len(line) for line in words[1]]:
-        return False
-    return all(_same_word(a, b) for left, right in zip(*words) for a, b in zip(left, right))
-
-
-def _same_word(printed, wanted):
-    if printed == wanted or (wanted in ("true", "false") and printed.lower() == wanted):
-        return True
-    if not all(
-        re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", w) for w in (printed, wanted)
-    ):
-        return False
-    if re.fullmatch(r"[-+]?\d+", printed) and re.fullmatch(r"[-+]?\d+", wanted):
-        return int(printed) == int(wanted)
-    return math.isclose(float(printed), float(wanted), rel_tol=1e-6, abs_tol=1e-9)

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import ir_mutations
 from sandbox import Job, Limits, Pool
 from sandbox.languages import _find, load_language
-from tasks import read_jsonl
+from tasks import ir_mutations
+from tasks.data import read_jsonl
 
 LEVELS = ("Oz", "O1", "O2", "O3")
 # Vectorised and unrolled loops are three to five times as long and say nothing new about what a function computes.

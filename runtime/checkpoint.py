@@ -14,9 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import distributed
-import lora
-import model as model_file
+from runtime import distributed, hugging_face, lora
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -90,7 +88,7 @@ def _write(folder, step, model, weights, adapters, moments, state, tokenizer_fro
     temporary, final = folder / f".step_{step}.tmp", folder / f"step_{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model_file.save(
+        hugging_face.save(
             weights, model.config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from
         )
         if adapters:
@@ -156,7 +154,7 @@ def restore(checkpoint, model, optimizer):
     )
     moments = load_file(checkpoint / "optimizer.safetensors") if first else {}
     kept = set(distributed.broadcast(list(moments)))
-    weights = dict(model_file.load(checkpoint).named_parameters()) if first else {}
+    weights = dict(hugging_face.load(checkpoint).named_parameters()) if first else {}
     adapters = lora.read(checkpoint, model) if first and lora.attached(model) else {}
     for name, parameter in model.named_parameters():
         if not lora.attached(model) or ".adapter." in name:

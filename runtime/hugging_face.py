@@ -1,0 +1,175 @@
+"""Hugging Face folders, read and written: config.json, safetensors, and the names that fused matrices have there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import CheckpointError, Config, Model
+
+# Hugging Face name of each part of a layer, in the order in which fused matrices are stacked.
+LAYER_NAMES = {
+    "input_norm": ["input_layernorm.weight"],
+    "qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "qkv.bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    "q_norm": ["self_attn.q_norm.weight"],
+    "k_norm": ["self_attn.k_norm.weight"],
+    "o.weight": ["self_attn.o_proj.weight"],
+    "post_norm": ["post_attention_layernorm.weight"],
+    "gate_up.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "down.weight": ["mlp.down_proj.weight"],
+}
+
+
+def hugging_face_names(config):
+    """Our parameter name -> list of Hugging Face tensor names whose rows, stacked, are that parameter."""
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
+    if not config.tie_word_embeddings:
+        names["head"] = ["lm_head.weight"]
+    absent = {"qwen2": ("q_norm", "k_norm"), "qwen3": ("qkv.bias",)}[config.model_type]
+    layer = {ours: theirs for ours, theirs in LAYER_NAMES.items() if ours not in absent}
+    for i in range(config.num_hidden_layers):
+        for ours, theirs in layer.items():
+            names[f"layers.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
+    return names
+
+
+def part_rows(config, ours):
+    """Rows of each Hugging Face tensor inside our fused parameter, None when it is not fused."""
+    hd = config.head_dim
+    if ".qkv." in ours:
+        return [
+            config.num_attention_heads * hd,
+            config.num_key_value_heads * hd,
+            config.num_key_value_heads * hd,
+        ]
+    return [config.intermediate_size] * 2 if ".gate_up." in ours else None
+
+
+def find_checkpoint(name):
+    """A folder as it is; anything else is a hub id and is downloaded once (huggingface_hub's cache)."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"{name} is not a folder with a checkpoint (and not a hub id such as Qwen/Qwen2.5-Coder-0.5B-Instruct)"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
+        )
+    except (
+        Exception
+    ) as problem:  # network, unknown id, gated: the user needs the cause, not its traceback
+        raise CheckpointError(
+            f"cannot get {name} from the hub ({type(problem).__name__}); check the name and the network, or give a local folder"
+        ) from None
+
+
+def read_config(folder):
+    """config.json of a checkpoint folder -> Config."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json")
+    try:
+        return Config.from_dict(json.loads(path.read_text()), source=str(path))
+    except json.JSONDecodeError as problem:
+        raise CheckpointError(f"{path} is not valid JSON (line {problem.lineno})") from None
+
+
+def _open_tensors(folder):
+    """Hugging Face tensor name -> function that reads it; one file or many."""
+    index = folder / "model.safetensors.index.json"
+    files = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
+    readers = {}
+    for name in files:
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is missing: the checkpoint is not complete, copy or download it again"
+            )
+        try:
+            opened = safe_open(path, framework="pt")
+            readers.update({key: opened.get_tensor for key in opened.keys()})
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(
+                f"{path} is damaged ({problem}): copy or download it again"
+            ) from None
+    return readers
+
+
+def load(name, dtype=torch.float32, device="cpu"):
+    """Load a Qwen2 or Qwen3 checkpoint from a folder or a hub id -> Model in `dtype` on `device`; sharded or not, tied or not."""
+    folder = find_checkpoint(str(name))
+    config = read_config(folder)
+    readers = _open_tensors(folder)
+    state = {}
+    for ours, theirs in hugging_face_names(config).items():
+        missing = [t for t in theirs if t not in readers]
+        if missing:
+            raise CheckpointError(
+                f"{folder} has no tensor {missing[0]}: it is not the checkpoint its config.json describes"
+            )
+        parts = [readers[t](t) for t in theirs]
+        state[ours] = (
+            torch.cat(parts).to(device=device, dtype=dtype)
+            if len(parts) > 1
+            else parts[0].to(device=device, dtype=dtype)
+        )
+    with torch.device("meta"):
+        model = Model(config)
+    for ours, parameter in model.named_parameters():
+        if state[ours].shape != parameter.shape:
+            raise CheckpointError(
+                f"{folder}: {ours} has shape {list(state[ours].shape)}, config.json asks for {list(parameter.shape)}"
+            )
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def save(state, config, folder, dtype=torch.bfloat16, tokenizer_from=None):
+    """Write parameters (our names -> full tensors) as a folder that transformers and vLLM load.
+
+    tokenizer_from: a checkpoint folder whose tokenizer, chat template and generation config are copied along.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for ours, theirs in hugging_face_names(config).items():
+        whole = state[ours].detach().to(device="cpu", dtype=dtype)
+        parts = whole.split(part_rows(config, ours)) if len(theirs) > 1 else [whole]
+        tensors.update(
+            {
+                name: part.clone(memory_format=torch.contiguous_format)
+                for name, part in zip(theirs, parts)
+            }
+        )
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    name = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(
+        json.dumps({**config.to_dict(), "dtype": name, "torch_dtype": name}, indent=2) + "\n"
+    )
+    for path in Path(tokenizer_from).glob("*") if tokenizer_from else []:
+        if path.name.startswith(
+            (
+                "tokenizer",
+                "generation_config",
+                "chat_template",
+                "vocab",
+                "merges",
+                "special_tokens",
+                "added_tokens",
+            )
+        ):
+            if path.resolve().parent != folder.resolve():
+                shutil.copy(path, folder / path.name)

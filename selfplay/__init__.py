@@ -1,0 +1,1 @@
+"""Absolute-Zero self-play: one model proposes puzzles and solves them."""

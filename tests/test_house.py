@@ -1,0 +1,46 @@
+"""Arrows point one way: what a chapter may import of ours. The short read stays short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"train", "eval", "sft"}
+CORE = {path.stem for path in ROOT.glob("*.py")} - SCRIPTS
+# Chapter -> the first words of the modules of ours that its files may import, besides its own.
+MAY_IMPORT = {
+    "kernels": set(),
+    "sandbox": set(),
+    "runtime": {"model", "kernels"},
+    "tasks": {"kernels", "sandbox"},
+    "selfplay": CORE - {"build", "gepo"} | {"runtime", "tasks", "kernels", "sandbox"},
+}
+OURS = SCRIPTS | CORE | set(MAY_IMPORT) | {"bench"}
+
+
+def imported(path):
+    """First words of the modules of ours that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found & OURS
+
+
+@pytest.mark.parametrize("chapter", MAY_IMPORT)
+def test_a_chapter_imports_only_what_lies_below_it(chapter):
+    for path in (ROOT / chapter).rglob("*.py"):
+        assert imported(path) <= MAY_IMPORT[chapter] | {chapter}, path
+
+
+def test_nothing_imports_a_script_but_scripts_and_the_bench():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "selfplay").glob("*.py")]:
+        allowed = {"eval", "sft"} if path.stem in {"train", "build"} else set()
+        assert imported(path) & (SCRIPTS | {"bench"}) <= allowed, path
+
+
+def test_the_root_is_a_table_of_contents():
+    assert len(list(ROOT.glob("*.py"))) <= 18
