@@ -127,7 +127,7 @@ def build(s, folder, language, pool, device, report):
         )
     source = warm_start(s, folder, problems, language, device, report)
     memory.check(hugging_face.read_config(source), s, device, report)
-    model = hugging_face.load(source)
+    model = hugging_face.load_model(source)
     tokenizer = ChatTokenizer(source)
     model.gradient_checkpointing = s.gradient_checkpointing
     plain = (
@@ -136,7 +136,7 @@ def build(s, folder, language, pool, device, report):
     sampler_model = (
         model
         if plain
-        else hugging_face.load(
+        else hugging_face.load_model(
             source, torch.bfloat16 if device.type == "cuda" else torch.float32, device
         ).requires_grad_(False)
     )
@@ -163,7 +163,7 @@ def build(s, folder, language, pool, device, report):
     )
     if s.kl_coef and not s.lora_rank:
         run.reference = distributed.shard(
-            hugging_face.load(source, sampler_model.embed.weight.dtype).requires_grad_(False),
+            hugging_face.load_model(source, sampler_model.embed.weight.dtype).requires_grad_(False),
             device,
         )
     if s.gepo:  # before anything is restored: the reference is the policy that the run starts from
@@ -179,10 +179,10 @@ def build(s, folder, language, pool, device, report):
 def load_task(s, language, pool):
     """(problems, held-out problems, their judge, the prompt of a problem) of --task."""
     if s.task == "selfplay":
-        return [], *selfplay.held_out(s, language, pool)
+        return [], *selfplay.load_evaluation(s, language, pool)
     ask = lambda p: prompt_messages(s, language, p)
     if s.task == "translate":
-        return *translate.load_both(s), translate.make_judge(s, pool), ask
+        return *translate.load_both(s), translate.make_translate_judge(s, pool), ask
     judge = make_judge(s, pool, language)
     problems = load_problems(
         s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed

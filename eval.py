@@ -28,7 +28,7 @@ import torch
 
 from rewards import Judge
 from runtime import distributed
-from runtime.hugging_face import find_checkpoint, load
+from runtime.hugging_face import find_checkpoint, load_model
 from runtime.tokenizer import ChatTokenizer
 from sampler import Request, Sampler
 from sandbox import Pool
@@ -39,8 +39,8 @@ from selfplay.judge import SolveJudge
 from selfplay.prompts import solve_prompt
 from settings import add_flags, setting
 from tasks.data import find_data
-from tasks.multipl_e import BENCHMARKS, TestJudge, load_rows, row_prompt
-from tasks.problems import load_problems, messages
+from tasks.multipl_e import BENCHMARKS, TestJudge, benchmark_prompt, load_benchmark
+from tasks.problems import load_problems, program_messages
 from tasks.statistics import compare, summary
 
 # ---- in the loop ----
@@ -231,7 +231,7 @@ def main(arguments=None):
         device = distributed.setup()
         folder = find_checkpoint(s.model)
         sampler = Sampler(
-            load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device),
+            load_model(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device),
             slots=s.slots,
         )
         tokenizer = ChatTokenizer(folder)
@@ -259,7 +259,7 @@ def load_cell(s, pool, source, language):
             language,
             problems,
             Judge(pool, language),
-            lambda p: messages(p, language, s.examples, system=not s.short_prompt),
+            lambda p: program_messages(p, language, s.examples, system=not s.short_prompt),
         )
     if s.bench == "crux":
         puzzles = crux_puzzles(s, {"output": "deduction", "input": "abduction"}[source], language)
@@ -270,7 +270,7 @@ def load_cell(s, pool, source, language):
             SolveJudge(pool, language),
             lambda p: solve_prompt(p, language, s.short_prompt),
         )
-    rows = load_rows(
+    rows = load_benchmark(
         s.bench, language, s.data or None, s.version, source or s.source, s.problems or None, s.seed
     )
     return (
@@ -278,7 +278,7 @@ def load_cell(s, pool, source, language):
         language,
         rows,
         TestJudge(pool, language, s.mode),
-        lambda row: row_prompt(row, language, s.mode),
+        lambda row: benchmark_prompt(row, language, s.mode),
     )
 
 
@@ -294,7 +294,7 @@ def crux_puzzles(s, task, language):
             file=sys.stderr,
         )
     else:
-        puzzles = triples.held_out(language, s.problems or 200, s.seed, tasks=(task,))
+        puzzles = triples.held_out_triples(language, s.problems or 200, s.seed, tasks=(task,))
     chosen = (
         random.Random(s.seed).sample(range(len(puzzles)), s.problems)
         if 0 < s.problems < len(puzzles)

@@ -56,7 +56,7 @@ def member_rewards(logprobs, batch, beta, length_norm):
 
 
 @dataclass
-class Group:
+class IRGroup:
     """One prompt with n winners, then m losers, and the log-prob of each under the reference (also as Sequence.ref_logprobs, per token)."""
 
     id: str
@@ -69,7 +69,7 @@ class Group:
         return sum(map(len, self.members))
 
 
-def messages(c):
+def ir_messages(c):
     """The prompt C -> IR."""
     return [
         {
@@ -128,11 +128,11 @@ def make_group(row, s, tokenizer):
     """n winners and m losers of a row, drawn by seed and id, as sequences."""
     id, c, winners, losers = row
     draw = random.Random(f"{s.seed}/{id}")
-    prompt = tokenizer.encode_chat(messages(c))
+    prompt = tokenizer.encode_chat(ir_messages(c))
     equivalent, different = draw.sample(winners, s.gepo_winners), draw.sample(losers, s.gepo_losers)
     answer = lambda ir: [*tokenizer.encode(f"```llvm\n{ir}```"), tokenizer.stop_ids[0]]
     members = [Sequence(prompt, answer(x["ir"])) for x in equivalent + different]
-    return Group(id, members, kinds=tuple(x["kind"] for x in different))
+    return IRGroup(id, members, kinds=tuple(x["kind"] for x in different))
 
 
 def cache_reference(groups, model, s, device, folder):
@@ -173,8 +173,8 @@ def cache_reference(groups, model, s, device, folder):
 class Gepo:
     """The groups of a run."""
 
-    train: list[Group]
-    held_out: list[Group]
+    train: list[IRGroup]
+    held_out: list[IRGroup]
 
 
 def prepare(s, tokenizer, model, device, folder, report=print):

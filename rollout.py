@@ -11,7 +11,7 @@ from runtime import distributed
 from sampler import Completion, Request
 from tasks import translate
 from tasks.data import in_passes
-from tasks.problems import Problem, messages
+from tasks.problems import Problem, program_messages
 from tasks.verdicts import Verdict
 
 
@@ -34,8 +34,8 @@ def next_problems(run, count):
 
 def prompt_messages(s, language, problem):
     if s.task == "translate":
-        return translate.messages(problem)
-    return messages(problem, language, examples=s.examples, system=not s.short_prompt)
+        return translate.translation_messages(problem)
+    return program_messages(problem, language, examples=s.examples, system=not s.short_prompt)
 
 
 def rollout(run):

@@ -28,7 +28,7 @@ from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
 from selfplay import triples
 from settings import add_flags, setting
-from tasks.problems import load_problems, messages
+from tasks.problems import load_problems, program_messages
 from tasks.render import solution
 
 
@@ -106,7 +106,7 @@ def make_tiny_from(texts, folder, seed):
     config = tiny_config(ChatTokenizer(folder).vocab_size)
     # Random weights of deviation 0.02, right for large models, are too small at width 128: after 400 steps the loss was 0.27, with 0.08 0.16.
     model = model_file.random_model(config, seed, std=0.08)
-    hugging_face.save(dict(model.named_parameters()), config, folder, dtype=torch.float32)
+    hugging_face.save_model(dict(model.named_parameters()), config, folder, dtype=torch.float32)
 
 
 def encode(problems, language, tokenizer, prompt, mistakes, seed):
@@ -190,7 +190,7 @@ def run(s, problems, language, device, report=print):
             language, s.problems or 6000, s.seed, s.references, s.short_prompt
         )
     out = Path(s.out)
-    prompt = lambda p: messages(p, language, examples=s.examples, system=not s.short_prompt)
+    prompt = lambda p: program_messages(p, language, examples=s.examples, system=not s.short_prompt)
     source = (
         out.with_name(out.name + ".init")
         if s.model == "tiny"
@@ -204,7 +204,7 @@ def run(s, problems, language, device, report=print):
     if s.model == "tiny":
         distributed.mirror(source)
     tokenizer = ChatTokenizer(source)
-    model = hugging_face.load(source)
+    model = hugging_face.load_model(source)
     config = model.config
     model.gradient_checkpointing = s.gradient_checkpointing
     model = distributed.shard(model, device)
@@ -220,7 +220,9 @@ def run(s, problems, language, device, report=print):
     weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
     if distributed.rank() == 0:
         partial = out.with_name(out.name + ".tmp")
-        hugging_face.save(weights, config, partial, dtype=torch.float32, tokenizer_from=source)
+        hugging_face.save_model(
+            weights, config, partial, dtype=torch.float32, tokenizer_from=source
+        )
         partial.rename(out)
     distributed.barrier()
 

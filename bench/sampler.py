@@ -91,7 +91,9 @@ def bench_checkpoint(options):
 
     from runtime.tokenizer import ChatTokenizer
 
-    ours = Sampler(hugging_face.load(options.model, DTYPE, DEVICE).requires_grad_(False), slots=64)
+    ours = Sampler(
+        hugging_face.load_model(options.model, DTYPE, DEVICE).requires_grad_(False), slots=64
+    )
     peer = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPE).to(DEVICE).eval()
     cases = question_cases(ChatTokenizer(options.model), options.new, options.data)
     warm = [
@@ -312,7 +314,7 @@ def bench_peers(name, model, workload):
         return []
     requests, rows = workload["GRPO"][: max(1, len(workload["GRPO"]) // 8)], []
     with tempfile.TemporaryDirectory() as folder:
-        hugging_face.save(model.state_dict(), model.config, folder, dtype=DTYPE)
+        hugging_face.save_model(model.state_dict(), model.config, folder, dtype=DTYPE)
         peer = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
     limits = dict(
         max_new_tokens=requests[0].max_new_tokens,

@@ -51,8 +51,8 @@ class FixedPrompts:
     def __init__(self, length, vocabulary):
         self.length, self.vocabulary = length, vocabulary
 
-    def encode_chat(self, messages):
-        chance = random.Random(messages[-1]["content"])
+    def encode_chat(self, program_messages):
+        chance = random.Random(program_messages[-1]["content"])
         return [chance.randrange(self.vocabulary) for _ in range(self.length)]
 
     def decode(self, ids):
@@ -209,7 +209,7 @@ def bench_checkpoint(options, pool, device):
     s = settings(options, short_prompt=True, examples=0)
     rows = bench(
         Path(options.model).name,
-        lambda: hugging_face.load(options.model),
+        lambda: hugging_face.load_model(options.model),
         tokenizer,
         s,
         pool,
@@ -217,10 +217,12 @@ def bench_checkpoint(options, pool, device):
         options.steps,
     )
     if options.trl:
-        from tasks.problems import messages
+        from tasks.problems import program_messages
 
         problems = load_problems("gsm8k_steps", "train", count=512)
-        prompts = [messages(p, load_language("prolog"), examples=0, system=False) for p in problems]
+        prompts = [
+            program_messages(p, load_language("prolog"), examples=0, system=False) for p in problems
+        ]
         rows.append(bench_trl(options.model, prompts, s, options.steps))
         print(f"{rows[-1]['step'] / rows[0]['step']:.2f} times as fast as TRL")
     return rows

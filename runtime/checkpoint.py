@@ -88,7 +88,7 @@ def _write(folder, step, model, weights, adapters, moments, state, tokenizer_fro
     temporary, final = folder / f".step_{step}.tmp", folder / f"step_{step}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        hugging_face.save(
+        hugging_face.save_model(
             weights, model.config, temporary, dtype=torch.float32, tokenizer_from=tokenizer_from
         )
         if adapters:
@@ -154,7 +154,7 @@ def restore(checkpoint, model, optimizer):
     )
     moments = load_file(checkpoint / "optimizer.safetensors") if first else {}
     kept = set(distributed.broadcast(list(moments)))
-    weights = dict(hugging_face.load(checkpoint).named_parameters()) if first else {}
+    weights = dict(hugging_face.load_model(checkpoint).named_parameters()) if first else {}
     adapters = lora.read(checkpoint, model) if first and lora.attached(model) else {}
     for name, parameter in model.named_parameters():
         if not lora.attached(model) or ".adapter." in name:

@@ -108,7 +108,7 @@ def _open_tensors(folder):
     return readers
 
 
-def load(name, dtype=torch.float32, device="cpu"):
+def load_model(name, dtype=torch.float32, device="cpu"):
     """Load a Qwen2 or Qwen3 checkpoint from a folder or a hub id -> Model in `dtype` on `device`; sharded or not, tied or not."""
     folder = find_checkpoint(str(name))
     config = read_config(folder)
@@ -137,7 +137,7 @@ def load(name, dtype=torch.float32, device="cpu"):
     return model.requires_grad_(True)
 
 
-def save(state, config, folder, dtype=torch.bfloat16, tokenizer_from=None):
+def save_model(state, config, folder, dtype=torch.bfloat16, tokenizer_from=None):
     """Write parameters (our names -> full tensors) as a folder that transformers and vLLM load.
 
     tokenizer_from: a checkpoint folder whose tokenizer, chat template and generation config are copied along.

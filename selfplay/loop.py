@@ -23,7 +23,7 @@ from selfplay.judge import SolveJudge
 from selfplay.parse import parse_proposal
 from selfplay.prompts import propose_prompt, solve_prompt
 from selfplay.proposals import REASONS, TASKS, Entry, Puzzle, Refused, begin, check
-from tasks.multipl_e import TestJudge, load_rows, row_prompt
+from tasks.multipl_e import TestJudge, benchmark_prompt, load_benchmark
 from tasks.verdicts import Parsed, Verdict
 
 REWARDS = ("eq3", "eq4", "switch", "blend")
@@ -476,14 +476,18 @@ def seed_itself(play, tasks, report):
 # ---- evaluation in the loop ----
 
 
-def held_out(s, language, pool):
+def load_evaluation(s, language, pool):
     """(problems, judge, prompt of a problem) of --eval_bench: triples (built in), humaneval or mbpp of MultiPL-E with the paper's prompt."""
     check_settings(s)
     if s.eval_bench == "triples":
         return (
-            triples.held_out(language, s.eval_problems),
+            triples.held_out_triples(language, s.eval_problems),
             SolveJudge(pool, language),
             lambda p: solve_prompt(p, language, s.short_prompt),
         )
-    rows = load_rows(s.eval_bench, language, s.data or None, count=s.eval_problems)
-    return rows, TestJudge(pool, language, "think"), lambda p: row_prompt(p, language, "think")
+    rows = load_benchmark(s.eval_bench, language, s.data or None, count=s.eval_problems)
+    return (
+        rows,
+        TestJudge(pool, language, "think"),
+        lambda p: benchmark_prompt(p, language, "think"),
+    )

@@ -86,7 +86,7 @@ def completion(answer):
     return f"ok</think>\n<answer>\n{answer}\n</answer>"
 
 
-def held_out(language, count, seed=0, tasks=TASKS):
+def held_out_triples(language, count, seed=0, tasks=TASKS):
     """Puzzles from test triples, the tasks in turn."""
     kinds = [tasks[i % len(tasks)] for i in range(count)]
     entries = [

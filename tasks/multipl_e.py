@@ -30,7 +30,7 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkProblem:
     """One benchmark problem in one language. `question` is what samples.jsonl shows."""
 
     id: str  # "humaneval/rkt/HumanEval_2_truncate_number"
@@ -47,8 +47,8 @@ class Row:
 # ---- rows ----
 
 
-def load_rows(bench, language, data=None, version="v3", source="python", count=None, seed=0):
-    """list[Row] of a benchmark in a language (name or Language). count: a sample drawn by `seed`, in file order.
+def load_benchmark(bench, language, data=None, version="v3", source="python", count=None, seed=0):
+    """list[BenchmarkProblem] of a benchmark in a language (name or Language). count: a sample drawn by `seed`, in file order.
 
     translate takes its source programs from HumanEval (python) or HumanEval-X, and prompt and tests from MultiPL-E.
     crosspleval reads crosspleval/SOURCE-TARGET.jsonl of the user's: rows of id, source, prompt, tests, stop_tokens.
@@ -90,7 +90,7 @@ def _need(name, data):
 
 
 def _multipl_row(bench, code, row):
-    return Row(
+    return BenchmarkProblem(
         f"{bench}/{code}/{row['name']}",
         bench,
         row["prompt"],
@@ -102,7 +102,7 @@ def _multipl_row(bench, code, row):
 
 def _cross_row(row, code, source):
     id = f"crosspleval/{source}-{code}/{row['id']}"
-    return Row(
+    return BenchmarkProblem(
         id,
         "crosspleval",
         row["source"],
@@ -163,7 +163,7 @@ You will use the following starter code to write the solution to the problem and
 """
 
 
-def row_prompt(row, language, mode):
+def benchmark_prompt(row, language, mode):
     """What the model is given: text to go on from ("completion", "think") or chat messages ("chat").
 
     completion, for base models: the row's prompt, after the source program as a comment when there is one. think: Listing 1 as

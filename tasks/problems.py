@@ -1,6 +1,6 @@
 """Problems, prompts, and right answers as programs.
 
-A Problem is what the model is asked; messages() is how it is asked; solution() is a completion that would be right, in any
+A Problem is what the model is asked; program_messages() is how it is asked; solution() is a completion that would be right, in any
 language whose TOML has a [render] table (for the warm start).
 """
 
@@ -148,7 +148,7 @@ EXAMPLES = [
 ]
 
 
-def messages(problem, language, examples=1, system=True):
+def program_messages(problem, language, examples=1, system=True):
     """Chat messages [{"role", "content"}] that ask for a program in `language`.
 
     examples: 0, 1 or 5 worked examples. system: with the full instructions and the examples in the system message, for

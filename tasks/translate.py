@@ -41,7 +41,7 @@ CALLS, RUNS = (
 # ---- which problem goes to which language ----
 
 
-def load(split, targets, data=None, path="", count=None, seed=0):
+def load_translations(split, targets, data=None, path="", count=None, seed=0):
     """list[Translation] for the target languages (Language objects), one drawn for each problem by `seed` among those that can say its cases.
 
     path: JSON lines of the user's instead of the built-in sets. Every tenth problem by id is held out for split "test". What overlaps MultiPL-E
@@ -52,7 +52,9 @@ def load(split, targets, data=None, path="", count=None, seed=0):
     kept = [
         p
         for p in problems
-        if not benchmark.contains(p) and not shows_cases(p) and held_out(p.id) == (split == "test")
+        if not benchmark.contains(p)
+        and not shows_cases(p)
+        and is_held_out(p.id) == (split == "test")
     ]
     drawn = []
     for p in kept:
@@ -80,12 +82,12 @@ def load_both(s):
         )
     targets = [load_language(name) for name in s.lang.split(",")]
     where = dict(data=s.data or None, path=s.translate_data)
-    return load("train", targets, **where, seed=s.seed), load(
+    return load_translations("train", targets, **where, seed=s.seed), load_translations(
         "test", targets, **where, count=s.eval_problems, seed=0
     )
 
 
-def held_out(id):
+def is_held_out(id):
     """The same for every source language of a problem, so that a held-out function is in no training prompt."""
     return random.Random(id.rpartition("/")[0] or id).random() < HELD_OUT
 
@@ -159,7 +161,7 @@ Numbers and text stand as they are, truth values are true or false, and a list i
 SHAPE = "Answer with exactly one ```{fence} code block that holds the whole {title} code, and nothing after it."
 
 
-def messages(problem):
+def translation_messages(problem):
     """The chat that asks for a translation. Expected outputs and inputs of the tests are not in it."""
     target = load_language(problem.target)
     words = {
@@ -184,7 +186,7 @@ def messages(problem):
 # ---- the judge ----
 
 
-def make_judge(s, pool):
+def make_translate_judge(s, pool):
     """--reward as a TranslateJudge: correct=1 or random."""
     if s.reward not in ("correct=1", "random"):
         raise SystemExit(
@@ -194,7 +196,7 @@ def make_judge(s, pool):
 
 
 @dataclass(frozen=True)
-class Submission:
+class TranslateSubmission:
     """A translation whose tests are running. future: done when all of them are."""
 
     problem: Translation
@@ -206,7 +208,7 @@ class Submission:
     future: concurrent.futures.Future | None
 
 
-def parse(text, language):
+def parse_translation(text, language):
     """The code of a completion and whether its form is right: exactly one fenced block, marked with the language, nothing after it."""
     blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", text, re.DOTALL | re.MULTILINE)
     right = (
@@ -229,15 +231,15 @@ class TranslateJudge:
         self.pool, self.random_reward, self.seed = pool, random_reward, seed
 
     def submit(self, problem, text, sample=0):
-        """Start the tests of a completion's program at once. Returns the Submission that collect() takes."""
+        """Start the tests of a completion's program at once. Returns the TranslateSubmission that collect() takes."""
         language = load_language(problem.target)
-        parsed, nonce = parse(text, language), os.urandom(12).hex()
+        parsed, nonce = parse_translation(text, language), os.urandom(12).hex()
         jobs = (
             [self.pool.submit(job) for job in case_jobs(problem, language, parsed.code, nonce)]
             if parsed.code.strip()
             else []
         )
-        return Submission(
+        return TranslateSubmission(
             problem, sample, text, parsed, nonce, jobs, _when_all_are_done(jobs) if jobs else None
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sandbox import Job, Limits
 from sandbox.languages import load_language
-from tasks.multipl_e import TestJudge, load_rows
+from tasks.multipl_e import TestJudge, load_benchmark
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 NONCE = "known5a0f3c"
@@ -33,7 +33,7 @@ def multipl_e(bench, pool):
     number = re.compile(r"_(\d+)_")
     return [
         (row, f"```python\n{known[number.search(row.id)[1]]}\n```")
-        for row in load_rows(bench, "python")
+        for row in load_benchmark(bench, "python")
     ]
 
 
@@ -44,7 +44,7 @@ def carried_over(name):
         r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"]
         for r in rows(f"humaneval_x/humaneval_{code}.jsonl.gz")
     }
-    for row in load_rows("humaneval", name):
+    for row in load_benchmark("humaneval", name):
         number, function = re.search(r"_(\d+)_(\w+)", row.id).groups()
         text = known[number]
         if name == "cpp":

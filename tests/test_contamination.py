@@ -10,7 +10,7 @@ from sandbox.languages import language_names, load_language
 from selfplay import triples
 from settings import Settings
 from tasks import translate
-from tasks.multipl_e import SOURCES, load_rows
+from tasks.multipl_e import SOURCES, load_benchmark
 from tasks.problems import Problem, load_problems
 
 needs_data = pytest.mark.skipif(
@@ -23,7 +23,9 @@ TRAINING = {  # every --task of train.py and sft.py: the words in a row at which
     "gsm8k_steps": (8, lambda: load_problems("gsm8k_steps", "train")),
     "translate": (
         13,
-        lambda: translate.load("train", [load_language(name) for name in language_names()]),
+        lambda: translate.load_translations(
+            "train", [load_language(name) for name in language_names()]
+        ),
     ),  # code repeats itself sooner than prose
     "selfplay": (
         8,
@@ -62,7 +64,7 @@ def benchmark():
     assert len({r["language"] for r in rows}) == 23
     ids = {tuple(r["name"].lower().split("_", 2)[:2]) for r in rows}
     texts = [r["prompt"] for r in rows] + [
-        r.source for source in SOURCES for r in load_rows("translate", "python", source=source)
+        r.source for source in SOURCES for r in load_benchmark("translate", "python", source=source)
     ]
     return (
         ids,

@@ -30,12 +30,12 @@ from sandbox.languages import language_names, load_language
 from tasks.multipl_e import (
     TestJudge,
     answer_block,
+    benchmark_prompt,
     exchange_answers,
-    load_rows,
+    load_benchmark,
     program,
-    row_prompt,
 )
-from tasks.problems import load_problems, messages
+from tasks.problems import load_problems, program_messages
 from tasks.render import solution
 
 REPO = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ QUIT = {  # leaves before the tests, with exit code 0 (a Haskell or Go function 
 @pytest.mark.parametrize("name", MULTIPL_E)
 def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
     language = installed(name)
-    row = next(r for r in load_rows("humaneval", language) if "HumanEval_53_add" in r.id)
+    row = next(r for r in load_benchmark("humaneval", language) if "HumanEval_53_add" in r.id)
     right, wrong = ADD[language.name], ADD[language.name].replace("+", "-", 1)
     judge, chat = test_judge(pool, language), test_judge(pool, language, "chat")
     whole = f"<think>x</think><answer>```{language.fence[0]}\n{row.prompt}{right}\n{closing(row)}\n```</answer>"
@@ -208,7 +208,7 @@ def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
 def test_forgers_do_not_pass(name, pool):
     """Neither by reading, leaving or printing, nor by other tests; where the status says so, the second run was needed to find out."""
     language = installed(name)
-    row = next(r for r in load_rows("humaneval", language) if "HumanEval_53_add" in r.id)
+    row = next(r for r in load_benchmark("humaneval", language) if "HumanEval_53_add" in r.id)
     judge, mine = (
         test_judge(pool, language, "chat"),
         [forger[1:] for forger in FORGERS if forger[0] == name],
@@ -226,7 +226,7 @@ def test_forgers_do_not_pass(name, pool):
 def test_answers_can_be_exchanged_in_every_row(name):
     """So that there is no row whose forgers are not looked for."""
     language = load_language(name)
-    for row in load_rows("humaneval", language) + load_rows("mbpp", language):
+    for row in load_benchmark("humaneval", language) + load_benchmark("mbpp", language):
         tests = exchange_answers(row, language.answer["tests"]["test"], random.Random(0))
         assert tests and tests != row.tests, row.id
         if (
@@ -249,7 +249,7 @@ FAIL = {
 def test_exchanged_tests_compile(name, pool):
     """Else a forger would seem honest: its second run would not even begin."""
     language = installed(name)
-    judge, rows = test_judge(pool, language), load_rows("humaneval", language)
+    judge, rows = test_judge(pool, language), load_benchmark("humaneval", language)
     rows = rows if FULL else rows[3 :: len(rows) // 2]
     exchanged = [
         replace(row, tests=exchange_answers(row, judge.table["test"], random.Random(row.id)))
@@ -407,21 +407,21 @@ def test_right_programs_are_not_taken_for_forgers(name, at_least, pool):
 
 @needs_data
 def test_rows_and_prompts():
-    rows = load_rows("humaneval", "racket")
+    rows = load_benchmark("humaneval", "racket")
     assert (
         len(rows) == 161
-        and len(load_rows("mbpp", "lua")) == 397
-        and len(load_rows("humaneval", "racket", version="v0.4")) == 161
+        and len(load_benchmark("mbpp", "lua")) == 397
+        and len(load_benchmark("humaneval", "racket", version="v0.4")) == 161
     )
     assert (
-        load_rows("mbpp", "lua", count=20, seed=1)
-        == load_rows("mbpp", "lua", count=20, seed=1)
-        != load_rows("mbpp", "lua", count=20, seed=2)
+        load_benchmark("mbpp", "lua", count=20, seed=1)
+        == load_benchmark("mbpp", "lua", count=20, seed=1)
+        != load_benchmark("mbpp", "lua", count=20, seed=2)
     )
     row = next(r for r in rows if "HumanEval_53_add" in r.id)
     text = program(row, "\n  (+ x y))\n(define (g) 1)", "racket", "completion")
     assert text == row.prompt.rstrip() + "\n  (+ x y))\n" + row.tests
-    listing = row_prompt(row, "racket", "think")
+    listing = benchmark_prompt(row, "racket", "think")
     assert listing.startswith(
         "# Task: You will be given a question (problem specification) and will generate a correct Racket program"
     )
@@ -430,27 +430,27 @@ def test_rows_and_prompts():
         and listing.endswith("Assistant: <think>")
         and row.prompt.strip() in listing
     )
-    assert [m["role"] for m in row_prompt(row, "racket", "chat")] == ["user"]
+    assert [m["role"] for m in benchmark_prompt(row, "racket", "chat")] == ["user"]
     answer = "<think>(f)\n```racket\nwrong\n```</think><answer>```racket\n(define (add x y)\n  (+ x y))\n```</answer>"
     assert answer_block(answer, load_language("racket")) == "(define (add x y)\n  (+ x y))"
     assert program(row, answer, "racket", "think").startswith(
         "#lang racket\n(define (add x y)\n  (+ x y))\n(require rackunit)"
     )
     for source in ("python", "cpp"):
-        translated = load_rows("translate", "lua", source=source)
+        translated = load_benchmark("translate", "lua", source=source)
         assert (
             len(translated) == 161
             and translated[0].source
             and translated[0].id.startswith(f"translate/{source}-lua/")
         )
-        assert translated[0].source.splitlines()[0] in row_prompt(
+        assert translated[0].source.splitlines()[0] in benchmark_prompt(
             translated[0], "lua", "completion"
         )
     for call, words in [
-        (lambda: load_rows("humaneval", "prolog"), "MultiPL-E does not have the language"),
-        (lambda: load_rows("humanevil", "lua"), "unknown benchmark"),
-        (lambda: load_rows("translate", "lua", source="cobol"), "no translation sources"),
-        (lambda: load_rows("crosspleval", "lua"), "give its folder by --data"),
+        (lambda: load_benchmark("humaneval", "prolog"), "MultiPL-E does not have the language"),
+        (lambda: load_benchmark("humanevil", "lua"), "unknown benchmark"),
+        (lambda: load_benchmark("translate", "lua", source="cobol"), "no translation sources"),
+        (lambda: load_benchmark("crosspleval", "lua"), "give its folder by --data"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()
@@ -466,7 +466,7 @@ def test_crosspleval_form(tmp_path):
         "stop_tokens": ["\nlocal"],
     }
     (tmp_path / "crosspleval/python-lua.jsonl").write_text(json.dumps(row))
-    (found,) = load_rows("crosspleval", "lua", data=tmp_path)
+    (found,) = load_benchmark("crosspleval", "lua", data=tmp_path)
     assert (
         found.id == "crosspleval/python-lua/T1"
         and program(found, "\nend\nlocal x", "lua", "completion") == "local function f()\nend\nf()"
@@ -480,10 +480,13 @@ def test_crosspleval_form(tmp_path):
 def tiny(tmp_path_factory):
     """A tiny model that has learnt four test problems by heart, so that some programs are right."""
     folder = tmp_path_factory.mktemp("tiny")
-    language, prompt = load_language("prolog"), lambda p: messages(p, "prolog", 0, system=False)
+    language, prompt = (
+        load_language("prolog"),
+        lambda p: program_messages(p, "prolog", 0, system=False),
+    )
     problems = load_problems("sums", "test", count=4)
     sft.make_tiny(load_problems("sums", "train", count=300), language, prompt, folder, seed=0)
-    tokenizer, model = ChatTokenizer(folder), hugging_face.load(folder)
+    tokenizer, model = ChatTokenizer(folder), hugging_face.load_model(folder)
     settings = sft.WarmStart(steps=60, batch=4, lr=3e-3, warmup=5)
     sft.train_supervised(
         model,
@@ -493,19 +496,21 @@ def tiny(tmp_path_factory):
         torch.device("cpu"),
         lambda *_: None,
     )
-    hugging_face.save(dict(model.named_parameters()), model.config, folder, dtype=torch.float32)
+    hugging_face.save_model(
+        dict(model.named_parameters()), model.config, folder, dtype=torch.float32
+    )
     return folder
 
 
 def test_evaluate_in_the_loop(tiny, pool):
-    tokenizer, sampler = ChatTokenizer(tiny), Sampler(hugging_face.load(tiny), slots=16)
+    tokenizer, sampler = ChatTokenizer(tiny), Sampler(hugging_face.load_model(tiny), slots=16)
     problems, seen = load_problems("sums", "test", count=6), []
     metrics, rows = evaluation.evaluate(
         sampler,
         tokenizer,
         Judge(pool, "prolog"),
         problems,
-        prompt=lambda p: messages(p, "prolog", 0, system=False),
+        prompt=lambda p: program_messages(p, "prolog", 0, system=False),
         n=2,
         temperature=0.3,
         max_new_tokens=120,

@@ -104,7 +104,7 @@ def made_groups(model, count=3, members=5):
     for i in range(count):
         prompt = ids(draw.randint(3, 9))
         groups.append(
-            gepo.Group(
+            gepo.IRGroup(
                 f"g{i}", [Sequence(prompt, ids(draw.randint(2, 30))) for _ in range(members)]
             )
         )

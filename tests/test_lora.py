@@ -77,7 +77,8 @@ def test_a_checkpoint_holds_both_forms_and_resumes_exactly(tmp_path):
     )
     parts = [8.0 / 4 * peft[names.format(x, "B")] @ peft[names.format(x, "A")] for x in "qkv"]
     torch.testing.assert_close(
-        hugging_face.load(folder).layers[1].qkv.weight, base.layers[1].qkv.weight + torch.cat(parts)
+        hugging_face.load_model(folder).layers[1].qkv.weight,
+        base.layers[1].qkv.weight + torch.cat(parts),
     )
     assert (
         config["r"] == 4

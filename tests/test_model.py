@@ -63,16 +63,16 @@ def test_logits_equal_transformers_and_files_go_both_ways(tmp_path, ratio, tied)
     peer = qwen2(ratio, tied)
     peer.save_pretrained(tmp_path / "theirs", max_shard_size="200KB" if ratio == 7 else "1GB")
     assert (tmp_path / "theirs/model.safetensors.index.json").exists() == (ratio == 7)
-    ours = hugging_face.load(tmp_path / "theirs")
+    ours = hugging_face.load_model(tmp_path / "theirs")
     assert (ours.head is None) == tied
     sequences = [torch.randint(0, 517, (n,)) for n in (70, 1, 33)]
     assert largest_gap(peer, ours, sequences) < 1e-4
-    hugging_face.save(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
+    hugging_face.save_model(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
     back = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     assert all(
         torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values())
     )
-    again = hugging_face.load(tmp_path / "ours")
+    again = hugging_face.load_model(tmp_path / "ours")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
 
 
@@ -82,13 +82,13 @@ def test_qwen3_equals_transformers_in_logits_files_and_greedy_text(tmp_path, tie
     sampler's log-probs are the trainer's."""
     peer = qwen2(7, tied, family="Qwen3", head_dim=32, attention_bias=False)
     peer.save_pretrained(tmp_path / "theirs")
-    ours = hugging_face.load(tmp_path / "theirs")
+    ours = hugging_face.load_model(tmp_path / "theirs")
     assert (
         ours.layers[0].qkv.bias is None
         and ours.config.head_dim * ours.config.num_attention_heads != ours.config.hidden_size
     )
     assert largest_gap(peer, ours, [torch.randint(0, 517, (n,)) for n in (70, 1, 33)]) < 1e-4
-    hugging_face.save(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
+    hugging_face.save_model(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
     back = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     assert all(
         torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values())
@@ -136,7 +136,7 @@ def test_both_spellings_of_the_rope_base(tmp_path):
 def test_damaged_checkpoints_are_named(tmp_path):
     def refused(match):
         with pytest.raises(model_file.CheckpointError, match=match):
-            hugging_face.load(tmp_path)
+            hugging_face.load_model(tmp_path)
 
     refused("no checkpoint")
     peer = qwen2(6, True)
@@ -156,7 +156,7 @@ def test_damaged_checkpoints_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     refused("not valid JSON")
     with pytest.raises(model_file.CheckpointError, match="hub id"):
-        hugging_face.load(str(tmp_path / "nowhere"))
+        hugging_face.load_model(str(tmp_path / "nowhere"))
 
 
 def real_checkpoint():
@@ -173,7 +173,7 @@ def test_real_checkpoint_same_logits_and_same_greedy_text():
     folder = real_checkpoint()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = hugging_face.load(folder)
+    ours = hugging_face.load_model(folder)
     questions = [
         "What is 6 times 7?",
         "Name three primary colours, and say which two of them make green.",

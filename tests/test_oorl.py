@@ -11,7 +11,7 @@ import torch
 
 import train
 from model import Config, random_model
-from runtime.hugging_face import save
+from runtime.hugging_face import save_model
 from runtime.tokenizer import train_bpe
 from settings import parse_settings, read_recipe
 
@@ -40,7 +40,7 @@ def files(tmp_path_factory):
         model_type="qwen3",
     )
     model = random_model(config)
-    save(model.state_dict(), config, folder / "model", dtype=torch.float32)
+    save_model(model.state_dict(), config, folder / "model", dtype=torch.float32)
     tests = [{"args": [n], "expected": n + 1} for n in range(3)]
     rows = [
         {

@@ -568,7 +568,7 @@ def test_recipes_hold_the_papers_values(name):
 )
 def test_wrong_settings_get_one_sentence(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        selfplay.held_out(Settings(task="selfplay", **wrong), load_language("lua"), None)
+        selfplay.load_evaluation(Settings(task="selfplay", **wrong), load_language("lua"), None)
 
 
 # ---- buffers ----

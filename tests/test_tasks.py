@@ -10,7 +10,7 @@ import pytest
 
 from runtime.tokenizer import ChatTokenizer, train_bpe
 from tasks import data, sums
-from tasks.problems import load_problems, messages, worked_example
+from tasks.problems import load_problems, program_messages, worked_example
 from tasks.render import exact_steps, render_expression, solution
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -82,22 +82,22 @@ def test_solution_and_messages_read_as_the_format_says():
     )
     assert "<funcall>\n(solve)\n</funcall>" in solution(problem, "lisp")
     for examples in (0, 1, 5):
-        system, user = messages(problem, "prolog", examples=examples)
+        system, user = program_messages(problem, "prolog", examples=examples)
         assert (
             user["content"] == problem.question
             and system["content"].count("## Example") == examples
         )
         assert system["content"].count("</query>") == 2 + examples
-    assert messages(problem, "lisp", examples=0, system=False) == [
+    assert program_messages(problem, "lisp", examples=0, system=False) == [
         {"role": "user", "content": problem.question}
     ]
-    assert [m["role"] for m in messages(problem, "lisp", examples=1, system=False)] == [
+    assert [m["role"] for m in program_messages(problem, "lisp", examples=1, system=False)] == [
         "user",
         "assistant",
         "user",
     ]
     with pytest.raises(ValueError, match="use 0, 1 or 5"):
-        messages(problem, "lisp", examples=2)
+        program_messages(problem, "lisp", examples=2)
 
 
 @needs_data
@@ -167,9 +167,9 @@ def test_chat_tokenizer_equals_transformers_and_golden_vectors():
     peer = transformers.AutoTokenizer.from_pretrained(DATA / "qwen_tokenizer")
     problem = worked_example(2)
     for chat in (
-        messages(problem, "lisp", 5),
-        messages(problem, "prolog", 0, system=False),
-        messages(problem, "prolog", 1, system=False),
+        program_messages(problem, "lisp", 5),
+        program_messages(problem, "prolog", 0, system=False),
+        program_messages(problem, "prolog", 1, system=False),
     ):
         assert tokenizer.encode_chat(chat) == peer.apply_chat_template(
             chat, add_generation_prompt=True, return_dict=False

@@ -186,7 +186,9 @@ def test_sampler_and_trainer_agree_and_a_run_leaves_readable_files(straight):
     assert (straight / "source" / "train.py").exists() and len(
         rows(straight, "samples.jsonl")
     ) == 4 * 8
-    assert hugging_face.load(straight / "checkpoints" / "step_4").config.num_hidden_layers == 5
+    assert (
+        hugging_face.load_model(straight / "checkpoints" / "step_4").config.num_hidden_layers == 5
+    )
 
 
 def small_model():
@@ -309,7 +311,7 @@ def test_bad_input_gets_one_sentence(tmp_path, monkeypatch, arguments, sentence)
     )
     made = small_model()
     for name in ("broken", "small"):
-        hugging_face.save(dict(made.named_parameters()), made.config, tmp_path / name)
+        hugging_face.save_model(dict(made.named_parameters()), made.config, tmp_path / name)
         train_bpe(["a few words"], 300, tmp_path / name)
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])

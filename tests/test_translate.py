@@ -12,7 +12,7 @@ from sandbox.languages import language_names, load_language
 from sandbox.languages.values import Map, Symbol
 from tasks import translate, translate_data
 from tasks.data import find_data
-from tasks.translate import TranslateJudge, form, load, messages
+from tasks.translate import TranslateJudge, form, load_translations, translation_messages
 from tasks.translate_data import Case, Translation
 
 needs_data = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def test_any_other_language_reads_standard_input(pool, language):
     )
     assert (
         form(problem, load_language(language)) == "stdin"
-        and "one per line" in messages(problem)[0]["content"]
+        and "one per line" in translation_messages(problem)[0]["content"]
     )
     assert verdict(pool, problem, answer(TOTAL[language], language)).reward == 1.0
 
@@ -149,7 +149,7 @@ def test_every_language_of_the_sandbox_is_a_target(pool, language):
     )
     assert (
         form(function, load_language(language)) in ("call", "stdin")
-        and messages(function)[0]["content"].count("```") >= 3
+        and translation_messages(function)[0]["content"].count("```") >= 3
     )
 
 
@@ -225,7 +225,10 @@ def test_no_expected_value_enters_prompt_or_sandbox():
             target,
         )
         jobs = translate.case_jobs(problem, load_language(target), "code", "nonce")
-        texts = [messages(problem)[0]["content"], *(str(j.files) + str(j.stdin) for j in jobs)]
+        texts = [
+            translation_messages(problem)[0]["content"],
+            *(str(j.files) + str(j.stdin) for j in jobs),
+        ]
         assert (
             not any(str(secret) in t or "hidden text" in t for t in texts)
             and str(secret - 1) not in texts[0]
@@ -334,7 +337,10 @@ def test_sources_pass_their_own_cases(pool):
 def test_no_benchmark_row_is_reachable_from_translation():
     """By MBPP id, by name, and by 13 words in a row of a prompt or canonical solution; held-out functions are in no training prompt."""
     targets = [load_language(name) for name in ("lua", "racket", "java")]
-    train, test = load("train", targets), load("test", targets, count=10**6)
+    train, test = (
+        load_translations("train", targets),
+        load_translations("test", targets, count=10**6),
+    )
     assert len(train) > 1500 and len(test) > 100
     title = lambda p: p.id.split("/")[2]
     assert not {title(p) for p in train} & {title(p) for p in test}
@@ -385,13 +391,13 @@ BENCHMARK_IDS = (
 @needs_data
 def test_prompts_hide_the_tests_and_targets_are_drawn():
     targets = [load_language(name) for name in ("lua", "racket", "java", "bash")]
-    problems = load("train", targets)
+    problems = load_translations("train", targets)
     counts = {t.name: sum(p.target == t.name for p in problems) for t in targets}
-    assert min(counts.values()) > 300 and problems == load("train", targets) != load(
-        "train", targets, seed=1
-    )
+    assert min(counts.values()) > 300 and problems == load_translations(
+        "train", targets
+    ) != load_translations("train", targets, seed=1)
     for p in problems:
-        text = messages(p)[0]["content"]
+        text = translation_messages(p)[0]["content"]
         assert not re.search(r"^\s*>>> ", text, re.MULTILINE) and "assert candidate" not in text, (
             p.id
         )
@@ -442,14 +448,17 @@ def test_the_users_own_problems(tmp_path, pool):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lua, bash = load_language("lua"), load_language("bash")
-    train, test = load("train", [lua], path=path), load("test", [lua], path=path, count=100)
+    train, test = (
+        load_translations("train", [lua], path=path),
+        load_translations("test", [lua], path=path, count=100),
+    )
     assert len(train) + len(test) == 31 and test
     problem = next(p for p in train if "apps" in p.id)
-    assert "reads the same standard input" in messages(problem)[0]["content"]
+    assert "reads the same standard input" in translation_messages(problem)[0]["content"]
     assert verdict(pool, problem, answer('print(io.read("n") * io.read("n"))', "lua")).reward == 1.0
     assert verdict(pool, problem, answer("print(12)", "lua")).reward == 0.0
     assert all(
-        "apps" in p.id for p in load("train", [bash], path=path)
+        "apps" in p.id for p in load_translations("train", [bash], path=path)
     )  # no dictionary on one line of standard input
     for bad, words in [
         ({"tests": []}, "at least one"),
@@ -460,4 +469,4 @@ def test_the_users_own_problems(tmp_path, pool):
     ]:
         path.write_text(json.dumps(rows[0] | bad))
         with pytest.raises(ValueError, match=words):
-            load("train", [lua], path=path)
+            load_translations("train", [lua], path=path)
