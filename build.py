@@ -1,20 +1,22 @@
-"""From settings to the live parts of a run: task and judge, starting checkpoint, model, optimizer, sampler."""
+"""From settings to the live parts of a run: task, judge, starting checkpoint, model, optimizer,
+sampler."""
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 import gepo
 import grpo
+import rollout
 import sft
 from batches import make_optimizer
 from eval import prompt_ids
 from rewards import Judge
-from rollout import prompt_messages
 from runtime import distributed, hugging_face, lora, memory
 from runtime.exact import make_exact
 from runtime.tokenizer import ChatTokenizer
@@ -26,8 +28,18 @@ from tasks.problems import load_problems
 
 
 @dataclass
+class Task:
+    """What is trained on and evaluated, and who judges it."""
+
+    problems: list  # self-play: none, the model makes its own
+    held_out: list
+    judge: object  # of held-out problems, and of the others where there are any
+    ask: Callable  # problem -> chat messages, or text to continue
+
+
+@dataclass
 class Run:
-    """The live parts of one run, handed to the functions below."""
+    """The live parts of one run."""
 
     settings: Settings
     device: torch.device
@@ -38,172 +50,230 @@ class Run:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     sampler: Sampler
-    judge: Judge
+    judge: object
     problems: list
     held_out: list
     ask: Callable | None = None  # the prompt of a held-out problem
+    task: ModuleType = rollout  # or selfplay.loop: rollout() and set_advantages() of a step
     reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
+    play: selfplay.Play | None = None  # --task selfplay
     peak_flops: float = 1.0  # of one rank, for MFU
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
     lengths: dict = field(default_factory=dict)  # problem id -> mean tokens of its last completions
-    play: selfplay.Play | None = None  # --task selfplay
     best: tuple = (-1.0, 0)  # highest pass@1 of an evaluation during training, and its step
 
 
-def new_folder(s):
-    """runs/NAME for a new run; a name that exists is refused, so that nothing is overwritten (unless torchrun restarts a run that died early)."""
-    name = s.name or f"{s.task}-{s.lang.replace(',', '-')}-{datetime.now():%m%d-%H%M%S}"
-    folder = Path("runs") / distributed.broadcast(name)
-    if distributed.broadcast(folder.exists()) and not distributed.restarted():
+def build(settings, folder, language, pool, device, report):
+    """A Run at its first step. What can be wrong in the settings is tried before the warm start."""
+    task = load_task(settings, language, pool)
+    check(settings, device)
+
+    source = starting_checkpoint(settings, folder, task.problems, language, device, report)
+    memory.check(hugging_face.read_config(source), settings, device, report)
+    tokenizer = ChatTokenizer(source)
+
+    model = hugging_face.load_model(source)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    sampler_model = policy_copy(settings, model, source, device)
+    if settings.lora_rank:
+        lora.attach(model, settings.lora_rank, alpha=settings.lora_rank, seed=settings.seed)
+    if settings.exact:
+        make_exact(model)
+    model = distributed.shard(model, device)
+
+    run = Run(
+        settings=settings,
+        device=device,
+        folder=folder,
+        language=language,
+        tokenizer=tokenizer,
+        tokenizer_folder=source,
+        model=model,
+        optimizer=make_optimizer(model, settings.weight_decay, settings.beta2),
+        sampler=Sampler(sampler_model, slots=settings.slots, exact=settings.exact),
+        judge=task.judge,
+        problems=task.problems,
+        held_out=task.held_out,
+        ask=task.ask,
+        peak_flops=memory.peak_flops(device),
+    )
+    if settings.kl_coef and not settings.lora_rank:  # with adapters: the model without them
+        reference = hugging_face.load_model(source, sampler_model.embed.weight.dtype)
+        run.reference = distributed.shard(reference.requires_grad_(False), device)
+    if settings.gepo:
+        # Before anything is restored: GEPO's reference is the policy that the run starts from.
+        run.groups = gepo.prepare(settings, tokenizer, model, device, folder, report)
+
+    limit = settings.max_prompt_tokens
+    if settings.task == "selfplay":
+        run.task = selfplay
+        run.play = selfplay.Play(settings, language, pool, run.sampler, tokenizer)
+    else:
+        run.problems = usable(task.problems, tokenizer, task.ask, limit, report)
+    run.held_out = usable(task.held_out, tokenizer, task.ask, limit, lambda _: None)
+    return run
+
+
+# ---- task and judge ----
+
+
+def load_task(settings, language, pool):
+    """The Task of --task. What is missing is said here, in one sentence."""
+    if settings.task == "selfplay":
+        return Task([], *selfplay.load_evaluation(settings, language, pool))
+
+    def ask(problem):
+        return rollout.prompt_messages(settings, language, problem)
+
+    if settings.task == "translate":
+        judge = translate.make_translate_judge(settings, pool)
+        return Task(*translate.load_both(settings), judge, ask)
+    judge = make_judge(settings, pool, language)
+    data = settings.data or None
+    count = settings.problems or None
+    problems = load_problems(settings.task, "train", data=data, count=count, seed=settings.seed)
+    held_out = load_problems(settings.task, "test", data=data, count=settings.eval_problems, seed=0)
+    return Task(problems, held_out, judge, ask)
+
+
+def make_judge(settings, pool, language):
+    """--reward as a Judge: 'name=weight,...' or 'random'."""
+    if settings.syntax_mix and "syntax=" not in settings.reward:
+        raise SystemExit("--syntax_mix needs the syntax check: --reward correct=1,syntax=0")
+    if settings.reward == "random":
+        return Judge(pool, language, random_reward=True, seed=settings.seed)
+    components = {}
+    try:
+        for part in settings.reward.split(","):
+            name, weight = part.split("=")
+            components[name] = float(weight)
+    except ValueError:
         raise SystemExit(
-            f"{folder} exists: go on with it by --resume {folder}, or choose another --name"
+            f"--reward {settings.reward}: write random, or components with weights as "
+            "correct=2,wrong=-1,tags=0.75"
+        ) from None
+    return Judge(pool, language, components, gate=settings.format_gate)
+
+
+def usable(problems, tokenizer, ask, limit, report):
+    """Drop problems whose prompt is longer than the limit; say how many."""
+    kept = [problem for problem in problems if len(prompt_ids(tokenizer, ask(problem))) <= limit]
+    if len(kept) < len(problems):
+        report(
+            f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is "
+            f"longer than --max_prompt_tokens {limit}"
         )
-    return folder
+    if not kept:
+        raise SystemExit(
+            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; "
+            "raise it, or lower --examples"
+        )
+    return kept
 
 
-def restarted_run(s):
-    """After a restart by torchrun: the folder of the run that died, the newest one with these settings, or None when it had not begun."""
-    found = [
-        path.parent
-        for path in Path("runs").glob(f"{s.name or '*'}/config.json")
-        if json.loads(path.read_text()) == asdict(s)
-    ]
-    return max(found, key=lambda folder: (folder / "config.json").stat().st_mtime, default=None)
+def check(settings, device):
+    """One sentence for settings that cannot work together."""
+    grpo.token_weights(settings.loss, [1], settings.max_new_tokens)
+    if settings.advantage not in grpo.ADVANTAGES:
+        raise ValueError(
+            f"unknown advantage {settings.advantage!r}: choose one of {', '.join(grpo.ADVANTAGES)}"
+        )
+    known = settings.old_logprobs in ("sampler", "trainer")
+    if not known or (settings.tis and settings.old_logprobs == "sampler"):
+        raise SystemExit(
+            f"--old_logprobs {settings.old_logprobs} --tis {settings.tis}: choose sampler or "
+            "trainer, and trainer with --tis, which compares the two"
+        )
+    if settings.exact and (device.type == "cpu" or settings.lora_rank):
+        raise SystemExit(
+            "--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the "
+            "batch, and an adapter is merged for sampling"
+        )
+    parse_warm_start(settings.warm_start)
 
 
-def warm_start(s, folder, problems, language, device, report):
-    """The checkpoint folder to start from: the user's, or the tiny model made for this run (once: a resume finds it)."""
-    if s.model != "tiny":
-        return hugging_face.find_checkpoint(s.model)
+# ---- models ----
+
+
+def starting_checkpoint(settings, folder, problems, language, device, report):
+    """Folder of the checkpoint to start from: the user's, or the tiny model made for this run.
+
+    The tiny model is made once: a resume finds it.
+    """
+    if settings.model != "tiny":
+        return hugging_face.find_checkpoint(settings.model)
     out = folder / "warm_start"
     if not distributed.broadcast(out.exists()):  # rank 0's machine decides
+        steps, mistakes = parse_warm_start(settings.warm_start)
         supervised = sft.WarmStart(
-            task=s.task,
-            lang=s.lang,
+            task=settings.task,
+            lang=settings.lang,
             out=str(out),
-            examples=s.examples,
-            short_prompt=s.short_prompt,
-            references=s.references,
-            steps=s.warm_start_steps,
+            examples=settings.examples,
+            short_prompt=settings.short_prompt,
+            references=settings.references,
+            steps=steps,
             batch=16,
             lr=2e-3,
-            token_budget=s.token_budget,
-            seed=s.seed,
-            mistakes=s.warm_start_mistakes,
+            token_budget=settings.token_budget,
+            seed=settings.seed,
+            mistakes=mistakes,
         )
         sft.run(supervised, problems, language, device, report)
     distributed.mirror(out)
     return out
 
 
-def usable(problems, tokenizer, prompt, limit, report):
-    """Drop problems whose prompt is longer than the limit; say how many."""
-    kept = [p for p in problems if len(prompt_ids(tokenizer, prompt(p))) <= limit]
-    if len(kept) < len(problems):
-        report(
-            f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}"
-        )
-    if not kept:
-        raise SystemExit(
-            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples"
-        )
-    return kept
-
-
-def build(s, folder, language, pool, device, report):
-    """Load problems, model, optimizer, sampler and judge. What can be wrong in the settings is tried before the warm start."""
-    problems, held_out, judge, ask = load_task(s, language, pool)
-    grpo.token_weights(s.loss, [1], s.max_new_tokens)
-    if s.old_logprobs not in ("sampler", "trainer") or (s.tis and s.old_logprobs == "sampler"):
-        raise SystemExit(
-            f"--old_logprobs {s.old_logprobs} --tis {s.tis}: choose sampler or trainer, and trainer with --tis, which compares the two"
-        )
-    grpo.check_advantage(s.advantage)
-    if s.exact and (device.type == "cpu" or s.lora_rank):
-        raise SystemExit(
-            "--exact is for GPUs and without --lora_rank: on a CPU samples never depend on the batch, and an adapter is merged for sampling"
-        )
-    source = warm_start(s, folder, problems, language, device, report)
-    memory.check(hugging_face.read_config(source), s, device, report)
-    model = hugging_face.load_model(source)
-    tokenizer = ChatTokenizer(source)
-    model.gradient_checkpointing = s.gradient_checkpointing
-    plain = (
-        device.type == "cpu" and not torch.distributed.is_initialized() and not s.lora_rank
-    )  # one torchrun rank is sharded, too
-    sampler_model = (
-        model
-        if plain
-        else hugging_face.load_model(
-            source, torch.bfloat16 if device.type == "cuda" else torch.float32, device
-        ).requires_grad_(False)
-    )
-    if s.lora_rank:
-        lora.attach(model, s.lora_rank, s.lora_alpha or s.lora_rank, s.seed)
-    if s.exact:
-        make_exact(model)
-    model = distributed.shard(model, device)
-    run = Run(
-        s,
-        device,
-        folder,
-        language,
-        tokenizer,
-        source,
-        model,
-        make_optimizer(model, s.weight_decay, s.beta2),
-        Sampler(sampler_model, slots=s.slots, memory=s.sampler_gb * 1e9 or None, exact=s.exact),
-        judge,
-        problems,
-        held_out,
-        ask,
-        peak_flops=memory.peak_flops(device),
-    )
-    if s.kl_coef and not s.lora_rank:
-        run.reference = distributed.shard(
-            hugging_face.load_model(source, sampler_model.embed.weight.dtype).requires_grad_(False),
-            device,
-        )
-    if s.gepo:  # before anything is restored: the reference is the policy that the run starts from
-        run.groups = gepo.prepare(s, tokenizer, run.model, device, folder, report)
-    if s.task == "selfplay":
-        run.play = selfplay.Play(s, language, pool, run.sampler, tokenizer)
-    else:
-        run.problems = usable(problems, tokenizer, ask, s.max_prompt_tokens, report)
-    run.held_out = usable(held_out, tokenizer, ask, s.max_prompt_tokens, lambda *_: None)
-    return run
-
-
-def load_task(s, language, pool):
-    """(problems, held-out problems, their judge, the prompt of a problem) of --task."""
-    if s.task == "selfplay":
-        return [], *selfplay.load_evaluation(s, language, pool)
-    ask = lambda p: prompt_messages(s, language, p)
-    if s.task == "translate":
-        return *translate.load_both(s), translate.make_translate_judge(s, pool), ask
-    judge = make_judge(s, pool, language)
-    problems = load_problems(
-        s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed
-    )
-    held_out = load_problems(s.task, "test", data=s.data or None, count=s.eval_problems, seed=0)
-    return problems, held_out, judge, ask
-
-
-def make_judge(s, pool, language):
-    """--reward as a Judge: 'name=weight,...' or 'random'."""
-    if s.syntax_mix and "syntax=" not in s.reward:
-        raise SystemExit("--syntax_mix needs the syntax check: --reward correct=1,syntax=0")
-    if s.reward == "random":
-        return Judge(pool, language, random_reward=True, seed=s.seed)
+def parse_warm_start(text):
+    """'800:0.7' -> (800 supervised steps, 0.7 of the demonstrations with a typical mistake)."""
+    steps, _, mistakes = text.partition(":")
     try:
-        components = {
-            name: float(weight)
-            for name, weight in (part.split("=") for part in s.reward.split(","))
-        }
+        return int(steps), float(mistakes or 0)
     except ValueError:
         raise SystemExit(
-            f"--reward {s.reward}: write random, or components with weights as correct=2,wrong=-1,tags=0.75"
+            f"--warm_start {text}: write supervised steps, and after a colon the share of "
+            "demonstrations with a mistake, as 800:0.7"
         ) from None
-    return Judge(pool, language, components, gate=s.format_gate)
+
+
+def policy_copy(settings, model, source, device):
+    """The model that the sampler reads: the trainer's own on one CPU process, else a copy in
+    bf16."""
+    one_process = device.type == "cpu" and not torch.distributed.is_initialized()
+    if one_process and not settings.lora_rank:  # one torchrun rank is sharded, too
+        return model
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return hugging_face.load_model(source, dtype, device).requires_grad_(False)
+
+
+# ---- folders ----
+
+
+def new_folder(settings):
+    """runs/NAME for a new run. A name that exists is refused, so that nothing is overwritten.
+
+    Unless torchrun restarts a run that died early.
+    """
+    languages = settings.lang.replace(",", "-")
+    name = settings.name or f"{settings.task}-{languages}-{datetime.now():%m%d-%H%M%S}"
+    folder = Path("runs") / distributed.broadcast(name)
+    if distributed.broadcast(folder.exists()) and not distributed.restarted():
+        raise SystemExit(
+            f"{folder} exists: continue it with --resume {folder}, or choose another --name"
+        )
+    return folder
+
+
+def restarted_run(settings):
+    """After a restart by torchrun: the folder of the run that died, or None when it had not begun.
+
+    That is the newest run with these settings.
+    """
+    found = []
+    for path in Path("runs").glob(f"{settings.name or '*'}/config.json"):
+        if json.loads(path.read_text()) == asdict(settings):
+            found.append(path)
+    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent

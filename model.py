@@ -169,17 +169,25 @@ class Model(nn.Module):
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head
 
-    def forward(self, tokens, positions, cu_seqlens, parents=None, head=None):
-        """tokens, positions [T] int64, cu_seqlens [S+1] int32 -> hidden [T, D] after the final norm. The last segments may continue
-        earlier ones, `parents` [C] int64: a prompt is computed once for all its completions.
+    def forward(self, batch, temperature=1.0):
+        """Log-prob and entropy of the completion tokens of a packed batch (batches.Batch), each [N].
 
-        With `head`, returns head(hidden, head_weight) instead: log-probs or a fused loss, computed inside the forward so that
-        FSDP has the head's weight gathered (kernels/logprob.py). Logits [T, V] never exist here.
+        temperature: the distribution is softmax(logits / temperature), as it was sampled from.
+        The head is inside the forward, where FSDP has its weight gathered; logits [T, V] never exist.
         """
-        hidden = self.decode(
-            tokens, positions, self.attention(self.config, cu_seqlens, parents), self.linear
-        )
-        return hidden if head is None else head(hidden, self.head_weight)
+        hidden = self.hidden(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents)
+        rows = hidden[batch.predict]
+        return token_logprobs(rows, self.head_weight, batch.targets, temperature)
+
+    def hidden(self, tokens, positions, cu_seqlens, parents=None):
+        """Hidden states [T, D] after the final norm.
+
+        tokens, positions: [T] int64. cu_seqlens: [S + 1] int32, borders of the segments.
+        parents: [C] int64; the last C segments continue these earlier ones, so that a prompt is
+        computed once for all its completions.
+        """
+        attend = self.attention(self.config, cu_seqlens, parents)
+        return self.decode(tokens, positions, attend, self.linear)
 
     def decode(self, tokens, positions, attend, linear=F.linear):
         """The decoder with attention left open: attend(layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].
@@ -196,10 +204,6 @@ class Model(nn.Module):
             else:
                 x, residual = layer(x, residual, attend, index, cos, sin, linear)
         return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
-
-    def logprobs(self, hidden, targets, temperature=1.0):
-        """hidden [N, D], targets [N] -> log-prob [N] and entropy [N] of softmax(head / temperature), fp32."""
-        return token_logprobs(hidden, self.head_weight, targets, temperature)
 
 
 def split_qkv(qkv, config):

@@ -1,4 +1,8 @@
-"""One step's samples: prompts -> completions -> programs that run while others still sample -> rewards -> advantages."""
+"""One step's samples: prompts -> completions -> programs, which run while others still sample ->
+verdicts.
+
+`run.task` is this module or selfplay/loop.py: both have rollout() and set_advantages().
+"""
 
 import time
 from dataclasses import dataclass, replace
@@ -7,6 +11,7 @@ import torch
 
 import grpo
 from batches import Sequence
+from metrics import rollout_metrics
 from runtime import distributed
 from sampler import Completion, Request
 from tasks import translate
@@ -17,7 +22,10 @@ from tasks.verdicts import Verdict
 
 @dataclass
 class Sample:
-    """One completion with its verdict, and what the update needs of it (`sequence`; its `group` is the prompt's number in the run)."""
+    """One completion with its verdict, and what the update needs of it.
+
+    sequence.group is the number of its prompt in the run.
+    """
 
     problem: Problem
     completion: Completion
@@ -25,158 +33,193 @@ class Sample:
     sequence: Sequence
 
 
+# ---- prompts ----
+
+
+def prompt_messages(settings, language, problem):
+    """The chat that asks for a problem's program."""
+    if settings.task == "translate":
+        return translate.translation_messages(problem)
+    with_instructions = not settings.short_prompt
+    return program_messages(problem, language, settings.examples, system=with_instructions)
+
+
 def next_problems(run, count):
-    """The run's next `count` prompts with their numbers 0, 1, 2, ...: each pass over the data in a new order that depends on seed and pass alone."""
+    """The run's next `count` problems, each with its number 0, 1, 2, ... in the run.
+
+    Each pass over the data has a new order that depends on seed and pass alone.
+    """
     numbers = range(run.drawn, run.drawn + count)
     run.drawn += count
     return list(zip(numbers, in_passes(run.problems, numbers, run.settings.seed)))
 
 
-def prompt_messages(s, language, problem):
-    if s.task == "translate":
-        return translate.translation_messages(problem)
-    return program_messages(problem, language, examples=s.examples, system=not s.short_prompt)
+# ---- samples and verdicts ----
 
 
-def rollout(run):
-    """This rank's samples of the step's prompts -> (list[Sample] group by group, seconds waited for verdicts after sampling).
+def rollout(run, step):
+    """This rank's samples of the step's prompts, group by group.
 
-    With dynamic_sampling (DAPO, 2503.14476) groups whose rewards are all equal are replaced by new prompts, at most that many
-    times; every rank takes part in every round, however many groups it still lacks.
+    Returns (list[Sample], seconds waited for verdicts after sampling, metrics of all ranks).
+
+    With dynamic_sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equal are replaced
+    by new prompts, at most that many times; every rank takes part in every round, however many
+    groups it still lacks.
     """
-    s = run.settings
-    samples, waited = draw(run, s.prompts)
-    for _ in range(s.dynamic_sampling):
-        missing = s.prompts - sum(distributed.gather([len(groups_with_signal(samples))]))
-        if missing == 0:
+    settings = run.settings
+    samples, waited = sample_and_judge(run, settings.prompts)
+    for _ in range(settings.dynamic_sampling):
+        found = sum(distributed.gather([len(groups_with_signal(samples))]))
+        if found == settings.prompts:
             break
-        more, seconds = draw(run, missing)
-        samples, waited = samples + more, waited + seconds
-    return samples, waited
+        more, seconds = sample_and_judge(run, settings.prompts - found)
+        samples += more
+        waited += seconds
+
+    pairs = distributed.gather([(sample.completion, sample.verdict) for sample in samples])
+    return samples, waited, rollout_metrics(pairs, settings.samples, run.tokenizer.stop_ids)
 
 
-def draw(run, count):
-    """Sample the run's next `count` prompts, spread over the ranks, and judge them -> (list[Sample], seconds waited)."""
-    s, tokenizer = run.settings, run.tokenizer
+def sample_and_judge(run, count):
+    """Samples of the run's next `count` prompts, spread over the ranks, and seconds waited."""
+    settings = run.settings
     numbered = distributed.share(next_problems(run, count))
-    limits = dict(
-        n=s.samples,
-        max_new_tokens=s.max_new_tokens,
-        temperature=s.temperature,
-        stop_ids=tokenizer.stop_ids,
-        seed=s.seed,
-    )
-    ids = lambda p: tokenizer.encode_chat(prompt_messages(s, run.language, p))
-    requests = [
-        Request(ids(p), id=n, expected_tokens=run.lengths.get(p.id), **limits) for n, p in numbered
-    ]
-    pending = [[] for _ in requests]
+    problems = [problem for _, problem in numbered]
+    requests = [request_for(run, number, problem) for number, problem in numbered]
+    submissions = [[] for _ in requests]
 
-    def start_programs(i, completions):
-        pending[i] = [
-            run.judge.submit(numbered[i][1], tokenizer.decode(c.tokens), c.sample)
-            for c in completions
-        ]
+    def start_programs(index, completions):
+        """A prompt's completions are there: their programs run while others still sample."""
+        for completion in completions:
+            text = run.tokenizer.decode(completion.tokens)
+            submissions[index].append(run.judge.submit(problems[index], text, completion.sample))
 
-    completions = [
-        c for group in run.sampler.generate(requests, on_done=start_programs) for c in group
-    ]
+    groups = run.sampler.generate(requests, on_done=start_programs)
     sampled = time.perf_counter()
-    verdicts = run.judge.collect([p for group in pending for p in group], s.reward_deadline)
+    started = [submission for group in submissions for submission in group]
+    verdicts = run.judge.collect(started, settings.reward_deadline)
     waited = time.perf_counter() - sampled
-    for n, (_, p) in enumerate(
-        numbered
-    ):  # what the sampler expects when it meets the problem again: it starts the longest first
-        run.lengths[p.id] = sum(len(c.tokens) for c in completions if c.request == n) // s.samples
+
+    completions = [completion for group in groups for completion in group]
     samples = []
-    for c, v in zip(completions, shaped(verdicts, completions, s)):
-        sequence = Sequence(
-            requests[c.request].prompt, c.tokens, c.logprobs, group=requests[c.request].id
-        )
-        samples.append(Sample(numbered[c.request][1], c, v, sequence))
+    for completion, verdict in zip(completions, shaped(verdicts, completions, settings)):
+        request = requests[completion.request]
+        tokens, logprobs = completion.tokens, completion.logprobs
+        sequence = Sequence(request.prompt, tokens, logprobs, group=request.id)
+        samples.append(Sample(problems[completion.request], completion, verdict, sequence))
+
+    # What the sampler expects when it meets a problem again: it starts the longest first.
+    for problem, group in zip(problems, groups):
+        run.lengths[problem.id] = sum(len(x.tokens) for x in group) // settings.samples
     return samples, waited
 
 
-def shaped(verdicts, completions, s):
-    """Verdicts with what a step or a length adds to their rewards: the syntax mix and the soft overlong penalty. A collective."""
-    rewards = [v.reward for v in verdicts]
-    if s.syntax_mix:
-        syntax = [v.components["syntax"] for v in verdicts]
-        judged = [x for x in distributed.gather(syntax) if x == x]
-        wrong = 1 - sum(judged) / max(1, len(judged))
-        rewards = [wrong * x + (1 - wrong) * r for x, r in zip(syntax, rewards)]
-    if s.overlong_buffer:
-        rewards = [
-            r + overlong_penalty(len(c.tokens), s.max_new_tokens, s.overlong_buffer)
-            for r, c in zip(rewards, completions)
-        ]
-    return [replace(v, reward=r) for v, r in zip(verdicts, rewards)]
+def request_for(run, number, problem):
+    """What the sampler needs for a problem; its number in the run decides the draws."""
+    settings = run.settings
+    return Request(
+        prompt=run.tokenizer.encode_chat(prompt_messages(settings, run.language, problem)),
+        n=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        stop_ids=run.tokenizer.stop_ids,
+        seed=settings.seed,
+        id=number,
+        expected_tokens=run.lengths.get(problem.id),
+    )
+
+
+# ---- rewards that depend on the step or the length ----
+
+
+def shaped(verdicts, completions, settings):
+    """Verdicts with the syntax mix and the soft overlong penalty in their rewards. A collective."""
+    rewards = [verdict.reward for verdict in verdicts]
+    if settings.syntax_mix:
+        syntax = [verdict.components["syntax"] for verdict in verdicts]
+        rewards = mixed_with_syntax(rewards, syntax)
+    if settings.overlong_buffer:
+        limit, buffer = settings.max_new_tokens, settings.overlong_buffer
+        penalties = [overlong_penalty(len(x.tokens), limit, buffer) for x in completions]
+        rewards = [reward + penalty for reward, penalty in zip(rewards, penalties)]
+    return [replace(verdict, reward=reward) for verdict, reward in zip(verdicts, rewards)]
+
+
+def mixed_with_syntax(rewards, syntax):
+    """SLMFix: s * syntax + (1 - s) * reward, s the share of the step's programs with syntax errors.
+
+    syntax: 1 where a program's syntax is right, 0 where it is wrong, nan where nobody could tell.
+    Syntax 1, 0 and rewards 1, 0: s = 0.5 -> 1, 0.
+    """
+    judged = [right for right in distributed.gather(syntax) if right == right]
+    wrong = 1 - sum(judged) / max(1, len(judged))
+    return [wrong * right + (1 - wrong) * reward for right, reward in zip(syntax, rewards)]
 
 
 def overlong_penalty(length, limit, buffer):
-    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0 up to limit - buffer, then linear down to -1 at the limit.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
+    0 up to limit - buffer, then linear down to -1 at the limit.
     limit 100, buffer 20: length 80 -> 0, 90 -> -0.5, 100 -> -1.
     """
     return min(0.0, (limit - buffer - length) / buffer)
 
 
-def groups_with_signal(samples):
-    """Numbers of the groups whose rewards are not all equal; masked rewards (nan) do not count."""
-    seen = {}
-    for x in samples:
-        if x.verdict.reward == x.verdict.reward:
-            seen.setdefault(x.sequence.group, set()).add(x.verdict.reward)
-    return {group for group, rewards in seen.items() if len(rewards) > 1}
+# ---- advantages ----
 
 
 def set_advantages(run, samples):
-    """Advantages of this rank's samples -> the sequences that count in the loss: judged, not masked for length, and with dynamic sampling
-    only those of groups with signal. A group never spans ranks; the batch's standard deviation (advantage = batch) does."""
-    s = run.settings
-    facts, mine = distributed.gather_and_place(
-        [(x.verdict.reward, x.sequence.group) for x in samples]
-    )
-    everyone, ids = (
-        torch.tensor([r for r, _ in facts], dtype=torch.float32),
-        torch.tensor([g for _, g in facts]),
-    )
-    if s.advantage.startswith("reinforce"):
-        values = reinforce(s, everyone, ids, samples)
+    """Set the advantages of this rank's samples; return the sequences that count in the loss.
+
+    Those are judged ones and, with dynamic sampling, of groups with signal. A group never spans
+    ranks; the deviation of the whole batch (advantage = batch) does.
+    """
+    settings = run.settings
+    facts = [(sample.verdict.reward, sample.sequence.group) for sample in samples]
+    facts, mine = distributed.gather_and_place(facts)
+    rewards = torch.tensor([reward for reward, _ in facts], device=run.device)
+    group_ids = torch.tensor([group for _, group in facts], device=run.device)
+
+    if settings.advantage.startswith("reinforce"):
+        values = token_advantages(settings, rewards, group_ids, samples)
     else:
-        values = grpo.advantages(everyone, ids, s.advantage).tolist()
-    for x, value in zip(samples, values[mine]):
-        x.sequence.advantage = value
-    kept = (
-        groups_with_signal(samples) if s.dynamic_sampling else {x.sequence.group for x in samples}
-    )
-    return [q for q in counted(run, samples) if q.group in kept]
+        values = grpo.advantages(rewards, group_ids, settings.advantage).tolist()
+    for sample, value in zip(samples, values[mine]):
+        sample.sequence.advantage = value
+
+    counted = judged_sequences(samples)
+    if settings.dynamic_sampling:
+        kept = groups_with_signal(samples)
+        counted = [sequence for sequence in counted if sequence.group in kept]
+    return counted
 
 
-def counted(run, samples):
-    """The sequences of samples that the sandbox could judge and that mask_truncated leaves in."""
-    cut = lambda q: run.settings.mask_truncated and q.tokens[-1] not in run.tokenizer.stop_ids
-    return [
-        x.sequence for x in samples if x.verdict.reward == x.verdict.reward and not cut(x.sequence)
-    ]
-
-
-def reinforce(s, rewards, groups, samples):
-    """REINFORCE++ advantages of the samples of all ranks, whitened together: one number a token, the KL to the reference in the reward."""
-    lengths = distributed.gather([len(x.completion.tokens) for x in samples])
+def token_advantages(settings, rewards, group_ids, samples):
+    """REINFORCE++ of the samples of all ranks together, with the KL to the reference in the
+    reward."""
+    lengths = distributed.gather([len(sample.completion.tokens) for sample in samples])
     kl = None
-    if s.kl_coef:
-        kl = distributed.gather(
-            [
-                [
-                    a - b
-                    for a, b in zip(
-                        x.sequence.old_logprobs or x.sequence.logprobs, x.sequence.ref_logprobs
-                    )
-                ]
-                for x in samples
-            ]
-        )
-    return grpo.reinforce_advantages(
-        rewards, lengths, groups, s.advantage == "reinforce++_baseline", kl, s.kl_coef
-    )
+    if settings.kl_coef:
+        kl = []
+        for sample in samples:
+            old = sample.sequence.old_logprobs or sample.sequence.logprobs
+            reference = sample.sequence.ref_logprobs
+            kl.append([p - q for p, q in zip(old, reference)])
+        kl = distributed.gather(kl)
+    lengths = torch.tensor(lengths, device=rewards.device)
+    baseline = settings.advantage == "reinforce++_baseline"
+    return grpo.reinforce_advantages(rewards, group_ids, lengths, baseline, kl, settings.kl_coef)
+
+
+def judged_sequences(samples):
+    """Sequences that the sandbox could judge; the others are masked, never scored 0."""
+    return [sample.sequence for sample in samples if sample.verdict.judged]
+
+
+def groups_with_signal(samples):
+    """Numbers of the groups with two different rewards; what could not be judged does not count."""
+    rewards = {}
+    for sample in samples:
+        if sample.verdict.judged:
+            rewards.setdefault(sample.sequence.group, set()).add(sample.verdict.reward)
+    return {group for group, found in rewards.items() if len(found) > 1}

@@ -21,8 +21,15 @@ from pathlib import Path
 import torch
 
 import model as model_file
-from batches import Sequence, accumulate, learning_rate, make_optimizer, take_step
-from kernels.logprob import token_logprobs
+from batches import (
+    Sequence,
+    backward,
+    learning_rate,
+    make_optimizer,
+    micro_batches,
+    packed_batches,
+    take_step,
+)
 from runtime import distributed, hugging_face
 from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
@@ -159,28 +166,21 @@ def train_supervised(model, optimizer, sequences, s, device, report=print):
         tokens = sum(len(q.tokens) for q in picked)
         for q in picked:
             q.weight = 1 / tokens
-        losses = accumulate(
-            model,
-            distributed.share(picked),
-            lambda batch: supervised_loss(model, batch),
-            s.token_budget,
-            device,
-        )
-        take_step(
-            model, optimizer, learning_rate(step, s.steps, s.lr, s.warmup, "cosine"), s.max_norm
-        )
-        loss = sum(distributed.gather([l for l, _ in losses]))
+        losses = []
+        parts = micro_batches(distributed.share(picked), s.token_budget)
+        for batch in packed_batches(parts, device):
+            logprobs, _ = model(batch)
+            part_loss = -(batch.weights * logprobs).sum()
+            backward(part_loss)
+            losses.append(float(part_loss.detach()))  # a filler's is 0
+        rate = learning_rate(step, s.steps, s.lr, s.warmup, "cosine")
+        take_step(model, optimizer, rate, s.max_norm)
+        loss = sum(distributed.gather(losses))
         if step % 10 == 0 or step == s.steps:
             report(
                 f"warm start {step}/{s.steps}  loss {loss:.3f}  {time.perf_counter() - started:.0f}s"
             )
     return loss
-
-
-def supervised_loss(model, batch):
-    head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets)
-    logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, head=head)
-    return -(batch.weights * logprobs).sum(), None
 
 
 def run(s, problems, language, device, report=print):

@@ -14,7 +14,8 @@ import torch
 
 import grpo
 from batches import Sequence
-from rollout import Sample, counted
+from metrics import rollout_metrics
+from rollout import Sample, judged_sequences
 from runtime import distributed
 from sampler import Request
 from selfplay import triples
@@ -63,7 +64,7 @@ class Play:
 
 def check_settings(s):
     """ValueError with one sentence for what is wrong, before any model is made."""
-    if s.propose_reward not in REWARDS:
+    if s.propose_reward.partition(":")[0] not in REWARDS:
         raise ValueError(f"unknown --propose_reward {s.propose_reward!r}: use {', '.join(REWARDS)}")
     if not 0 <= s.composite <= 1:
         raise ValueError(f"--composite {s.composite} is no share: use a number from 0 to 1")
@@ -297,7 +298,7 @@ def store(play, proposed):
     return {task: sum(play.buffers[task].add(e) for t, e in found if t == task) for task in TASKS}
 
 
-def play_step(run, step):
+def rollout(run, step):
     """This rank's samples of a step, proposers' and solvers' -> (list[Sample], seconds waited for programs, metrics)."""
     play, run.play.waited = run.play, 0.0
     proposed = propose(play, step, proposal_list(play, step))
@@ -321,13 +322,16 @@ def play_step(run, step):
     correct = mean_accuracy([v for _, role, v in everyone if role == "solve"])
     if correct == correct:
         play.buffers.solver_accuracy += 0.1 * (correct - play.buffers.solver_accuracy)
-    return [*proposers, *solvers], play.waited, metrics
+    samples = [*proposers, *solvers]
+    pairs = distributed.gather([(x.completion, x.verdict) for x in samples])
+    return samples, play.waited, rollout_metrics(pairs, 1, play.tokenizer.stop_ids) | metrics
 
 
 def proposer_sample(play, step, proposal, request, completion, entry, accuracy):
     s, refused = play.settings, isinstance(entry, Refused)
+    kind, _, switch_step = s.propose_reward.partition(":")
     reward = proposer_reward(
-        s.propose_reward, accuracy, step, s.propose_switch, play.buffers.solver_accuracy
+        kind, accuracy, step, int(switch_step or 64), play.buffers.solver_accuracy
     )
     status = str(entry) if refused else "ok"
     value = None if accuracy is None or accuracy != accuracy else f"{accuracy:g}"
@@ -371,7 +375,7 @@ def set_advantages(run, samples):
     ).tolist()
     for x, value in zip(samples, values[mine]):
         x.sequence.advantage = value
-    return counted(run, samples)
+    return judged_sequences(samples)
 
 
 def play_metrics(play, everyone, accuracies, added):

@@ -1,6 +1,7 @@
 """The contract of all judges: submit(problem, text, sample) starts a program and returns a Submission, collect(submissions) gives Verdicts."""
 
 import concurrent.futures
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class Verdict:
     parsed: Parsed
     constant: bool  # the program computes nothing
     leaked: bool  # the answer stands in the query, though not in the question
+
+    @property
+    def judged(self):
+        """False when the sandbox could not judge: the reward is nan."""
+        return not math.isnan(self.reward)
 
 
 def shares(verdicts):

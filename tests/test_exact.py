@@ -96,7 +96,7 @@ def test_gradient_is_the_ordinary_one(model):
             torch.cat((torch.arange(17), torch.arange(7))).to(DEVICE),
         )
         ends = torch.tensor([0, 17, 24], dtype=torch.int32, device=DEVICE)
-        hidden = model(tokens, positions, ends)
+        hidden = model.hidden(tokens, positions, ends)
         upstream = torch.linspace(-1, 1, hidden.numel(), device=DEVICE).view_as(hidden)
         return hidden, torch.autograd.grad(
             (hidden.float() * upstream).sum(), list(model.parameters())

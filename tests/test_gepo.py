@@ -74,7 +74,6 @@ def settings(**changed):
         gepo_unbiased=False,
         gepo_cheap=False,
         gepo_max_tokens=400,
-        gepo_eval=8,
         token_budget=4096,
         share_prompts=False,
         seed=0,

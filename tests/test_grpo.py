@@ -1,4 +1,4 @@
-"""Losses and advantages against numbers worked out by hand, and their gradients (DESIGN.md invariants 7 and 12)."""
+"""Losses and advantages against numbers worked out by hand, and their gradients."""
 
 import math
 
@@ -7,205 +7,295 @@ import torch
 
 import grpo
 from batches import Sequence, pack
+from kernels import advantage
 from rollout import overlong_penalty
 from settings import Settings
 
 NAN = float("nan")
+log = torch.log
 
 
-def test_advantages_equal_hand_computed_numbers():
-    rewards, groups = torch.tensor([1.0, 0, 0, 1, 3, 1, 1, 1]), torch.tensor([0] * 4 + [1] * 4)
-    # group 0: mean 0.5, sample std 0.57735; group 1: mean 1.5, sample std 1
-    expected = {
-        "grpo": [0.866, -0.866, -0.866, 0.866, 1.5, -0.5, -0.5, -0.5],
-        "mean": [0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5],
-        "rloo": [2 / 3, -2 / 3, -2 / 3, 2 / 3, 2, -2 / 3, -2 / 3, -2 / 3],
-    }
-    for kind, values in expected.items():
-        torch.testing.assert_close(
-            grpo.advantages(rewards, groups, kind), torch.tensor(values), atol=1e-3, rtol=0
-        )
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "batch"])
+def close(found, expected):
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), atol=1e-3, rtol=0)
+
+
+# ---- advantages ----
+
+
+@pytest.mark.parametrize(
+    "kind,first,second",
+    [  # group 0: mean 0.5, sample std 0.57735; group 1: mean 1.5, sample std 1
+        ("grpo", [0.866, -0.866, -0.866, 0.866], [1.5, -0.5, -0.5, -0.5]),
+        ("mean", [0.5, -0.5, -0.5, 0.5], [1.5, -0.5, -0.5, -0.5]),
+        ("rloo", [2 / 3, -2 / 3, -2 / 3, 2 / 3], [2, -2 / 3, -2 / 3, -2 / 3]),
+        # all eight: mean 1, sum of squares 6, std sqrt(6 / 7) = 0.9258
+        ("batch", [0.540, -0.540, -0.540, 0.540], [1.620, -0.540, -0.540, -0.540]),
+    ],
+)
+def test_advantages_equal_hand_computed_numbers(kind, first, second):
+    rewards = torch.tensor([1.0, 0, 0, 1, 3, 1, 1, 1])
+    group_ids = torch.tensor([0] * 4 + [1] * 4)
+    close(grpo.advantages(rewards, group_ids, kind), first + second)
+
+
+def test_trr_takes_its_statistics_over_tokens():
+    """Rewards 1 and 0 of 1 and 3 tokens: mean 1/4, variance (0.75^2 + 3 * 0.25^2) / 3 = 1/4."""
+    group_ids = torch.zeros(2, dtype=torch.long)
+    lengths = torch.tensor([1, 3])
+    close(grpo.advantages(torch.tensor([1.0, 0.0]), group_ids, "trr++", lengths), [1.5, -0.5])
+
+
+@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "batch", "trr++"])
 def test_groups_without_variance_are_exactly_zero(kind):
-    """0.1 three times has a float mean that differs from 0.1: the check must be equality of rewards, not a small deviation."""
-    rewards, groups = torch.tensor([0.1] * 3 + [1.0, 0.0, NAN]), torch.tensor([0, 0, 0, 1, 1, 1])
-    values = grpo.advantages(rewards, groups, kind)
+    """0.1 three times has a float mean that is not 0.1: rewards are compared as they are."""
+    rewards = torch.tensor([0.1] * 3 + [1.0, 0.0, NAN])
+    group_ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    values = grpo.advantages(rewards, group_ids, kind, torch.ones(6))
     assert values[:3].tolist() == [0.0, 0.0, 0.0]
-    assert (
-        values[3] > 0 > values[4] and values[5] == 0.0
-    )  # a reward the sandbox could not give is masked, the others count
-
-
-def test_reinforce_plus_plus_equals_hand_computed_numbers():
-    """Whitening over tokens: a sample of three tokens counts three times. The KL is a reward of every token, summed from there to the end."""
-    close = lambda found, expected: torch.testing.assert_close(
-        torch.tensor(sum(found, [])), torch.tensor(expected), atol=1e-3, rtol=0
-    )
-    close(grpo.reinforce_advantages([1.0, 0.0], [1, 3], [0, 1]), [1.5, -0.5, -0.5, -0.5])
-    close(
-        grpo.reinforce_advantages([0.0, 0.0], [2, 1], [0, 1], kl=[[0.2, 0.1], [-0.3]], coef=1.0),
-        [-0.873, -0.218, 1.091],
-    )
-    # baseline: rewards less the group's mean (0.5 and 0.25): 0.5 -0.5 | 0.75 -0.25 -0.25 -0.25, mean 0 and std 0.5 over six tokens
-    close(
-        grpo.reinforce_advantages([1, 0, 1, 0, 0, 0.0], [1] * 6, [0, 0, 1, 1, 1, 1], baseline=True),
-        [1, -1, 1.5, -0.5, -0.5, -0.5],
-    )
-    # without the baseline groups do not matter; a masked sample is exactly 0 and moves nobody
-    close(
-        grpo.reinforce_advantages([1.0, NAN, 0.0], [1, 5, 3], [0, 0, 1]),
-        [1.5, 0, 0, 0, 0, 0, -0.5, -0.5, -0.5],
-    )
-
-
-def test_reinforce_plus_plus_has_exact_zeros():
-    noise = grpo.reinforce_advantages(
-        [1.0, 1.0], [2, 1], [0, 0], kl=[[1e-7, -1e-7], [2e-7]], coef=0.001
-    )
-    assert (
-        max(abs(a) for a in sum(noise, [])) < 1e-5
-    )  # rounding between two forward passes of the same weights
-    assert grpo.reinforce_advantages([0.1, 0.1, 0.1], [2, 1, 3], [0, 0, 1]) == [
-        [0.0] * 2,
-        [0.0],
-        [0.0] * 3,
-    ]
-    flat, _, signal, _ = grpo.reinforce_advantages(
-        [1.0, 1.0, 1.0, 0.0], [2, 1, 1, 4], [0, 0, 1, 1], baseline=True
-    )
-    assert flat == [0.0, 0.0] and signal[0] > 0
-    batch = pack([Sequence([1], [2, 3], advantage=[0.5, -1.0]), Sequence([1], [4], advantage=2.0)])
-    assert batch.advantages.tolist() == [0.5, -1.0, 2.0]
+    assert values[3] > 0 > values[4]
+    assert values[5] == 0.0  # could not be judged: masked, the others count
 
 
 def test_a_masked_reward_does_not_move_its_group():
-    with_gap = grpo.advantages(torch.tensor([1.0, 0.0, 0.0, NAN]), torch.zeros(4, dtype=torch.long))
-    without = grpo.advantages(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.long))
+    one_group = torch.zeros(4, dtype=torch.long)
+    with_gap = grpo.advantages(torch.tensor([1.0, 0.0, 0.0, NAN]), one_group)
+    without = grpo.advantages(torch.tensor([1.0, 0.0, 0.0]), one_group[:3])
     torch.testing.assert_close(with_gap[:3], without)
+
+
+def test_unknown_advantage_is_one_sentence():
+    with pytest.raises(ValueError, match="unknown advantage 'gae'"):
+        grpo.advantages(torch.zeros(2), torch.zeros(2, dtype=torch.long), "gae")
+
+
+def reinforce(rewards, lengths, group_ids, **options):
+    rewards, lengths, group_ids = map(torch.tensor, (rewards, lengths, group_ids))
+    return grpo.reinforce_advantages(rewards, group_ids, lengths, **options)
+
+
+def test_reinforce_plus_plus_equals_hand_computed_numbers():
+    # Whitened over tokens: a rollout of three tokens counts three times.
+    found = reinforce([1.0, 0.0], [1, 3], [0, 1])
+    close(sum(found, []), [1.5, -0.5, -0.5, -0.5])
+
+    # The KL is a reward of every token, summed from there to the end: returns -0.3 -0.1 0.3.
+    found = reinforce([0.0, 0.0], [2, 1], [0, 1], kl=[[0.2, 0.1], [-0.3]], kl_coef=1.0)
+    close(sum(found, []), [-0.873, -0.218, 1.091])
+
+    # baseline: less the group's mean (0.5, 0.25): 0.5 -0.5 0.75 -0.25 -0.25 -0.25, std 0.5.
+    found = reinforce([1.0, 0, 1, 0, 0, 0], [1] * 6, [0, 0, 1, 1, 1, 1], baseline=True)
+    close(sum(found, []), [1, -1, 1.5, -0.5, -0.5, -0.5])
+
+    # Without the baseline groups do not matter; a masked rollout is exactly 0 and moves nobody.
+    found = reinforce([1.0, NAN, 0.0], [1, 5, 3], [0, 0, 1])
+    close(sum(found, []), [1.5, 0, 0, 0, 0, 0, -0.5, -0.5, -0.5])
+
+
+def test_reinforce_plus_plus_has_exact_zeros():
+    assert reinforce([0.1, 0.1, 0.1], [2, 1, 3], [0, 0, 1]) == [[0.0] * 2, [0.0], [0.0] * 3]
+    flat, _, signal, _ = reinforce([1.0, 1, 1, 0], [2, 1, 1, 4], [0, 0, 1, 1], baseline=True)
+    assert flat == [0.0, 0.0]
+    assert signal[0] > 0
+
+
+def test_a_kl_that_is_only_rounding_is_not_blown_up_to_a_signal():
+    noise = reinforce([1.0, 1.0], [2, 1], [0, 0], kl=[[1e-7, -1e-7], [2e-7]], kl_coef=0.001)
+    assert max(abs(value) for value in sum(noise, [])) < 1e-5
+
+
+def test_the_groups_kernel_is_what_a_rollouts_advantages_reach(monkeypatch):
+    """On a GPU rewards are on the run's device, so the Triton kernel runs; here in its interpreter."""
+    import rollout
+    from tasks.verdicts import Parsed, Verdict
+
+    def sample(group, reward):
+        verdict = Verdict(
+            problem="p",
+            reward=reward,
+            components={},
+            correct=False,
+            status="ok",
+            value=None,
+            program="",
+            parsed=Parsed("", "", "", True),
+            constant=False,
+            leaked=False,
+        )
+        return rollout.Sample(None, None, verdict, Sequence([1], [2], group=group))
+
+    class Run:
+        settings = Settings()
+        device = torch.device("cpu")
+
+    launches = []
+    kernel = advantage._group_statistics
+
+    def counted(*arguments):
+        launches.append(len(arguments[0]))
+        return kernel(*arguments)
+
+    monkeypatch.setattr(advantage, "use_triton", lambda x: True)
+    monkeypatch.setattr(advantage, "_group_statistics", counted)
+    pytest.importorskip("triton")
+    samples = [sample(0, 1.0), sample(0, 0.0), sample(1, 0.1), sample(1, 0.1), sample(1, NAN)]
+    sequences = rollout.set_advantages(Run, samples)
+
+    assert launches == [5]  # once, with all of the step
+    close([x.advantage for x in sequences], [0.7071, -0.7071, 0.0, 0.0])  # std sqrt(1/2)
+
+
+# ---- losses ----
 
 
 def test_token_losses_equal_hand_computed_numbers():
     old = torch.zeros(4, dtype=torch.float64)
-    logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 1.1], dtype=torch.float64))
-    sign = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
-    clipped = grpo.clipped_loss(logprobs, old, sign, 0.2, 0.28)
-    torch.testing.assert_close(clipped, torch.tensor([-1.28, 1.5, 0.8, -1.1], dtype=torch.float64))
-    cispo = grpo.cispo_loss(logprobs, old, sign, 1.28)
-    torch.testing.assert_close(
-        cispo, -torch.tensor([1.28, 1.28, 0.5, 1.1], dtype=torch.float64) * sign * logprobs
-    )
-    # gspo: tokens 0 and 1 form one sequence with mean log ratio log 1.5, clipped at 1.28 for a positive advantage
-    gspo = grpo.gspo_loss(
-        logprobs[:2], old[:2], torch.ones(2, dtype=torch.float64), torch.tensor([0, 0]), 0.2, 0.28
-    )
-    torch.testing.assert_close(gspo, torch.tensor([-1.28, -1.28], dtype=torch.float64))
+    logprobs = log(tensor(1.5, 1.5, 0.5, 1.1))
+    sign = tensor(1, -1, -1, 1)
+    close(grpo.clipped_loss(logprobs, old, sign, 0.2, 0.28), tensor(-1.28, 1.5, 0.8, -1.1))
+    weights = tensor(1.28, 1.28, 0.5, 1.1)
+    close(grpo.cispo_loss(logprobs, old, sign, 1.28), -weights * sign * logprobs)
+
+
+def test_gspo_has_one_ratio_for_a_sequence():
+    """Ratios 1.5 and 1.5 have the mean 1.5, clipped at 1.28; 1.5 and 2/3 have the mean 1."""
+    logprobs = log(tensor(1.5, 1.5, 1.5, 2 / 3))
+    sequence = torch.tensor([0, 0, 1, 1])
+    zeros, ones = torch.zeros_like(logprobs), torch.ones_like(logprobs)
+    found = grpo.gspo_loss(logprobs, zeros, ones, sequence, 2, 0.2, 0.28)
+    close(found, tensor(-1.28, -1.28, -1.0, -1.0))
 
 
 def test_clipped_tokens_get_no_gradient_and_the_others_do():
-    logprobs = torch.log(torch.tensor([1.5, 1.5, 0.5, 1.1])).requires_grad_()
-    grpo.clipped_loss(
-        logprobs, torch.zeros(4), torch.tensor([1.0, -1.0, -1.0, 1.0]), 0.2, 0.28
-    ).sum().backward()
-    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 1.5, 0.0, -1.1]))
+    logprobs = log(torch.tensor([1.5, 1.5, 0.5, 1.1])).requires_grad_()
+    sign = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    grpo.clipped_loss(logprobs, torch.zeros(4), sign, 0.2, 0.28).sum().backward()
+    close(logprobs.grad, torch.tensor([0.0, 1.5, 0.0, -1.1]))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "gspo", "cispo"])
 def test_truncated_importance_weights_scale_the_gradient_and_get_none(loss):
     """Trainer 0.3, 0.1, 0.2 against sampler 0.1, 0.2, 0.2 with cap 2: weights 2, 0.5, 1."""
-    log = lambda *p: torch.tensor(p).log()
-    old, sampler = log(0.3, 0.1, 0.2).requires_grad_(), log(0.1, 0.2, 0.2).requires_grad_()
+    old = log(torch.tensor([0.3, 0.1, 0.2])).requires_grad_()
+    sampler = log(torch.tensor([0.1, 0.2, 0.2])).requires_grad_()
     weights = grpo.importance_weights(old, sampler, 2.0)
-    torch.testing.assert_close(weights, torch.tensor([2.0, 0.5, 1.0]))
+    close(weights, torch.tensor([2.0, 0.5, 1.0]))
     assert not weights.requires_grad
     batch = pack([Sequence([1], [2, 3, 4], sampler.tolist(), 0.7, old_logprobs=old.tolist())])
 
     def gradient(tis):
+        settings = Settings(loss=loss, clip_high=5.0, old_logprobs="trainer", tis=tis)
         logprobs = old.detach().clone().requires_grad_()
-        grpo.policy_loss(loss, logprobs, batch, 0.2, 5.0, tis=tis).sum().backward()
+        grpo.token_loss(logprobs, None, batch, settings).sum().backward()
         return logprobs.grad
 
-    expected = gradient(0.0) * (
-        weights if loss != "gspo" else weights.mean()
-    )  # gspo: the sequence's one ratio gets its tokens' weights together
-    torch.testing.assert_close(gradient(2.0), expected)
+    if loss == "gspo":  # the sequence's one ratio gets its tokens' weights together
+        weights = weights.mean()
+    torch.testing.assert_close(gradient(2.0), gradient(0.0) * weights)
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo", "cispo"])
-def test_gradcheck(loss):
+def uneven_batch():
+    """Two sequences in float64, and log-probs some 0.05 away from the old ones."""
     torch.manual_seed(0)
-    batch = pack(
-        [
-            Sequence([1], [2, 3], [-1.0, -2.0], 0.7),
-            Sequence([1], [2, 3, 4], [-1.5, -0.5, -1.0], -1.2),
-        ]
+    first = Sequence([1], [2, 3], [-1.0, -2.0], 0.7)
+    second = Sequence([1], [2, 3, 4], [-1.5, -0.5, -1.0], -1.2)
+    batch = pack([first, second])
+    batch.old_logprobs = batch.old_logprobs.double()
+    batch.advantages = batch.advantages.double()
+    logprobs = batch.old_logprobs + 0.05 * torch.randn(5, dtype=torch.float64)
+    return batch, logprobs.requires_grad_()
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
+def test_gradcheck(loss):
+    batch, logprobs = uneven_batch()
+    settings = Settings(loss=loss)
+    assert torch.autograd.gradcheck(
+        lambda x: grpo.token_loss(x, None, batch, settings), (logprobs,)
     )
-    batch.old_logprobs, batch.advantages = batch.old_logprobs.double(), batch.advantages.double()
-    logprobs = (batch.old_logprobs + 0.05 * torch.randn(5, dtype=torch.float64)).requires_grad_()
-    if (
-        loss == "cispo"
-    ):  # its weight is detached, so finite differences see another function; the gradient is known in closed form
-        grpo.policy_loss(loss, logprobs, batch, 0.2, 5.0).sum().backward()
-        expected = -torch.exp(logprobs.detach() - batch.old_logprobs) * batch.advantages
-        torch.testing.assert_close(logprobs.grad, expected)
-    else:
-        assert torch.autograd.gradcheck(
-            lambda x: grpo.policy_loss(loss, x, batch, 0.2, 0.28), (logprobs,)
-        )
+
+
+def test_cispo_has_the_gradient_of_its_closed_form():
+    """Its weight is a constant, so finite differences see another function: -rho A."""
+    batch, logprobs = uneven_batch()
+    grpo.token_loss(logprobs, None, batch, Settings(loss="cispo", clip_high=5.0)).sum().backward()
+    ratio = torch.exp(logprobs.detach() - batch.old_logprobs)
+    torch.testing.assert_close(logprobs.grad, -ratio * batch.advantages)
 
 
 def test_token_weights_are_the_stated_denominators():
     assert grpo.token_weights("grpo", [2, 6], 10) == [1 / 4, 1 / 12]
     assert grpo.token_weights("dapo", [2, 6], 10) == [1 / 8, 1 / 8]
     assert grpo.token_weights("dr_grpo", [2, 6], 10) == [1 / 20, 1 / 20]
-    with pytest.raises(ValueError, match="choose grpo"):
+    with pytest.raises(ValueError, match="unknown loss 'ppo'"):
         grpo.token_weights("ppo", [2], 10)
 
 
-def test_stop_token_is_in_the_loss_and_the_prompt_is_not():
-    batch = pack([Sequence([7, 8], [5, 2]), Sequence([9], [6, 2])])
-    assert batch.targets.tolist() == [5, 2, 6, 2] and batch.predict.tolist() == [1, 2, 4, 5]
-    assert batch.cu_seqlens.tolist() == [0, 4, 7] and batch.positions.tolist() == [
-        0,
-        1,
-        2,
-        3,
-        0,
-        1,
-        2,
-    ]
-    assert batch.tokens[batch.predict + 1].tolist() == batch.targets.tolist()
-
-
 def test_reference_kl_has_the_value_and_the_gradient_of_the_kl():
-    """Summed over every action with the sampling policy's probabilities, the estimator is KL(pi || ref) and so is its gradient, pi = pi_old or not."""
+    """Summed over every action with the sampling policy's probabilities, pi = pi_old or not."""
     torch.manual_seed(0)
-    ref, old = (torch.randn(6, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    ref = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    old = torch.randn(6, dtype=torch.float64).log_softmax(0)
     for start in (old, torch.randn(6, dtype=torch.float64).log_softmax(0)):
         logits = start.clone().requires_grad_()
         logprobs = logits.log_softmax(0)
         exact = (logprobs.exp() * (logprobs - ref)).sum()
         estimate = (old.exp() * grpo.reference_kl(logprobs, old, ref)).sum()
         torch.testing.assert_close(estimate, exact)
-        torch.testing.assert_close(
-            *(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (estimate, exact))
-        )
-    worked = grpo.reference_kl(*(torch.tensor(p).log() for p in (0.5, 0.5, 0.25)))
+        (gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(estimate, logits)[0], gradient)
+    worked = grpo.reference_kl(*log(tensor(0.5, 0.5, 0.25)))
     assert float(worked) == pytest.approx(0.193, abs=1e-3)
 
 
 def test_entropy_bonus_and_kl_enter_the_loss_and_are_measured():
-    s = Settings(loss="dapo", kl_coef=0.5, entropy_coef=0.1, clip_high=0.2)
-    q = Sequence([1], [2, 3], [-1.0, -2.0], ref_logprobs=[-1.5, -2.0], advantage=1.0)
-    batch, entropy = pack([q]), torch.tensor([0.7, 0.3])
-    loss = grpo.token_loss(s, batch.old_logprobs, entropy, batch)
-    k3 = [math.exp(-0.5) + 0.5 - 1, 0.0]
-    assert loss.tolist() == pytest.approx([-1 + 0.5 * k3[0] - 0.07, -1 - 0.03])
-    sums, gap = grpo.measure(s, batch.old_logprobs, entropy, batch)
-    assert gap == 0 and sums["tokens"] == 2 and sums["entropy"] == pytest.approx(1.0)
-    assert (sums["ref_k1"], sums["ref_k3"]) == (pytest.approx(0.5), pytest.approx(k3[0]))
+    settings = Settings(loss="dapo", kl_coef=0.5, entropy_coef=0.1, clip_high=0.2)
+    sequence = Sequence([1], [2, 3], [-1.0, -2.0], ref_logprobs=[-1.5, -2.0], advantage=1.0)
+    batch = pack([sequence])
+    entropy = torch.tensor([0.7, 0.3])
+    k3 = math.exp(-0.5) + 0.5 - 1  # of the first token; 0 of the second
+
+    loss = grpo.token_loss(batch.old_logprobs, entropy, batch, settings)
+    assert loss.tolist() == pytest.approx([-1 + 0.5 * k3 - 0.07, -1 - 0.03])
+
+    sums = grpo.measure(loss.sum(), batch.old_logprobs, entropy, batch, settings)
+    assert (sums["largest_gap"], sums["tokens"]) == (0, 2)
+    assert sums["entropy"] == pytest.approx(1.0)
+    assert sums["ref_k1"] == pytest.approx(0.5)
+    assert sums["ref_k3"] == pytest.approx(k3)
+
+
+def test_measure_tells_clipped_tokens_and_the_mismatch_apart():
+    """Ratios 1.5 (A 1: clipped high), 0.5 (A -1: clipped low), 1.5 (A -1: not), 1.1 (A 1: not)."""
+    logprobs = log(torch.tensor([1.5, 0.5, 1.5, 1.1]))
+    signs = [1.0, -1.0, -1.0, 1.0]
+    batch = pack([Sequence([1], [2] * 4, [0.1] * 4, signs, old_logprobs=[1e-9] * 4)])
+    sums = grpo.measure(torch.zeros(()), logprobs, torch.zeros(4), batch, Settings())
+    assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
+    gap = (logprobs - 0.1).abs()  # from the sampler's log-probs
+    assert sums["largest_gap"] == pytest.approx(float(gap.max()))
+    assert sums["gap"] == pytest.approx(float(gap.sum()))
+
+
+# ---- packing and shaping ----
+
+
+def test_stop_token_is_in_the_loss_and_the_prompt_is_not():
+    batch = pack([Sequence([7, 8], [5, 2]), Sequence([9], [6, 2])])
+    assert batch.targets.tolist() == [5, 2, 6, 2]
+    assert batch.predict.tolist() == [1, 2, 4, 5]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert batch.tokens[batch.predict + 1].tolist() == batch.targets.tolist()
+
+
+def test_an_advantage_is_one_number_for_all_tokens_or_one_for_each():
+    sequences = [Sequence([1], [2, 3], advantage=[0.5, -1.0]), Sequence([1], [4], advantage=2.0)]
+    assert pack(sequences).advantages.tolist() == [0.5, -1.0, 2.0]
 
 
 def test_soft_overlong_penalty():
-    assert [overlong_penalty(n, 100, 20) for n in (10, 80, 90, 100)] == [0, 0, -0.5, -1]
+    assert [overlong_penalty(length, 100, 20) for length in (10, 80, 90, 100)] == [0, 0, -0.5, -1]

@@ -420,12 +420,8 @@ def test_a_model_trains_the_same_through_the_kernels(monkeypatch, dtype):
     )
 
     def step():
-        logp, entropy = model(
-            tokens,
-            positions,
-            ends,
-            head=lambda hidden, weight: logprob.token_logprobs(hidden, weight, targets),
-        )
+        hidden = model.hidden(tokens, positions, ends)
+        logp, entropy = logprob.token_logprobs(hidden, model.head_weight, targets)
         return (
             logp,
             entropy,

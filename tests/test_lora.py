@@ -24,7 +24,7 @@ def step(model, optimizer, work):
 
 def hidden(model):
     batch = pack(sequences(3))
-    return model(batch.tokens, batch.positions, batch.cu_seqlens).detach()
+    return model.hidden(batch.tokens, batch.positions, batch.cu_seqlens).detach()
 
 
 def test_only_adapters_train_and_a_fresh_one_changes_nothing():

@@ -116,8 +116,7 @@ def test_qwen3_equals_transformers_in_logits_files_and_greedy_text(tmp_path, tie
         for c in group:
             batch = pack([Sequence(prompts[c.request], c.tokens)])
             with torch.no_grad():
-                hidden = ours(batch.tokens, batch.positions, batch.cu_seqlens)[batch.predict]
-                logprobs = ours.logprobs(hidden, batch.targets)[0]
+                logprobs, _ = ours(batch)
             torch.testing.assert_close(logprobs, torch.tensor(c.logprobs), atol=1e-5, rtol=0)
 
 

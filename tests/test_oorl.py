@@ -65,7 +65,7 @@ def files(tmp_path_factory):
 
 def arguments(files, *more):
     words = f"""--recipe {REPO}/recipes/oorl.toml --model {files}/model --lang lua,perl --translate_data {files}/problems.jsonl --gepo_data {files}/groups.jsonl
-        --steps 3 --prompts 2 --samples 2 --max_new_tokens 24 --max_prompt_tokens 600 --gepo_batch 4 --gepo 0.01 --gepo_eval 4 --lr 1e-3 --warmup 0 --eval_every 0
+        --steps 3 --prompts 2 --samples 2 --max_new_tokens 24 --max_prompt_tokens 600 --gepo_batch 4 --gepo 0.01 --lr 1e-3 --warmup 0 --eval_every 0
         --eval_problems 4 --save_every 2 --wandb off --reward random"""
     return [*words.split(), *more]
 

@@ -36,7 +36,7 @@ def test_activation_estimate_bounds_what_a_step_keeps():
 
     tokens = torch.arange(40) % 50
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-        model(tokens, torch.arange(40), torch.tensor([0, 40], dtype=torch.int32))
+        model.hidden(tokens, torch.arange(40), torch.tensor([0, 40], dtype=torch.int32))
     planned = memory.plan(
         CONFIG, Settings(token_budget=40, gradient_checkpointing=False), 1, cuda=False
     )["activations"]

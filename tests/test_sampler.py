@@ -7,6 +7,7 @@ import torch
 
 import decode
 from kernels import native
+from kernels.logprob import token_logprobs
 from kernels.sampling import sample_tokens
 from model import Config, random_model
 from sampler import Request, Sampler, StalePageError
@@ -57,13 +58,13 @@ def values(groups):
 
 def trainer_logprobs(model, request, completion):
     tokens = torch.tensor(request.prompt + completion.tokens)
-    hidden = model(
+    hidden = model.hidden(
         tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
     )
     start = len(request.prompt) - 1
-    return model.logprobs(
-        hidden[start:-1], torch.tensor(completion.tokens), request.temperature or 1.0
-    )[0]
+    targets = torch.tensor(completion.tokens)
+    rows, temperature = hidden[start:-1], request.temperature or 1.0
+    return token_logprobs(rows, model.head_weight, targets, temperature)[0]
 
 
 def same_logprobs(model, asked, groups):
@@ -190,7 +191,7 @@ def test_first_token_frequencies_are_the_models_distribution(model):
     (request,) = requests(n=4000, new=1, lengths=(9,))
     (group,) = Sampler(model).generate([request])
     tokens = torch.tensor(request.prompt)
-    hidden = model(tokens, torch.arange(9), torch.tensor([0, 9], dtype=torch.int32))
+    hidden = model.hidden(tokens, torch.arange(9), torch.tensor([0, 9], dtype=torch.int32))
     p = (hidden[-1] @ model.head_weight.T).softmax(-1)
     seen = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=len(p))
     common = p > 5 / 4000

@@ -548,9 +548,8 @@ def test_recipes_hold_the_papers_values(name):
         s.max_prompt_tokens,
         s.max_new_tokens,
     ) == (1e-6, 1.0, 1.0, 0.0, 6144, 8096)
-    assert (s.propose_reward, s.propose_switch, s.steps, s.clip_low, s.clip_high, s.kl_coef) == (
-        "switch",
-        64,
+    assert (s.propose_reward, s.steps, s.clip_low, s.clip_high, s.kl_coef) == (
+        "switch:64",
         256,
         0.2,
         0.2,

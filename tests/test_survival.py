@@ -83,7 +83,7 @@ def test_two_machines_that_share_no_folder_train_like_one_and_resume(straight, t
 
 def test_one_two_and_four_ranks_draw_the_same_samples_and_learn_the_same(tmp_path):
     """Ten steps; the run on four ranks stops after five and goes on with two."""
-    ten = [*SMALL, "--steps", "10", "--logged_samples", "16", "--name"]
+    ten = [*SMALL, "--steps", "10", "--name"]
     for ranks, arguments in (
         (1, [*ten, "1"]),
         (2, [*ten, "2"]),

@@ -29,7 +29,7 @@ needs_prolog = pytest.mark.skipif(
     shutil.which("swipl") is None, reason="swipl not found: apt-get install swi-prolog-nox"
 )
 # The random reward gives every step a gradient, whatever an untrained model writes.
-SMALL = "--problems 200 --warm_start_steps 2 --steps 4 --prompts 4 --samples 4 --max_new_tokens 24 --eval_problems 4 --save_every 2 --reward random --wandb off".split()
+SMALL = "--problems 200 --warm_start 2 --steps 4 --prompts 4 --samples 4 --max_new_tokens 24 --eval_problems 4 --save_every 2 --reward random --wandb off".split()
 # Everything that a resume must remember: prompts drawn for refilled groups, the reference model, adapters.
 ALL = [
     *SMALL,
@@ -110,7 +110,7 @@ def test_interrupted_run_resumes_to_the_same_bits(straight, tmp_path, how):
         shutil.rmtree(cut)
     assert code != 0
     if how == signal.SIGINT:
-        assert "go on with" in stderr and "Traceback" not in stderr
+        assert "continue with" in stderr and "Traceback" not in stderr
     with open(cut / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "rew')  # what a kill in the middle of a write leaves
     done = run(tmp_path, "--resume", str(cut))
@@ -277,8 +277,8 @@ BAD_INPUT = [
     (["--lang", "klingon"], "klingon"),
     (["--task", "riddles", "--model", "tiny"], "riddles"),
     (["--recipe", "recipes/none.toml"], "no recipe"),
-    (["--resume", "runs/none"], "no run folder"),
-    (["--name", "taken"], "exists: go on with it by --resume"),
+    (["--resume", "runs/none"], "not a run folder"),
+    (["--name", "taken"], "exists: continue it with --resume"),
     (["--model", "empty"], "no config.json"),
     (["--model", "broken"], "damaged"),
     (["--model", "small", "--max_prompt_tokens", "3"], "no problem is left"),
@@ -372,7 +372,7 @@ def test_training_helps_on_held_out_problems_and_a_random_reward_does_not(tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(build, "load_problems", small_sums)
     settings = "--prompts 8 --samples 8 --max_new_tokens 80 --eval_problems 40 --eval_samples 2 --save_every 100 --wandb off".split()
-    train.main(["--name", "real", "--warm_start_steps", "100", "--steps", "10", *settings])
+    train.main(["--name", "real", "--warm_start", "100:0.7", "--steps", "10", *settings])
     warm = ["--recipe", str(ROOT / "recipes/tiny.toml"), "--model", "runs/real/warm_start"]
     train.main([*warm, "--name", "random", "--reward", "random", "--steps", "10", *settings])
     passed = lambda name, step: (

@@ -1,4 +1,4 @@
-"""The gradient does not depend on how the work is cut (DESIGN.md invariant 4)."""
+"""The gradient does not depend on how the work is cut."""
 
 import math
 import os
@@ -12,17 +12,19 @@ import torch
 import build
 import grpo
 import model as model_file
+import train
 from batches import (
     Sequence,
-    accumulate,
+    backward,
     learning_rate,
     make_optimizer,
     micro_batches,
     pack,
+    packed_batches,
     score,
     take_step,
 )
-from kernels.logprob import fused_policy_loss, token_logprobs
+from settings import Settings
 
 CONFIG = model_file.Config.from_dict(
     dict(
@@ -39,130 +41,131 @@ CONFIG = model_file.Config.from_dict(
 
 
 def sequences(count=9):
+    """Sequences of uneven lengths with advantages of both signs and weights of the grpo loss."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(0, 50, (n,), generator=generator).tolist()
-    made = [
-        Sequence(draw(1 + i % 4), draw(1 + (5 * i) % 7), None, (-1.0) ** i * (i + 1) / 5)
-        for i in range(count)
-    ]
-    for q, weight in zip(made, grpo.token_weights("grpo", [len(q.tokens) for q in made], 8)):
-        q.weight, q.logprobs = weight, [-3.0] * len(q.tokens)
+
+    def tokens(length):
+        return torch.randint(0, 50, (length,), generator=generator).tolist()
+
+    made = []
+    for i in range(count):
+        prompt = tokens(1 + i % 4)
+        completion = tokens(1 + (5 * i) % 7)
+        advantage = (-1.0) ** i * (i + 1) / 5
+        made.append(Sequence(prompt, completion, [-3.0] * len(completion), advantage))
+    weights = grpo.token_weights("grpo", [len(sequence.tokens) for sequence in made], 8)
+    for sequence, weight in zip(made, weights):
+        sequence.weight = weight
     return made
 
 
-def gradient(work, token_budget, checkpointing=False, model=None, fused=False, share_prompts=False):
+def gradient(work, token_budget, checkpointing=False, model=None, share_prompts=False):
+    """{name: gradient} of the loss that training has."""
     model = model or model_file.random_model(CONFIG, 1, std=0.3)
     model.gradient_checkpointing = checkpointing
-
-    def fused_loss_of(batch):
-        token_loss = lambda logprobs, entropy, rows: (
-            batch.weights[rows] * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28, rows)
-        )
-        head = lambda hidden, weight: fused_policy_loss(
-            hidden[batch.predict], weight, batch.targets, token_loss
-        )
-        return model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)[0], None
-
-    def loss_of(batch):
-        head = lambda hidden, weight: token_logprobs(hidden[batch.predict], weight, batch.targets)
-        logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents, head)
-        return (batch.weights * grpo.policy_loss("grpo", logprobs, batch, 0.2, 0.28)).sum(), None
-
-    accumulate(model, work, fused_loss_of if fused else loss_of, token_budget, "cpu", share_prompts)
+    parts = micro_batches(work, token_budget, share_prompts)
+    for batch in packed_batches(parts, "cpu", share_prompts):
+        loss, _ = grpo.policy_loss(model, batch, Settings(loss="grpo"))
+        backward(loss)
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "token_budget,checkpointing,fused",
-    [(1, False, False), (25, False, False), (25, True, False), (25, False, True)],
-)
-def test_gradient_is_the_same_packed_alone_checkpointed_or_fused(
-    token_budget, checkpointing, fused
-):
-    whole, cut = (
-        gradient(sequences(), 10_000),
-        gradient(sequences(), token_budget, checkpointing, fused=fused),
-    )
-    for name in whole:
-        torch.testing.assert_close(cut[name], whole[name], atol=2e-6, rtol=1e-4)
+def assert_same(ours, theirs):
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("token_budget,checkpointing", [(1, False), (25, False), (25, True)])
+def test_gradient_is_the_same_packed_alone_and_checkpointed(token_budget, checkpointing):
+    whole = gradient(sequences(), 10_000)
+    assert_same(gradient(sequences(), token_budget, checkpointing), whole)
     assert max(g.abs().max() for g in whole.values()) > 0.01
 
 
-@pytest.mark.parametrize(
-    "token_budget,checkpointing,fused",
-    [(10_000, False, False), (30, False, True), (1, True, False)],
-)
+@pytest.mark.parametrize("token_budget,checkpointing", [(10_000, False), (30, False), (1, True)])
 def test_gradient_is_the_same_when_a_prompt_is_computed_once_for_its_group(
-    token_budget, checkpointing, fused
+    token_budget, checkpointing
 ):
+    work = in_three_groups()
+    shared = gradient(work, token_budget, checkpointing, share_prompts=True)
+    assert_same(shared, gradient(work, 10_000))
+
+
+def in_three_groups():
+    """Twelve sequences of three prompts."""
     work = sequences(12)
-    for i, q in enumerate(work):
-        q.prompt = work[i // 4 * 4 + 3].prompt  # three groups of four
-    plain, shared = (
-        gradient(work, 10_000),
-        gradient(work, token_budget, checkpointing, fused=fused, share_prompts=True),
-    )
-    for name in plain:
-        torch.testing.assert_close(shared[name], plain[name], atol=2e-6, rtol=1e-4)
-    tokens = lambda share: sum(
-        len(pack(g, share_prompts=share).tokens) for g in micro_batches(work, 10_000, share)
-    )
+    for i, sequence in enumerate(work):
+        sequence.prompt = work[i // 4 * 4 + 3].prompt
+    return work
+
+
+def test_a_shared_prompt_is_computed_once_and_scores_are_those_of_each_sequence_alone():
+    work = in_three_groups()
+
+    def tokens(share):
+        parts = micro_batches(work, 10_000, share)
+        return sum(len(pack(part, share).tokens) for part in parts)
+
     assert tokens(True) == tokens(False) - sum(3 * len(work[i].prompt) for i in (0, 4, 8))
     model = model_file.random_model(CONFIG, 1, std=0.3)
-    for got, q in zip(score(model, work, 40, "cpu", share_prompts=True), work):
-        assert got == pytest.approx(score(model, [q], 40, "cpu")[0], abs=1e-5)
+    for found, sequence in zip(score(model, work, 40, "cpu", share_prompts=True), work):
+        (alone,) = score(model, [sequence], 40, "cpu")
+        assert found == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.skipif(0 < torch.cuda.device_count() < 2, reason="NCCL wants a card for each rank")
 def test_gradient_is_the_same_on_two_ranks_one_of_them_nearly_idle(tmp_path):
-    """2 ranks with FSDP2 over gloo; rank 0 has one sequence, rank 1 eight in many micro-batches: nobody waits for ever.
+    """2 ranks with FSDP2; rank 0 has one sequence, rank 1 eight in many micro-batches: nobody waits.
 
-    And with the mixed precision of GPUs a layer gets bf16 hidden states, but the rotary tables in fp32, as the sampler has them."""
+    And with the mixed precision of GPUs a layer gets bf16 hidden states, but the rotary tables in
+    fp32, as the sampler has them.
+    """
     whole = gradient(sequences(), 10_000)
     torch.save(whole, tmp_path / "whole.pt")
+    here = Path(__file__).parent
     program = f"""
 import sys, torch
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+sys.path[:0] = {[str(here), str(here.parent)]!r}
 import model as model_file
 from runtime import distributed
 from test_update import CONFIG, gradient, pack, sequences
+
 device = distributed.setup()
 work = sequences()[:1] if distributed.rank() == 0 else sequences()[1:]
-got = gradient(work, 12, model=distributed.shard(model_file.random_model(CONFIG, 1, std=0.3), device))
+model = distributed.shard(model_file.random_model(CONFIG, 1, std=0.3), device)
+got = gradient(work, 12, model=model)
 for name, expected in torch.load({str(tmp_path / "whole.pt")!r}).items():
     torch.testing.assert_close(distributed.full(got[name]), expected, atol=2e-6, rtol=1e-4)
+
 mixed = distributed.shard(model_file.random_model(CONFIG, 1), device, distributed.MIXED)
-mixed.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.extend(x.dtype for x in inputs if torch.is_tensor(x)))
-seen, batch = [], pack(sequences()[:1])
-mixed(batch.tokens, batch.positions, batch.cu_seqlens)
+seen = []
+def look(layer, inputs):
+    seen.extend(x.dtype for x in inputs if torch.is_tensor(x))
+mixed.layers[0].register_forward_pre_hook(look)
+mixed(pack(sequences()[:1]).to(device))
 assert seen == [torch.bfloat16, torch.float32, torch.float32], seen
 distributed.finish()
 print("equal")
 """
     (tmp_path / "ranks.py").write_text(program)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(tmp_path / "ranks.py"),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command,
+        [*torchrun, str(tmp_path / "ranks.py")],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment,
     )
     assert done.stdout.count("equal") == 2, done.stderr[-2000:]
 
 
 def test_micro_batches_keep_every_sequence_and_the_budget():
     work = sequences(20)
-    groups = micro_batches(work, 25)
-    assert sorted(id(q) for g in groups for q in g) == sorted(map(id, work))
-    assert all(sum(map(len, g)) <= 25 or len(g) == 1 for g in groups)
-    assert [len(g) for g in micro_batches(work, 1)] == [1] * 20
+    parts = micro_batches(work, 25)
+    assert sorted(id(x) for part in parts for x in part) == sorted(map(id, work))
+    assert all(sum(map(len, part)) <= 25 or len(part) == 1 for part in parts)
+    assert [len(part) for part in micro_batches(work, 1)] == [1] * 20
 
 
 def test_step_is_skipped_when_the_gradient_is_not_finite():
@@ -171,98 +174,90 @@ def test_step_is_skipped_when_the_gradient_is_not_finite():
     optimizer = make_optimizer(model)
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    assert not take_step(model, optimizer, 0.1, 1.0) < float("inf")
+    assert math.isnan(take_step(model, optimizer, 0.1, 1.0))
     assert torch.equal(model.norm, before)
 
 
 def test_learning_rate_schedule():
     rates = [learning_rate(step, 100, 1.0, 10, "cosine") for step in (1, 10, 55, 100)]
     assert rates == pytest.approx([0.1, 1.0, 0.5, 0.0])
-    assert (
-        learning_rate(100, 100, 1.0, 10, "constant") == 1.0
-        and learning_rate(55, 100, 1.0, 10, "linear") == 0.5
+    assert learning_rate(100, 100, 1.0, 10, "constant") == 1.0
+    assert learning_rate(55, 100, 1.0, 10, "linear") == 0.5
+
+
+# ---- all updates of a rollout ----
+
+
+def run_of(model, **settings):
+    """The parts of a run that an update needs."""
+    parts = dict.fromkeys(
+        "folder language tokenizer tokenizer_folder sampler judge problems held_out".split()
+    )
+    return build.Run(
+        settings=Settings(**settings),
+        device="cpu",
+        model=model,
+        optimizer=make_optimizer(model),
+        **parts,
     )
 
 
 @pytest.mark.parametrize(
     "settings,factor",
     [
-        (dict(), None),
-        (dict(old_logprobs="trainer"), 1.0),
-        (dict(old_logprobs="trainer", tis=2.0), 2.0),
+        (dict(), 0.0),  # the ratio 3 is clipped away
+        (dict(old_logprobs="trainer"), 1.0),  # the ratio is 1
+        (dict(old_logprobs="trainer", tis=2.0), 2.0),  # and weighted with min(3, 2)
     ],
 )
 def test_old_logprobs_of_the_trainer_and_truncated_importance_weights(settings, factor):
-    """A sampler that gives every token a third of its probability: the ratio 3 is clipped away, or 1 when the trainer's own log-probs are the old
-    ones, and then an importance weight of min(3, 2) doubles the gradient. The gap to the sampler is reported all the same."""
-    import train
-    from settings import Settings
+    """A sampler that gives every token a third of its probability; its gap is always reported."""
 
-    def step(made, **more):
+    def metrics_of(shift, **settings):
         model = model_file.random_model(CONFIG, 1, std=0.3)
-        run = build.Run(
-            Settings(max_norm=0.0, **more),
-            "cpu",
-            *[None] * 4,
-            model,
-            make_optimizer(model),
-            *[None] * 4,
-        )
-        train.score_again(run, made)
-        return train.update(run, 1, made)
+        work = sequences()
+        for sequence, logprobs in zip(work, score(model, work, 30, "cpu")):
+            sequence.logprobs = [p - shift for p in logprobs]
+            sequence.advantage = abs(sequence.advantage)
+        run = run_of(model, max_norm=0.0, **settings)
+        train.score_again(run, work)
+        return train.update(run, 1, work)
 
-    def work(shift):
-        made = sequences()
-        for q, logprobs in zip(
-            made, score(model_file.random_model(CONFIG, 1, std=0.3), made, 30, "cpu")
-        ):
-            q.logprobs, q.advantage = [p - shift for p in logprobs], abs(q.advantage)
-        return made
-
-    exact, off = step(work(0.0)), step(work(math.log(3)), **settings)
+    exact = metrics_of(0.0)
+    assert exact["sampling/sampling_logp_difference/max"] < 1e-5
+    assert exact["clip_ratio/high_mean"] == 0.0
+    off = metrics_of(math.log(3), **settings)
     assert off["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(3), rel=1e-4)
-    assert (
-        exact["sampling/sampling_logp_difference/max"] < 1e-5
-        and exact["clip_ratio/high_mean"] == 0.0
-    )
-    assert off["clip_ratio/high_mean"] == (1.0 if factor is None else 0.0)
-    assert off["grad_norm"] == pytest.approx((factor or 0.0) * exact["grad_norm"], rel=1e-4)
+    assert off["clip_ratio/high_mean"] == (1.0 if factor == 0 else 0.0)
+    assert off["grad_norm"] == pytest.approx(factor * exact["grad_norm"], rel=1e-4)
 
 
 def test_epochs_and_minibatches_keep_the_old_logprobs_of_the_rollout():
-    """With two epochs of two halves there are four updates, each group in one half of each, and later updates see ratios far from 1."""
-    import train
-    from settings import Settings
+    """Two epochs of two halves: four updates, each group in one half, later ratios far from 1."""
 
-    def run(**more):
-        model, made = model_file.random_model(CONFIG, 1, std=0.3), sequences(8)
-        for i, (q, logprobs) in enumerate(zip(made, score(model, made, 10_000, "cpu"))):
-            q.logprobs, q.group = logprobs, i // 2
-        before = [list(q.logprobs) for q in made]
-        state = build.Run(
-            Settings(lr=0.02, warmup=1, **more),
-            "cpu",
-            *[None] * 4,
-            model,
-            make_optimizer(model),
-            *[None] * 4,
-        )
-        metrics = train.update(state, 1, made)
-        assert [q.logprobs for q in made] == before
-        return (
-            state.updates,
-            metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"],
-            metrics["num_train_tokens"],
-        )
+    def trained(**settings):
+        model = model_file.random_model(CONFIG, 1, std=0.3)
+        work = sequences(8)
+        for i, logprobs in enumerate(score(model, work, 10_000, "cpu")):
+            work[i].logprobs = logprobs
+            work[i].group = i // 2
+        before = [list(sequence.logprobs) for sequence in work]
+        run = run_of(model, lr=0.02, warmup=1, **settings)
+        metrics = train.update(run, 1, work)
+        assert [sequence.logprobs for sequence in work] == before
+        clipped = metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"]
+        return run.updates, clipped, metrics["num_train_tokens"]
 
-    one, four = run(), run(epochs=2, minibatches=2)
-    assert one[:2] == (1, 0.0) and four[0] == 4 and four[1] > 0.05
-    assert four[2] == 2 * one[2]  # every sequence once per epoch
+    updates, clipped, tokens = trained()
+    assert (updates, clipped) == (1, 0.0)
+    updates, clipped, more_tokens = trained(epochs=2, minibatches=2)
+    assert updates == 4
+    assert clipped > 0.05
+    assert more_tokens == 2 * tokens  # every sequence once per epoch
 
 
 def test_packed_forward_equals_each_sequence_alone():
     model, work = model_file.random_model(CONFIG, 2, std=0.3), sequences(4)
-    whole = pack(work)
-    together = model(whole.tokens, whole.positions, whole.cu_seqlens)
-    alone = [model(b.tokens, b.positions, b.cu_seqlens) for b in (pack([q]) for q in work)]
+    together, _ = model(pack(work))
+    alone = [model(pack([sequence]))[0] for sequence in work]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
