@@ -1,7 +1,8 @@
 """Completion text -> parts -> a program that runs in the sandbox -> named components -> one reward.
 
-The right answer never enters a sandbox: the program prints its value after a nonce and the comparison is made here. A
-sandbox that could not judge gives a nan reward, which the trainer masks; it is never a 0.
+The right answer never enters a sandbox: the program prints its value after a nonce, and it is
+compared here. What the sandbox could not judge has the reward nan, which the trainer masks; it is
+never a 0. Add a component of the reward as a function of Facts at the end of this file.
 """
 
 import concurrent.futures
@@ -12,33 +13,35 @@ import random
 import re
 from dataclasses import dataclass
 
-from sandbox import Job, Result
+from sandbox import Job
 from sandbox.languages import language_of
 from tasks.answers import parse_number, same_number
 from tasks.problems import Problem
 from tasks.verdicts import Parsed, Submission, Verdict
 
-# ---- parsing ----
+# ---- a completion's parts ----
 
 
 def parse(text, language):
-    """Take a completion apart. Code and query are found also where the form is wrong, so that they can be run and counted."""
-    tag = language_of(language).answer["tag"]
-    parts = [_part(text, name) for name in ("reasoning", "code", tag)]
-    layout = r"\s*<reasoning>(.*?)</reasoning>\s*<code>(.*?)</code>\s*<{0}>(.*?)</{0}>\s*".format(
-        tag
-    )
-    once = all(
-        text.count(f"<{slash}{name}>") == 1
-        for name in ("reasoning", "code", tag)
-        for slash in ("", "/")
-    )
-    return Parsed(
-        *parts, format_ok=once and all(parts) and re.fullmatch(layout, text, re.DOTALL) is not None
-    )
+    """Take a completion apart.
+
+    Code and query are found also where the form is wrong, so that they can be run and counted.
+    """
+    tags = tags_of(language)
+    reasoning, code, query = (last_part(text, tag) for tag in tags)
+    marks = [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags]
+    once = all(text.count(mark) == 1 for mark in marks)
+    pattern = r"\s*".join(rf"<{tag}>.*?</{tag}>" for tag in tags)
+    in_order = re.fullmatch(rf"\s*{pattern}\s*", text, re.DOTALL) is not None
+    none_empty = bool(reasoning and code and query)
+    return Parsed(reasoning, code, query, format_ok=once and in_order and none_empty)
 
 
-def _part(text, tag):
+def tags_of(language):
+    return "reasoning", "code", language_of(language).answer["tag"]
+
+
+def last_part(text, tag):
     """What stands in the last <tag>...</tag>, without a Markdown fence; "" when there is none."""
     opened = text.rfind(f"<{tag}>")
     closed = text.find(f"</{tag}>", opened)
@@ -49,23 +52,25 @@ def _part(text, tag):
     return (fenced[1] if fenced else inner).rstrip()
 
 
-# ---- numbers ----
-
-
-# ---- running ----
+# ---- the judge ----
 
 
 class Judge:
-    """Scores completions of problems with a numeric answer.
+    """Scores completions of problems with a numeric answer (tasks/verdicts.py: what a judge is).
 
-    components: {name: weight} over COMPONENTS. gate: the reward is 0 unless the form is right (published sets add instead: False).
-    random_reward: the control run of a fair coin per (seed, problem id, sample); programs still run, so that pass rates are logged.
+    components: {name: weight} over COMPONENTS.
+    gate: the reward is 0 unless the form is right (published sets add a format reward: False).
+    random_reward: the control, a fair coin per (seed, problem id, sample); programs still run, so
+    that pass rates are logged.
     """
 
     def __init__(self, pool, language, components=None, gate=True, random_reward=False, seed=0):
-        self.pool, self.language = pool, language_of(language)
+        self.pool = pool
+        self.language = language_of(language)
         self.components = {"correct": 1.0} if components is None else dict(components)
-        self.gate, self.random_reward, self.seed = gate, random_reward, seed
+        self.gate = gate
+        self.random_reward = random_reward
+        self.seed = seed
         self._secret = os.urandom(16)
         if "main" not in self.language.answer:
             raise ValueError(
@@ -73,214 +78,264 @@ class Judge:
             )
         unknown = sorted(set(self.components) - set(COMPONENTS))
         if unknown:
-            raise ValueError(
-                f"unknown reward component {unknown[0]!r}: use {', '.join(COMPONENTS)}"
-            )
+            known = ", ".join(COMPONENTS)
+            raise ValueError(f"unknown reward component {unknown[0]!r}: use {known}")
 
     def submit(self, problem, text, sample=0):
-        """Parse a completion and start its program at once. Returns the Submission that collect() takes."""
+        """Parse a completion and start its program at once; collect() takes the Submission."""
         parsed = parse(text, self.language)
-        # One nonce per program, not per sample: equal programs stay equal jobs, which the pool's cache runs once.
-        nonce = hmac.new(
-            self._secret, f"{parsed.code}\0{parsed.query}".encode(), "sha256"
-        ).hexdigest()[:24]
+        has_code = bool(parsed.code.strip())
+        name, file = self.language.name, self.language.file
+
         future = None
-        if parsed.code.strip() and parsed.query.strip():
+        nonce = self._nonce(parsed)
+        if has_code and parsed.query.strip():
             files = answer_files(self.language, parsed.code, parsed.query, nonce)
-            future = self.pool.submit(Job(self.language.name, files, id=f"{problem.id}/{sample}"))
-        syntax = None
-        if "syntax" in self.components and parsed.code.strip():
-            syntax = self.pool.submit(
-                Job(self.language.name, {self.language.file: parsed.code}, run=self.language.check)
-            )
-        return Submission(problem, sample, text, parsed, nonce, future, syntax)
+            future = self.pool.submit(Job(name, files, id=f"{problem.id}/{sample}"))
+        check = None
+        if has_code and "syntax" in self.components:
+            check = self.pool.submit(Job(name, {file: parsed.code}, run=self.language.check))
+        return Submission(problem, sample, text, parsed, nonce, future, check)
+
+    def _nonce(self, parsed):
+        """One per program, not per sample: equal programs stay equal jobs, run once by the pool."""
+        program = f"{parsed.code}\0{parsed.query}"
+        return hmac.new(self._secret, program.encode(), "sha256").hexdigest()[:24]
 
     def collect(self, submissions, deadline=None):
-        """Verdicts in order. Programs that are not done `deadline` seconds from now count as sandbox errors (nan)."""
-        futures = [
-            future
-            for submission in submissions
-            for future in (submission.future, submission.syntax)
-            if future
-        ]
-        concurrent.futures.wait(futures, timeout=deadline)
+        """Verdicts in order.
+
+        Programs that are not done `deadline` seconds from now count as sandbox errors (nan).
+        """
+        running = [x.future for x in submissions if x.future]
+        running += [x.syntax for x in submissions if x.syntax]
+        concurrent.futures.wait(running, timeout=deadline)
         return [self._verdict(submission) for submission in submissions]
 
     def _verdict(self, submission):
-        status, value = self._outcome(submission)
-        number = parse_number(value) if value is not None else None
-        answer, parsed = submission.problem.answer, submission.parsed
-        correct = number is not None and same_number(number, answer)
-        facts = Facts(
-            submission.text,
-            parsed,
-            self.language,
-            correct,
-            submission.problem,
-            _passed(submission.syntax),
-        )
+        problem, parsed = submission.problem, submission.parsed
+        status, value = printed(submission)
+        number = None if value is None else parse_number(value)
+        right = number is not None and same_number(number, problem.answer)
+        syntax_ok = passed(submission.syntax)
+        facts = Facts(submission.text, parsed, self.language, right, problem, syntax_ok)
+
         components = {name: COMPONENTS[name](facts) for name in self.components}
         reward = sum(weight * components[name] for name, weight in self.components.items())
         if self.gate and not parsed.format_ok:
             reward = 0.0
-        elif status == "sandbox_error" or facts.syntax != facts.syntax:
-            reward, components = math.nan, dict.fromkeys(components, math.nan)
+        elif status == "sandbox_error" or math.isnan(syntax_ok):
+            reward = math.nan
+            components = dict.fromkeys(components, math.nan)
         if self.random_reward:
-            reward = float(
-                random.Random(f"{self.seed}/{submission.problem.id}/{submission.sample}").random()
-                < 0.5
-            )
-        program = f"{parsed.code}\n{parsed.query}" if submission.future else ""
+            coin = random.Random(f"{self.seed}/{problem.id}/{submission.sample}")
+            reward = float(coin.random() < 0.5)
+
         return Verdict(
-            submission.problem.id,
-            reward,
-            components,
-            correct,
-            status,
-            value,
-            program,
-            parsed,
-            is_constant(facts),
-            is_leaked(facts),
+            problem=problem.id,
+            reward=reward,
+            components=components,
+            correct=right,
+            status=status,
+            value=value,
+            program=f"{parsed.code}\n{parsed.query}" if submission.future else "",
+            parsed=parsed,
+            constant=is_constant(facts),
+            leaked=is_leaked(facts),
         )
 
-    def _outcome(self, submission):
-        """(status, printed value or None). A value counts only when the program ended well."""
-        if submission.future is None:
-            return "no_program", None
-        if not submission.future.done():
-            return "sandbox_error", None
-        result: Result = submission.future.result()
-        return result.status, printed_value(
-            result.stdout, submission.nonce
-        ) if result.status == "ok" else None
+
+def printed(submission):
+    """(status, printed value or None). A value counts only when the program ended well."""
+    if submission.future is None:
+        return "no_program", None
+    if not submission.future.done():
+        return "sandbox_error", None
+    result = submission.future.result()
+    if result.status != "ok":
+        return result.status, None
+    return "ok", printed_value(result.stdout, submission.nonce)
 
 
-def _passed(future):
-    """1 when a check passed, 0 when it did not or there was nothing to check, nan when the sandbox could not tell."""
-    if future is None:
+def printed_value(stdout, nonce):
+    """What the program printed after the last nonce, to the end of that line; None without one."""
+    found = re.findall(rf"^{nonce} (.*)$", stdout.decode(errors="replace"), re.MULTILINE)
+    return found[-1].strip() if found else None
+
+
+def passed(check):
+    """1 when a check passed, 0 when not or nothing was checked, nan when nobody could tell."""
+    if check is None:
         return 0.0
-    status = future.result().status if future.done() else "sandbox_error"
-    return math.nan if status == "sandbox_error" else float(status == "ok")
+    if not check.done() or check.result().status == "sandbox_error":
+        return math.nan
+    return float(check.result().status == "ok")
 
 
 def answer_files(language, code, query, nonce):
-    """{file name: text} of a job that runs code, then the query, and prints its value after the nonce ([answer] table).
+    """{file name: text} of a job that runs code, then the query, and prints its value.
 
-    header: a first line for programs that do not bring their own, such as "#lang racket". hoist: what must stand above the
-    harness (imports) wherever the program has it.
+    The [answer] table: main is the harness. header: a first line for programs that do not bring
+    their own, such as "#lang racket". hoist: what must stand above the harness (imports) wherever
+    the program has it.
     """
     table = language.answer
-    header, hoist = table.get("header", ""), table.get("hoist")
+    header = table.get("header", "")
     if header and not code.lstrip().startswith(header.split()[0]):
         code = f"{header}\n{code}"
-    hoisted = "\n".join(re.findall(hoist, code)) if hoist else ""
-    code = re.sub(hoist, "", code) if hoist else code
+    hoisted = ""
+    if hoist := table.get("hoist"):
+        hoisted = "\n".join(re.findall(hoist, code))
+        code = re.sub(hoist, "", code)
+
     words = {
         "{code}": code,
         "{query}": query.strip().rstrip(";"),
         "{nonce}": nonce,
         "{hoisted}": hoisted,
     }
+    slots = re.compile("|".join(map(re.escape, words)))
     templates = {language.file: table["main"], **table.get("files", {})}
-    return {
-        name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text)
-        for name, text in templates.items()
-    }
+    # In one pass: a slot's name inside the program stays as it is.
+    return {name: slots.sub(lambda slot: words[slot[0]], text) for name, text in templates.items()}
 
 
-def printed_value(stdout, nonce):
-    """What the program printed after the last nonce, to the end of that line; None when there is none."""
-    found = re.findall(rf"^{nonce} (.*)$", stdout.decode(errors="replace"), re.MULTILINE)
-    return found[-1].strip() if found else None
+# ---- what shows that a program computes nothing ----
 
-
-# ---- components: each in [0, 1]; published weights stand in the recipes ----
+INFIX = re.compile(r"[\w)\]]\s*(?:[-+*/^%]|\*\*|//|[-+*/]\.|\b(?:mod|rdiv|div|rem)\b)\s*[\w(\[$]")
+PREFIX = re.compile(
+    r"\(\s*(?:[-+*/]|1\+|1-|incf|decf|expt|floor|ceiling|round|mod|rem)\s|['(\s][-+*/][\s)]"
+)
 
 
 @dataclass(frozen=True)
 class Facts:
+    """What a component of the reward may look at."""
+
     text: str
     parsed: Parsed
     language: object
     correct: bool
     problem: Problem
-    syntax: float = 0.0
-
-
-def _tags(facts):
-    """Share of the six tags that occur once, on a line of their own."""
-    names = ("reasoning", "code", facts.language.answer["tag"])
-    marks = [f"<{slash}{name}>" for name in names for slash in ("", "/")]
-    return (
-        sum([line.strip() for line in facts.text.splitlines()].count(mark) == 1 for mark in marks)
-        / 6
-    )
-
-
-def _layout(facts, line, end):
-    tag = facts.language.answer["tag"]
-    parts = [rf"<{name}>{line}(.+?){line}</{name}>" for name in ("reasoning", "code", tag)]
-    return float(re.match(r"\s*".join(parts) + end, facts.text, re.DOTALL) is not None)
-
-
-def _query_leak(facts):
-    """The code runs the query itself: ?- stands in it, or a line that is the query. (The published test, query text anywhere in the
-    code, also takes a Prolog program whose clause head reads like its query for a leak.)"""
-
-    def bare(line):
-        return re.sub(r"^\s*[?:]-|\.?\s*$", "", line).strip()
-
-    query, code = bare(facts.parsed.query), facts.parsed.code
-    return float("?-" in code or (bool(query) and query in map(bare, code.splitlines())))
-
-
-def _words(text, limit=1000):
-    """Words over a limit of 1,000: the published reward per word has none, which pays for padding."""
-    return min(len(text.split()), limit) / limit
-
-
-COMPONENTS = {
-    "correct": lambda facts: float(facts.correct),
-    "wrong": lambda facts: float(not facts.correct),
-    "syntax": lambda facts: facts.syntax,
-    "tags": _tags,
-    "soft_format": lambda facts: _layout(facts, r"\s*", ""),
-    "strict_format": lambda facts: _layout(facts, r"\n", r"\s*$"),
-    "query_leak": _query_leak,
-    "reasoning_words": lambda facts: _words(facts.parsed.reasoning),
-    "code_words": lambda facts: _words(facts.parsed.code),
-    "correct_90_130_words": lambda facts: float(
-        facts.correct and 90 <= len(facts.parsed.reasoning.split()) <= 130
-    ),
-    "constant": lambda facts: float(is_constant(facts)),
-    "leaked": lambda facts: float(is_leaked(facts)),
-}
-
-_INFIX = re.compile(r"[\w)\]]\s*(?:[-+*/^%]|\*\*|//|[-+*/]\.|\b(?:mod|rdiv|div|rem)\b)\s*[\w(\[$]")
-_PREFIX = re.compile(
-    r"\(\s*(?:[-+*/]|1\+|1-|incf|decf|expt|floor|ceiling|round|mod|rem)\s|['(\s][-+*/][\s)]"
-)
+    syntax: float = 0.0  # passed() of the language's own check
 
 
 def is_constant(facts):
-    """A program without any arithmetic and with at most one number: the model did the sum itself. A heuristic, for the log."""
-    program = f"{facts.parsed.code}\n{facts.parsed.query}"
+    """A program without arithmetic and with at most one number: the model did the sum itself.
+
+    A heuristic, for the log.
+    """
     if not facts.parsed.code.strip():
         return False
+    program = f"{facts.parsed.code}\n{facts.parsed.query}"
     program = re.sub(rf"{re.escape(facts.language.comment)}.*", "", program)
-    operator = _PREFIX if facts.language.render["notation"] == "prefix" else _INFIX
-    return (
-        not operator.search(program) and len(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", program)) <= 1
-    )
+    operator = PREFIX if facts.language.render["notation"] == "prefix" else INFIX
+    numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?", program)
+    return not operator.search(program) and len(numbers) <= 1
 
 
 def is_leaked(facts):
-    """The query names the right answer, and the question does not: it was computed outside the program."""
+    """The query names the right answer and the question does not: it was computed elsewhere."""
+    asked = numbers_in(facts.problem.question)
+    return facts.problem.answer in numbers_in(facts.parsed.query) - asked
 
-    def numbers(text):
-        return {
-            parse_number(number) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)
-        }
 
-    return facts.problem.answer in numbers(facts.parsed.query) - numbers(facts.problem.question)
+def numbers_in(text):
+    return {parse_number(number) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)}
+
+
+# ---- components: each in [0, 1]; published weights stand in the recipes ----
+
+
+def correct(facts):
+    return float(facts.correct)
+
+
+def wrong(facts):
+    return float(not facts.correct)
+
+
+def syntax(facts):
+    return facts.syntax
+
+
+def tags(facts):
+    """Share of the six tags that occur once, on a line of their own."""
+    lines = [line.strip() for line in facts.text.splitlines()]
+    names = tags_of(facts.language)
+    marks = [f"<{name}>" for name in names] + [f"</{name}>" for name in names]
+    return sum(lines.count(mark) == 1 for mark in marks) / 6
+
+
+def soft_format(facts):
+    return layout(facts, edge=r"\s*", end="")
+
+
+def strict_format(facts):
+    return layout(facts, edge=r"\n", end=r"\s*$")
+
+
+def layout(facts, edge, end):
+    """1 when the three parts stand in order; edge: what must stand inside every tag."""
+    parts = [rf"<{tag}>{edge}(.+?){edge}</{tag}>" for tag in tags_of(facts.language)]
+    return float(re.match(r"\s*".join(parts) + end, facts.text, re.DOTALL) is not None)
+
+
+def query_leak(facts):
+    """The code runs the query itself: ?- stands in it, or a line that is the query.
+
+    The published test, query text anywhere in the code, also takes a Prolog program whose clause
+    head reads like its query for a leak.
+    """
+    query, code = bare(facts.parsed.query), facts.parsed.code
+    lines = [bare(line) for line in code.splitlines()]
+    return float("?-" in code or (bool(query) and query in lines))
+
+
+def bare(line):
+    """A goal without what marks it as a query or ends it."""
+    return re.sub(r"^\s*[?:]-|\.?\s*$", "", line).strip()
+
+
+def reasoning_words(facts):
+    return share_of_words(facts.parsed.reasoning)
+
+
+def code_words(facts):
+    return share_of_words(facts.parsed.code)
+
+
+def share_of_words(text, limit=1000):
+    """Words over a limit: the published reward per word has none, which pays for padding."""
+    return min(len(text.split()), limit) / limit
+
+
+def correct_90_130_words(facts):
+    return float(facts.correct and 90 <= len(facts.parsed.reasoning.split()) <= 130)
+
+
+def constant(facts):
+    return float(is_constant(facts))
+
+
+def leaked(facts):
+    return float(is_leaked(facts))
+
+
+COMPONENTS = {
+    component.__name__: component
+    for component in (
+        correct,
+        wrong,
+        syntax,
+        tags,
+        soft_format,
+        strict_format,
+        query_leak,
+        reasoning_words,
+        code_words,
+        correct_90_130_words,
+        constant,
+        leaked,
+    )
+}

@@ -1,4 +1,4 @@
-"""torch.distributed through torchrun: one code path from one process to many. FSDP2 does the sharding."""
+"""torch.distributed through torchrun: one code path from one process to many, sharded by FSDP2."""
 
 import os
 from datetime import timedelta
@@ -8,27 +8,38 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-# cast_forward_inputs would round the rotary tables, which are fp32 arguments of a layer, to bf16: an angle's error of 2^-9 that the sampler does not have.
+# cast_forward_inputs would round the rotary tables, which are fp32 arguments of a layer, to bf16:
+# an angle's error of 2^-9 that the sampler does not have.
 MIXED = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def setup():
-    """Join the torchrun job, if any -> the device of this rank. One CPU process needs no process group."""
+    """Join the torchrun job, if any; returns the device of this rank.
+
+    One CPU process needs no process group.
+    """
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
     if "RANK" in os.environ:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **_meeting_point()
-        )
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **_meeting_point())
     elif cuda:  # FSDP2 gives one GPU its fp32 masters and bf16 compute too
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+    if cuda:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _meeting_point():
-    """Where ranks find each other. torchrun's agent lends its store to every attempt, in which a restarted job would read the addresses of the
-    dead one and be refused (pytorch issue 135712): a prefix per attempt keeps them apart."""
+    """Where ranks find each other.
+
+    torchrun's agent lends its store to every attempt, in which a restarted job would read the
+    addresses of the dead one and be refused (pytorch issue 135712): a prefix per attempt keeps them
+    apart.
+    """
     given = os.environ
     if given.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -55,7 +66,7 @@ def local_world_size():
 
 
 def first_on_node():
-    """One rank per machine, for files that every machine needs and whose folder may or may not be shared."""
+    """One rank per machine, for files that every machine needs, in a shared folder or not."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
@@ -65,13 +76,13 @@ def restarted():
 
 
 def stop_together(problem):
-    """End on every rank when any has a problem (a sentence, or None), with that sentence: a rank that left alone would keep the others
-    waiting in a collective."""
-    found = [
-        f"rank {i}: {p}" if world_size() > 1 else p for i, p in enumerate(gather([problem])) if p
-    ]
-    if found:
-        raise SystemExit(found[0])
+    """End on every rank, with one sentence, when any has a problem (a sentence, or None).
+
+    A rank that left alone would keep the others waiting in a collective.
+    """
+    for number, sentence in enumerate(gather([problem])):
+        if sentence:
+            raise SystemExit(f"rank {number}: {sentence}" if world_size() > 1 else sentence)
 
 
 def mirror(folder):
@@ -79,7 +90,10 @@ def mirror(folder):
     barrier()  # rank 0 may have written it just now
     if not any(gather([not folder.exists()])):
         return
-    files = broadcast({p.name: p.read_bytes() for p in folder.iterdir()} if rank() == 0 else None)
+    files = {}
+    if rank() == 0:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = broadcast(files)
     if first_on_node() and not folder.exists():
         partial = folder.with_name(folder.name + ".tmp")
         partial.mkdir(parents=True, exist_ok=True)
@@ -87,6 +101,9 @@ def mirror(folder):
             (partial / name).write_bytes(content)
         partial.rename(folder)
     barrier()
+
+
+# ---- collectives of small Python objects: rewards, rows, metrics ----
 
 
 def barrier():
@@ -100,7 +117,7 @@ def share(items):
 
 
 def gather(items):
-    """Concatenate every rank's list, in rank order, on all ranks (small Python objects: rewards, rows, metrics)."""
+    """Every rank's list, one after the other in rank order, on all ranks."""
     if world_size() == 1:
         return list(items)
     parts = [None] * world_size()
@@ -109,7 +126,7 @@ def gather(items):
 
 
 def gather_and_place(items):
-    """Every rank's list, one after the other, and the slice of it that is this rank's. A collective."""
+    """gather(items), and the slice of it that is this rank's."""
     parts = gather([items])
     start = sum(map(len, parts[: rank()]))
     return [item for part in parts for item in part], slice(start, start + len(items))
@@ -128,8 +145,14 @@ def broadcast(value):
     return box[0]
 
 
+# ---- sharded tensors ----
+
+
 def shard(model, device, precision=None):
-    """Wrap for training: fp32 sharded masters; on GPU bf16 compute and fp32 gradient reduction. One CPU process stays plain."""
+    """Wrap for training: fp32 sharded masters; on GPU bf16 compute and fp32 gradient reduction.
+
+    One CPU process stays plain.
+    """
     model.to(device)
     if not dist.is_initialized():
         return model
@@ -147,12 +170,15 @@ def full(tensor):
 
 
 def shard_like(whole, parameter):
-    """The part of a full tensor that belongs to this rank, laid out as `parameter`. Rank 0's tensor counts: the others may give None."""
+    """The part of a full tensor that belongs to this rank, laid out as `parameter`.
+
+    Rank 0's tensor counts: the others may give None.
+    """
     if not hasattr(parameter, "device_mesh"):
         return whole.detach().to(parameter)
     from torch.distributed.tensor import distribute_tensor
 
-    whole = torch.empty(parameter.shape, dtype=parameter.dtype) if whole is None else whole.detach()
-    return distribute_tensor(
-        whole.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements
-    )
+    if whole is None:
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+    whole = whole.detach().to(parameter.device, parameter.dtype)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)

@@ -1,7 +1,8 @@
-"""What a run leaves behind: metrics.jsonl, times.jsonl, samples.jsonl, eval/, config.json, source/; wandb is a view of them.
+"""What a run leaves behind: metrics, times, samples, evaluations, settings, source. wandb is a
+view.
 
-metrics.jsonl holds what the seed determines and times.jsonl what the clock does, so that a resumed run's metrics.jsonl equals
-the straight run's to the last byte.
+metrics.jsonl holds what the seed determines and times.jsonl what the clock does, so that a resumed
+run's metrics.jsonl equals the straight run's to the last byte.
 """
 
 import json
@@ -12,42 +13,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-CODE = (
-    "kernels",
-    "sandbox",
-    "tasks",
-    "selfplay",
-    "runtime",
-    "recipes",
-)  # folders of a run's source
-
-
-def clean(row):
-    """JSON has no nan: write null, so that any reader can parse every line."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def _cut(path, step):
-    """Keep the rows up to `step`; a half-written last line (a killed run) goes too."""
-    rows = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
-                rows.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(rows))
-    os.replace(temporary, path)
-
-
-def write_config(folder, config, rank):
-    """config.json of a new run, on every machine (that is what --resume looks for), whether or not they share the folder."""
-    if not (folder / "config.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".config.{rank}.tmp"
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(temporary, folder / "config.json")
+CHAPTERS = ("kernels", "sandbox", "tasks", "selfplay", "runtime", "recipes")  # of a run's source
 
 
 class RunLog:
@@ -56,7 +22,10 @@ class RunLog:
     def __init__(
         self, folder, config, enabled=True, resume_step=None, wandb_mode="auto", wandb_id=None
     ):
-        self.folder, self.enabled, self.wandb, self.wandb_id = Path(folder), enabled, None, wandb_id
+        self.folder = Path(folder)
+        self.enabled = enabled
+        self.wandb = None
+        self.wandb_id = wandb_id
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +34,7 @@ class RunLog:
             self._copy_source()
         else:
             for name in names:
-                _cut(self.folder / name, resume_step)
+                cut(self.folder / name, resume_step)
         self.files = {name: open(self.folder / name, "a", buffering=1) for name in names}
         self._start_wandb(config, wandb_mode)
 
@@ -73,7 +42,7 @@ class RunLog:
         """The code that runs, so that a run can be read and repeated later."""
         target = self.folder / "source"
         ignore = shutil.ignore_patterns("__pycache__")
-        for name in CODE:
+        for name in CHAPTERS:
             shutil.copytree(REPO / name, target / name, ignore=ignore, dirs_exist_ok=True)
         for path in REPO.glob("*.py"):
             shutil.copy(path, target / path.name)
@@ -86,16 +55,14 @@ class RunLog:
             import wandb
         except ImportError:
             print(
-                "wandb is not installed: metrics.jsonl has everything (pip install wandb to watch the run)",
+                "wandb is not installed: metrics.jsonl has everything "
+                "(pip install wandb to watch the run)",
                 file=sys.stderr,
             )
             return
         if mode == "auto":
-            mode = (
-                "online"
-                if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
-                else "offline"
-            )
+            has_key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+            mode = "online" if has_key else "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
         self.wandb = wandb.init(
             project="rarecode",
@@ -119,35 +86,74 @@ class RunLog:
 
     def samples(self, step, rows):
         """Rollouts to read: one JSON object a line, with the step."""
-        for row in rows if self.enabled else []:
+        if not self.enabled:
+            return
+        for row in rows:
             self.files["samples.jsonl"].write(json.dumps({"step": step, **clean(row)}) + "\n")
 
     def evaluation(self, step, rows):
-        """Every judged program of an in-loop evaluation -> eval/step_N.jsonl; the first 16 as a wandb table, rebuilt each time
-        because wandb tables do not append (wandb issue 2981)."""
+        """Every judged program of an evaluation in the loop -> eval/step_N.jsonl."""
         if not self.enabled:
             return
         folder = self.folder / "eval"
         folder.mkdir(exist_ok=True)
-        temporary = folder / f".step_{step}.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, folder / f"step_{step}.jsonl")
+        lines = [json.dumps(row) + "\n" for row in rows]
+        replace(folder / f"step_{step}.jsonl", "".join(lines))
         if self.wandb and rows:
-            import wandb
+            self._log_table(step, rows[:16])
 
-            columns = list(rows[0])
-            self.wandb.log(
-                {
-                    "eval/samples": wandb.Table(
-                        columns=columns, data=[[str(r.get(c)) for c in columns] for r in rows[:16]]
-                    )
-                },
-                step=step,
-            )
+    def _log_table(self, step, rows):
+        """Made anew each time, because wandb tables do not append (wandb issue 2981)."""
+        import wandb
+
+        columns = list(rows[0])
+        data = [[str(row.get(column)) for column in columns] for row in rows]
+        self.wandb.log({"eval/samples": wandb.Table(columns=columns, data=data)}, step=step)
 
     def close(self):
-        if self.enabled:
-            for f in self.files.values():
-                f.close()
-            if self.wandb:
-                self.wandb.finish()
+        if not self.enabled:
+            return
+        for file in self.files.values():
+            file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def write_config(folder, config, rank):
+    """config.json of a new run, on every machine, whether or not they share the folder.
+
+    That is what --resume looks for.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(path, json.dumps(config, indent=2) + "\n", f".config.{rank}.tmp")
+
+
+def replace(path, text, temporary=None):
+    """Write a file whole or not at all."""
+    temporary = path.with_name(temporary or f".{path.stem}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def cut(path, step):
+    """Keep the rows up to `step`; a half-written last line (a killed run) goes too."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break
+    replace(path, "".join(kept))
+
+
+def clean(row):
+    """JSON has no nan: write null, so that any reader can parse every line."""
+    found = dict(row)
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            found[name] = None
+    return found
