@@ -1,28 +1,34 @@
-"""Shared test set-up: repo root on the path, Triton in its interpreter where there is no GPU."""
+"""Shared set-up: the repository on the path, Triton in its interpreter where there is no GPU."""
 
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch  # noqa: E402
-
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import runtime.cpu  # noqa: F401 (before torch)
 
+# isort: split
+
+import pytest
+import torch
+
 if not torch.cuda.is_available():
-    # The @triton.jit decorator reads this at import time, so it must be set before any kernel module is imported.
+    # The @triton.jit decorator reads this at import time, so it must be set before any kernel
+    # module is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 def pytest_collection_modifyitems(items):
-    import pytest
-
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """Folder of a run of four steps that nothing interrupts."""
+    from runs import SMALL, whole_run
+
+    return whole_run(tmp_path_factory.mktemp("straight"), *SMALL, name="straight")

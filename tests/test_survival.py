@@ -1,4 +1,4 @@
-"""Machines that share nothing, ranks that die, kills at any moment (DESIGN.md invariant 5): real torchrun agents, real signals."""
+"""Machines that share nothing, ranks that die, kills at any moment: real torchrun agents and signals."""
 
 import os
 import random
@@ -7,242 +7,221 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from test_train import (
+from runs import (
     ENVIRONMENT,
     ROOT,
     SMALL,
+    assert_same_bits,
     command,
     needs_prolog,
+    resume,
     rows,
     run,
-    save_two,
-)  # noqa: F401 (a fixture)
+    whole_run,
+)
 
 from runtime import checkpoint
 
-pytestmark = needs_prolog
+pytestmark = [needs_prolog, pytest.mark.slow]
+EXACT = ("reward", "pass_rate", "completions/mean_length", "frac_reward_zero_std", "num_tokens")
 
 
-def agents(folders, *arguments):
-    """One torchrun agent per folder, each with one rank: machines that share no path -> their processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nnodes={len(folders)}",
-        "--nproc_per_node=1",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
-    pipes = dict(env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return [
-        subprocess.Popen(
-            [*start, f"--node_rank={i}", str(ROOT / "train.py"), *arguments], cwd=folder, **pipes
-        )
-        for i, folder in enumerate(folders)
-    ]
+def assert_same_samples(one, other):
+    """Two runs drew the same samples; losses are equal up to the order of sums."""
+    for a, b in zip(rows(one), rows(other), strict=True):
+        assert [a[name] for name in EXACT] == [b[name] for name in EXACT]
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
 
 
-def finish(processes, timeout=200):
-    done = []
-    for process in processes:
-        try:
-            done.append(process.communicate(timeout=timeout))
-        finally:
-            process.kill()
-    return done
+# ---- several machines ----
 
 
-def test_two_machines_that_share_no_folder_train_like_one_and_resume(straight, tmp_path):  # noqa: F811
+def two_machines(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    processes = agents(folders, *SMALL, "--name", "two", "--steps", "2")
-    texts = finish(processes)
-    assert [p.returncode for p in processes] == [0, 0], texts[0][1][-2000:] + texts[1][1][-2000:]
-    assert (folders[0] / "runs/two/checkpoints/step_2").exists()
-    assert sorted(p.name for p in (folders[1] / "runs/two").iterdir()) == [
-        "config.json",
-        "warm_start",
-        "warm_start.init",
-    ]  # nothing is written twice
-    resumed = agents(folders, "--resume", "runs/two", "--steps", "4")
-    texts = finish(resumed)
-    assert [p.returncode for p in resumed] == [0, 0], texts[0][1][-2000:] + texts[1][1][-2000:]
-    exact = ("reward", "pass_rate", "num_tokens", "frac_reward_zero_std")
-    for one, two in zip(rows(straight), rows(folders[0] / "runs/two"), strict=True):
-        assert {k: one[k] for k in exact} == {k: two[k] for k in exact} and two[
-            "loss"
-        ] == pytest.approx(one["loss"], abs=1e-4)
+    return folders
 
 
-def test_one_two_and_four_ranks_draw_the_same_samples_and_learn_the_same(tmp_path):
-    """Ten steps; the run on four ranks stops after five and goes on with two."""
-    ten = [*SMALL, "--steps", "10", "--name"]
-    for ranks, arguments in (
-        (1, [*ten, "1"]),
-        (2, [*ten, "2"]),
-        (4, [*ten, "4", "--steps", "5"]),
-        (2, ["--resume", "runs/4", "--steps", "10"]),
-    ):
-        done = run(tmp_path, *arguments, ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
-    alone = tmp_path / "runs/1"
-    texts = lambda folder: {
-        (r["step"], r["problem"], r["sample"]): (r["text"], r["reward"], r["advantage"])
-        for r in rows(folder, "samples.jsonl")
-    }
-    exact = ("reward", "pass_rate", "completions/mean_length", "frac_reward_zero_std", "num_tokens")
-    for many in (tmp_path / "runs/2", tmp_path / "runs/4"):
-        for one, other in zip(rows(alone), rows(many), strict=True):
-            assert {k: one[k] for k in exact} == {k: other[k] for k in exact}
-            assert other["loss"] == pytest.approx(one["loss"], abs=1e-4) and other[
-                "grad_norm"
-            ] == pytest.approx(one["grad_norm"], rel=1e-2)
-        written = texts(many)  # rank 0's part of the step
-        assert len(written) >= 40 and written == {key: texts(alone)[key] for key in written}
+def run_together(folders, *arguments):
+    """One torchrun agent a folder, each with one rank: machines that share no path.
+
+    Returns their return codes and what they wrote to stderr.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for number, folder in enumerate(folders):
+        agent = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1"]
+        agent += [f"--nnodes={len(folders)}", f"--node_rank={number}"]
+        agent += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+        processes.append(
+            subprocess.Popen(
+                [*agent, str(ROOT / "train.py"), *arguments],
+                cwd=folder,
+                env=ENVIRONMENT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = []
+    for process in processes:
+        try:
+            errors.append(process.communicate(timeout=200)[1])
+        finally:
+            process.kill()
+    return [process.returncode for process in processes], errors
+
+
+def test_two_machines_that_share_no_folder_train_like_one_and_resume(straight, tmp_path):
+    folders = two_machines(tmp_path)
+    codes, errors = run_together(folders, *SMALL, "--name", "two", "--steps", "2")
+    assert codes == [0, 0], "".join(errors)[-4000:]
+    first, second = (folder / "runs/two" for folder in folders)
+    assert (first / "checkpoints/step_2").exists()
+    # Nothing is written twice: the second machine has what it needs to start again.
+    names = sorted(path.name for path in second.iterdir())
+    assert names == ["config.json", "warm_start", "warm_start.init"]
+
+    codes, errors = run_together(folders, "--resume", "runs/two", "--steps", "4")
+    assert codes == [0, 0], "".join(errors)[-4000:]
+    assert_same_samples(straight, first)
 
 
 def test_a_problem_on_one_machine_ends_all_with_its_sentence(tmp_path):
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
+    folders = two_machines(tmp_path)
     started = time.monotonic()
-    processes = agents(
-        folders, *SMALL, "--name", "x", "--task", "sums", "--model", str(folders[1] / "only_here")
-    )
-    texts = finish(processes)
-    assert time.monotonic() - started < 60 and all(p.returncode for p in processes)
-    assert "only_here is not a folder with a checkpoint" in texts[0][1]
+    only_here = str(folders[1] / "only_here")
+    codes, errors = run_together(folders, *SMALL, "--name", "x", "--model", only_here)
+    assert time.monotonic() - started < 60
+    assert all(codes)
+    assert "only_here is not a folder with a checkpoint" in errors[0]
 
 
-def child_ranks(agent):
-    """Process ids of an agent's ranks."""
-    try:
-        return [
-            int(pid) for pid in open(f"/proc/{agent.pid}/task/{agent.pid}/children").read().split()
-        ]
-    except FileNotFoundError:
-        return []
+def test_one_two_and_four_ranks_draw_the_same_samples_and_learn_the_same(tmp_path):
+    """Ten steps; the run on four ranks stops after five and continues on two."""
+    ten = [*SMALL, "--steps", "10"]
+    alone = whole_run(tmp_path, *ten, name="1")
+    two = whole_run(tmp_path, *ten, name="2", ranks=2)
+    four = whole_run(tmp_path, *ten, "--steps", "5", name="4", ranks=4)
+    resume(four, "--steps", "10", ranks=2)
+
+    def texts(folder):
+        """What rank 0 logged of its samples."""
+        found = {}
+        for row in rows(folder, "samples.jsonl"):
+            key = (row["step"], row["problem"], row["sample"])
+            found[key] = (row["text"], row["reward"], row["advantage"])
+        return found
+
+    for many in (two, four):
+        assert_same_samples(alone, many)
+        written = texts(many)
+        assert len(written) >= 40
+        assert written == {key: texts(alone)[key] for key in written}
+
+
+# ---- ranks that die ----
+
+
+def rank_1_of(agent):
+    """Process id of an agent's rank 1."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    for pid in children:
+        if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            return int(pid)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_rank_that_dies_takes_the_run_down_at_once_or_torchrun_brings_it_back(
     straight, tmp_path, restarts
-):  # noqa: F811
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        f"--max_restarts={restarts}",
-    ]
+):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node=2", f"--max_restarts={restarts}"]
     agent = subprocess.Popen(
-        [*start, str(ROOT / "train.py"), *SMALL, "--name", "died"],
+        [*torchrun, str(ROOT / "train.py"), *SMALL, "--name", "died"],
         cwd=tmp_path,
         env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     folder = tmp_path / "runs/died"
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints/step_2").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    victim = next(
-        pid
-        for pid in child_ranks(agent)
-        if b"RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()
-    )
+    wait_until(agent, lambda: (folder / "checkpoints/step_2").exists())
     killed = time.monotonic()
-    os.kill(victim, signal.SIGKILL)
+    os.kill(rank_1_of(agent), signal.SIGKILL)
     stderr = agent.communicate(timeout=120)[1]
+
     if restarts:
         assert agent.returncode == 0, stderr[-6000:]
-        assert [r["step"] for r in rows(folder)] == [1, 2, 3, 4] and (
-            folder / "checkpoints/step_4"
-        ).exists()
+        assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+        assert (folder / "checkpoints/step_4").exists()
         assert rows(folder)[3]["reward"] == rows(straight)[3]["reward"]
     else:
-        assert agent.returncode != 0 and time.monotonic() - killed < 30 and "SIGKILL" in stderr
+        assert agent.returncode != 0
+        assert time.monotonic() - killed < 30
+        assert "SIGKILL" in stderr
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-    model, optimizer = save_two(tmp_path)
-    for step in (3, 4, 5):
-        checkpoint.save(tmp_path, step, model, optimizer, {"updates": step}, None, keep=1, best=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2", "step_5"]
-
+# ---- kills at any moment ----
 
 KILLS = int(os.environ.get("RARECODE_KILLS", 3))  # the full torture: RARECODE_KILLS=50
 
 
 def test_killed_at_random_moments_a_run_ends_as_the_straight_one(tmp_path):
-    """SIGKILL at random moments, every third one inside a save; after each the run is resumed, and at the end metrics and weights are the straight run's."""
+    """SIGKILL at random moments, every third inside a save; after each the run is resumed."""
     steps = 5 * KILLS  # between two kills a run gets one to four steps further
-    long = [
-        *SMALL,
-        "--steps",
-        str(steps),
-        "--save_every",
-        "1",
-        "--prompts",
-        "2",
-        "--max_new_tokens",
-        "12",
-        "--eval_problems",
-        "2",
-    ]
-    done = run(tmp_path, *long, "--name", "straight")
-    assert done.returncode == 0, done.stderr[-2000:]
-    chance, folder, arguments, inside, kills = (
-        random.Random(0),
-        tmp_path / "runs/torn",
-        [*long, "--name", "torn"],
-        0,
-        0,
-    )
-    newest = lambda: max(
-        [int(p.name[5:]) for p in checkpoint.sorted_checkpoints(folder / "checkpoints")], default=0
-    )
-    while kills < KILLS and newest() < steps:
-        process, before = (
-            subprocess.Popen(
-                command(*arguments),
-                cwd=tmp_path,
-                env=ENVIRONMENT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            ),
-            newest(),
+    long = [*SMALL, "--steps", str(steps)]
+    long += "--save_every 1 --prompts 2 --max_new_tokens 12 --eval_problems 2".split()
+    straight_run = whole_run(tmp_path, *long, name="straight")
+
+    chance = random.Random(0)
+    folder = tmp_path / "runs/torn"
+    checkpoints = folder / "checkpoints"
+    arguments = [*long, "--name", "torn"]
+    kills = inside = 0
+    while kills < KILLS and newest_step(checkpoints) < steps:
+        before = newest_step(checkpoints)
+        process = subprocess.Popen(
+            command(*arguments),
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        wait_until(process, lambda: newest() > before)
+        wait_until(process, lambda before=before: newest_step(checkpoints) > before)
         if kills % 3 == 0:
-            wait_until(process, lambda: any((folder / "checkpoints").glob(".step_*.tmp")))
+            wait_until(process, lambda: is_saving(checkpoints))
         else:
             time.sleep(chance.uniform(0, 0.6))
         kills += process.poll() is None
         process.kill()
         process.communicate()
-        inside += any((folder / "checkpoints").glob(".step_*.tmp"))
+        inside += is_saving(checkpoints)
         arguments = ["--resume", str(folder)]
+
     done = run(tmp_path, "--resume", str(folder))
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"{kills} kills, {inside} of them inside a save")
-    assert kills == KILLS and inside >= KILLS // 6
-    straight_run = tmp_path / "runs/straight"
-    assert (folder / "metrics.jsonl").read_bytes() == (straight_run / "metrics.jsonl").read_bytes()
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (folder / f"checkpoints/step_{steps}" / name).read_bytes() == (
-            straight_run / f"checkpoints/step_{steps}" / name
-        ).read_bytes()
+    assert kills == KILLS
+    assert inside >= KILLS // 6
+    assert_same_bits(folder, straight_run, steps)
+
+
+def newest_step(checkpoints):
+    found = checkpoint.sorted_checkpoints(checkpoints)
+    return int(found[0].name[5:]) if found else 0
+
+
+def is_saving(checkpoints):
+    return any(checkpoints.glob(".step_*.tmp"))
 
 
 def wait_until(process, condition):
