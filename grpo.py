@@ -13,7 +13,7 @@ import torch
 
 from kernels.advantage import group_statistics
 
-ADVANTAGES = ("grpo", "mean", "rloo", "batch", "reinforce++", "reinforce++_baseline")
+ADVANTAGES = ("grpo", "mean", "rloo", "batch", "trr++", "reinforce++", "reinforce++_baseline")
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 

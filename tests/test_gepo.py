@@ -131,7 +131,7 @@ def test_packed_and_serialised_members_give_the_gradient_of_the_plain_definition
         rewards = []
         for q in g.members:
             tokens = torch.tensor(q.prompt + q.tokens)
-            hidden = model(
+            hidden = model.hidden(
                 tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)
             )
             rows = (hidden @ model.head_weight.T).log_softmax(-1)[len(q.prompt) - 1 : -1]
