@@ -1,14 +1,20 @@
 """The device side of sampling: prefill passes and decode steps on tensors, without a look by the host.
 
-On CUDA a step is the kernels of kernels/, captured as one CUDA graph per batch size. On CPU it is oneDNN's matrix products and kernels/native.c, with
-every shape chosen so that a row's result depends on that row alone, to the last bit, whatever else is in the batch (measured with 1 and 2 threads):
+On CUDA a step is the kernels of kernels/, captured as one CUDA graph per batch size. On CPU it is
+oneDNN's matrix products and kernels/native.c, with every shape chosen so that a row's result
+depends on that row alone, to the last bit, whatever else is in the batch (measured with 1 and 2
+threads):
 
-- matrix products go through oneDNN's packed weights, whose sums have one order for any number of rows but 1 (and which are up to twice as fast as
-  F.linear for 2 to 32 rows); F.linear's order changes with the number of rows and of threads;
-- batches are filled up to 4, 8 or a multiple of 16 rows: exp, sin or log of the last few elements of a tensor, or of a thread's share of it, those
-  that fill no vector register, come from another function than the rest;
+- matrix products go through oneDNN's packed weights, whose sums have one order for any number of
+  rows but 1 (and which are up to twice as fast as F.linear for 2 to 32 rows); F.linear's order
+  changes with the number of rows and of threads;
+- batches are filled up to 4, 8 or a multiple of 16 rows: exp, sin or log of the last few elements
+  of a tensor, or of a thread's share of it, those that fill no vector register, come from another
+  function than the rest;
 - attention reads a prompt's keys and then the row's own, whether or not the prompt is shared.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +24,18 @@ from kernels.attention import shared_prefix_attention
 from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
-from model import causal_attention
+from model import CausalAttention
 from runtime.exact import attend_to_pages, exact_linear
 
-SIZES = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    32,
-)  # rows of the CUDA graphs, then every 64: few graphs to record, at most a third of the rows dead above 64
+# Rows of the CUDA graphs, then every 64: few graphs to record, at most a third of the rows dead
+# above 64.
+SIZES = (1, 2, 4, 8, 16, 32)
+# Rows of a batch on CPU, then every 16. oneDNN takes longer for 2 rows than for 4: 34 ms a step of
+# the 135M model, not 28.
+CPU_SIZES = (4, 8)
 
-# One row per running sample: name -> dtype. Tables, stop ids and outputs are two-dimensional and sized by `new_state`.
-ROW = {
+# One row per running sample: column -> dtype.
+COLUMNS = {
     "tokens": torch.int64,  # fed next
     "positions": torch.int64,  # of `tokens`
     "start": torch.int64,  # prompt length = position of the first response token
@@ -47,174 +51,182 @@ ROW = {
     "sample": torch.int64,
     "alive": torch.bool,
 }
+# The two-dimensional ones; new_state() is told how wide they are.
+WIDE_COLUMNS = {
+    "stop_ids": torch.int64,  # filled up with -1
+    "tables": torch.int32,  # pages: the prompt's and, on CUDA, the row's own
+    "out_tokens": torch.int64,  # what was drawn, from the first response token on
+    "out_logprobs": torch.float32,
+}
 
 
 def new_state(rows, widths, device):
-    """Tensors for `rows` samples; widths: name -> (dtype, columns) of the two-dimensional ones."""
-    state = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in ROW.items()}
-    return state | {
-        name: torch.zeros(rows, width, dtype=dtype, device=device)
-        for name, (dtype, width) in widths.items()
-    }
+    """Tensors for `rows` samples: column -> [rows] or [rows, width]; widths: column -> width."""
+    state = {}
+    for name, dtype in COLUMNS.items():
+        state[name] = torch.zeros(rows, dtype=dtype, device=device)
+    for name, dtype in WIDE_COLUMNS.items():
+        state[name] = torch.zeros(rows, widths[name], dtype=dtype, device=device)
+    return state
+
+
+class Spans(NamedTuple):
+    """The two stretches of the pool that a row reads on CPU: what it shares, then its own.
+
+    First token in the pool and number of tokens, int64 [rows] each (kernels/native.py).
+    """
+
+    shared: torch.Tensor
+    shared_length: torch.Tensor
+    own: torch.Tensor
+    own_length: torch.Tensor
 
 
 class Decoder:
-    """Model and page pool as two functions: `prefill` writes prompts to pages, `step` draws the next token of every row."""
+    """Model and page pool as two functions.
+
+    `prefill` writes prompts to pages, `run` draws the next tokens of every row.
+    """
 
     def __init__(self, model, pool, cpu, exact=False):
-        self.model, self.config, self.pool, self.cpu, self.exact = (
-            model,
-            model.config,
-            pool,
-            cpu,
-            exact,
-        )
+        self.model = model
+        self.config = model.config
+        self.pool = pool
+        self.cpu = cpu
+        self.exact = exact
         self.linear = exact_linear if exact else F.linear
-        self.packed, self.stamp = {}, None
-        # The torch references look at lengths on the host, so only the Triton kernels can be recorded.
-        self.graphs = (
-            {} if use_triton(model.embed.weight) and self.config.head_dim in (64, 128) else None
-        )
 
-    def refresh(self):
-        """Pack the weights again if they changed; on CUDA they are read in place."""
-        matrices = [
-            w
-            for layer in self.model.layers
-            for w in (layer.qkv.weight, layer.o.weight, layer.gate_up.weight, layer.down.weight)
-        ]
-        stamp = [(w.data_ptr(), w._version) for w in (*matrices, self.model.head_weight)]
-        can_pack = (
-            self.cpu
-            and torch.backends.mkldnn.is_available()
-            and self.model.head_weight.dtype == torch.float32
-        )
-        if can_pack and stamp != self.stamp:
-            self.packed = {
-                w.data_ptr(): torch.ops.mkldnn._reorder_linear_weight(w.detach(), 64)
-                for w in (*matrices, self.model.head_weight)
-            }
-            self.stamp, self.linear = stamp, self._packed_linear
+        # CPU: address of a weight -> its packed copy, and of which weights these are.
+        self.packed = {}
+        self.stamp = None
 
-    def _packed_linear(self, x, weight, bias=None):
-        return torch.ops.mkldnn._linear_pointwise(
-            x, self.packed[weight.data_ptr()], bias, "none", [], ""
-        )
-
-    def _linear_plus(self, x, weight, other):
-        """x @ weight.T + other: in one call where the weights are packed, with the same bits as in two."""
-        if not self.packed:
-            return other + self.linear(x, weight)
-        return torch.ops.mkldnn._linear_pointwise.binary(
-            x, other, self.packed[weight.data_ptr()], None, "add"
-        )
-
-    def _decode_on_cpu(self, tokens, positions, alive, *where):
-        """Model.decode in as few calls as can be, with attention over the pool.
-
-        where: first token in the pool and number of tokens of what each row shares, then of its own (kernels/native.py).
-        """
-        c = self.config
-        cos, sin = rope_tables(positions, c.head_dim, c.rope_theta)
-        attend = native.attention(
-            (c.num_attention_heads, c.num_key_value_heads, c.head_dim), cos, sin, *where, alive
-        )
-        mixed = torch.zeros(
-            len(tokens), c.num_attention_heads * c.head_dim, dtype=self.pool.k[0].dtype
-        )
-        total = self.model.embed(tokens)
-        for layer, cache in zip(self.model.layers, self.pool.joint):
-            qkv = self.linear(
-                native.rms_norm(total, layer.input_norm, c.rms_norm_eps),
-                layer.qkv.weight,
-                layer.qkv.bias,
-            )
-            if layer.qkv.bias is None:
-                qkv = layer.norm_heads(qkv)
-            attend(qkv, cache.flatten(1, 2), mixed)
-            total = self._linear_plus(mixed, layer.o.weight, total)
-            gate_up = self.linear(
-                native.rms_norm(total, layer.post_norm, c.rms_norm_eps), layer.gate_up.weight
-            )
-            total = self._linear_plus(native.swiglu(gate_up), layer.down.weight, total)
-        return native.rms_norm(total, self.model.norm, c.rms_norm_eps)
+        # (rows, temperature) -> CUDA graph of a step, or None where a step cannot be recorded: the
+        # torch references look at lengths on the host, the Triton kernels do not.
+        recordable = use_triton(model.embed.weight) and self.config.head_dim in (64, 128)
+        self.graphs = {} if recordable else None
 
     def pad(self, count):
         """Rows to run for `count` living ones."""
-        if not self.cpu:
-            return next((size for size in SIZES if size >= count), -(-count // 64) * 64)
-        return next(
-            (size for size in (4, 8) if size >= count), -(-count // 16) * 16
-        )  # oneDNN takes longer for 2 rows than for 4: 34 ms a step, not 28
+        sizes, step = (CPU_SIZES, 16) if self.cpu else (SIZES, 64)
+        for size in sizes:
+            if size >= count:
+                return size
+        return -(-count // step) * step
+
+    def refresh(self):
+        """Pack the weights again if they changed; on CUDA they are read in place."""
+        head = self.model.head_weight
+        if not self.cpu or not torch.backends.mkldnn.is_available() or head.dtype != torch.float32:
+            return
+
+        weights = [head]
+        for layer in self.model.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                weights.append(linear.weight)
+        stamp = [(weight.data_ptr(), weight._version) for weight in weights]
+        if stamp == self.stamp:
+            return
+
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        self.packed = {weight.data_ptr(): pack(weight.detach(), 64) for weight in weights}
+        self.stamp = stamp
+        self.linear = self._packed_linear
+
+    def _packed_linear(self, x, weight, bias=None):
+        packed = self.packed[weight.data_ptr()]
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    def _linear_plus(self, x, weight, other):
+        """x @ weight.T + other: one call where weights are packed, with the same bits as two."""
+        if not self.packed:
+            return other + self.linear(x, weight)
+        packed = self.packed[weight.data_ptr()]
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, None, "add")
 
     def prefill(self, prompts, pages):
-        """Write the keys and values of `prompts` (lists of ids, longest first) to `pages` (a list of page ids each)."""
+        """Write the keys and values of prompts to their pages.
+
+        prompts: lists of ids, longest first. pages: a list of page ids each.
+        """
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        if self.cpu:
+            self._prefill_on_cpu(tokens, positions, lengths, pages)
+        else:
+            self._prefill_packed(tokens, positions, lengths, pages)
+
+    def _prefill_on_cpu(self, tokens, positions, lengths, pages):
+        """Every token is a row, with the prompt up to itself as its own tokens."""
+        first = torch.tensor([taken[0] * self.pool.page_size for taken in pages])
+        own = first.repeat_interleave(lengths)
+        alive = torch.ones(len(tokens), dtype=torch.bool)
+        spans = (own, torch.zeros_like(own), own, positions + 1)
+
+        # Up to a multiple of 16 rows; those that fill up are not alive.
+        rows = [F.pad(x, (0, -len(tokens) % 16)) for x in (tokens, positions, alive, *spans)]
+        tokens, positions, alive, *spans = rows
+        self._decode_on_cpu(tokens, positions, alive, Spans(*spans))
+
+    def _prefill_packed(self, tokens, positions, lengths, pages):
+        """One packed pass: pages are written on the way, attention is the training's."""
         device = self.model.embed.weight.device
-        lengths = torch.tensor([len(p) for p in prompts])
-        tokens = torch.tensor([t for p in prompts for t in p], device=device)
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
         page_size = self.pool.page_size
-        if self.cpu:  # every token is a row, with the prompt up to itself as its own tokens
-            own = torch.tensor([taken[0] * page_size for taken in pages]).repeat_interleave(lengths)
-            rows = (
-                tokens,
-                positions,
-                torch.ones(len(tokens), dtype=torch.bool),
-                own,
-                torch.zeros_like(own),
-                own,
-                positions + 1,
-            )
-            self._decode_on_cpu(
-                *(F.pad(x, (0, -len(tokens) % 16)) for x in rows)
-            )  # filler rows are not alive
-            return
-        table, sequence = _ragged(pages), torch.arange(len(prompts)).repeat_interleave(lengths)
-        slots = (table[sequence, positions // page_size] * page_size + positions % page_size).to(
-            device
-        )
+        page_table = _ragged(pages)
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+        page = page_table[sequence, positions // page_size]
+        slots = (page * page_size + positions % page_size).to(device)
         positions = positions.to(device)
-        causal = causal_attention(
-            self.config, F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-        )
-        tables, upto = table.int().to(device)[sequence.to(device)], (positions + 1).int()
 
-        def attend(i, qkv, bias, cos, sin):
-            q = qkv_rope_write(
-                qkv,
-                bias,
-                cos,
-                sin,
-                self.pool.k[i],
-                self.pool.v[i],
-                slots,
-                self.config.num_attention_heads,
-            )
-            return (
-                attend_to_pages(q, self.pool.k[i], self.pool.v[i], tables, upto)
-                if self.exact
-                else causal(i, qkv, bias, cos, sin)
-            )
+        # The exact mode: every token is a query of the decode kernel, over what it wrote.
+        tables = page_table.int().to(device)[sequence.to(device)]
+        seen = (positions + 1).int()
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
+        causal = CausalAttention(self.config, cu_seqlens)
 
-        self.model.decode(tokens, positions, attend, self.linear)
+        def attend(index, qkv, bias, cos, sin):
+            q = self._write(index, qkv, bias, cos, sin, slots)
+            if self.exact:
+                return attend_to_pages(q, self.pool.k[index], self.pool.v[index], tables, seen)
+            return causal(index, qkv, bias, cos, sin)
+
+        self.model.decode(tokens.to(device), positions, attend, self.linear)
+
+    def _write(self, index, qkv, bias, cos, sin, slots):
+        """Rotate q and k and write k and v of layer `index` to the pool -> q."""
+        heads = self.config.num_attention_heads
+        k_pages, v_pages = self.pool.k[index], self.pool.v[index]
+        return qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, heads)
 
     def run(self, state, steps, truncated, temperature=None):
-        """`steps` steps; on CUDA each is one graph launch. The rows of `state` must be the same tensors at the same addresses every time.
+        """`steps` steps; on CUDA each is one graph launch.
 
-        truncated: some row has top_p or top_k. temperature: of all rows, in the exact mode.
+        state: column -> tensor; the same tensors at the same addresses for a number of rows.
+        truncated: some row has top_p or top_k.
+        temperature: of all rows, in the exact mode.
         """
-        key = len(state["alive"]), temperature
         if self.graphs is None or truncated:
             for _ in range(steps):
                 self.step(state, truncated, temperature)
             return
+
+        key = len(state["alive"]), temperature
         if key not in self.graphs:
             self.graphs[key] = self._record(state, temperature)
         for _ in range(steps):
             self.graphs[key].replay()
 
+    def forget_graphs(self):
+        """Rows have new addresses."""
+        if self.graphs is not None:
+            self.graphs = {}
+
     def _record(self, state, temperature):
-        """Record a step as a CUDA graph. All rows are dead while it warms up (kernels compile, libraries allocate), so nothing changes."""
+        """Record a step as a CUDA graph.
+
+        All rows are dead while it warms up (kernels compile, libraries allocate), so nothing
+        changes.
+        """
         alive = state["alive"].clone()
         state["alive"].zero_()
         stream = torch.cuda.Stream()
@@ -223,102 +235,153 @@ class Decoder:
             self.step(state, False, temperature)
             self.step(state, False, temperature)
         torch.cuda.current_stream().wait_stream(stream)
-        graph, known = torch.cuda.CUDAGraph(), next(iter(self.graphs.values()), None)
-        with torch.cuda.graph(
-            graph, pool=known.pool() if known else None
-        ):  # one memory pool for all: they never run together
+
+        # One memory pool for all graphs: they never run together.
+        known = next(iter(self.graphs.values()), None)
+        memory = known.pool() if known else None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
             self.step(state, False, temperature)
         state["alive"].copy_(alive)
         return graph
 
     def step(self, state, truncated, temperature=None):
-        """Decode one token of every living row, in place: `alive` turns False on a stop token or at the last position."""
-        s, alive, positions = state, state["alive"], state["positions"]
+        """Decode one token of every living row, in place.
+
+        `alive` turns False on a stop token or at the last position.
+        """
+        alive, positions = state["alive"], state["positions"]
         if self.cpu:
-            run, page_size = self.pool.run_pages * self.pool.page_size, self.pool.page_size
-            where = (
-                s["tables"][:, 0].long() * page_size,
-                s["start"] - 1,
-                s["slot"] * run,
-                positions - s["start"] + 2,
-            )
-            hidden = self._decode_on_cpu(s["tokens"], positions, alive, *where)
+            hidden = self._decode_on_cpu(state["tokens"], positions, alive, self._spans(state))
         else:
-            hidden = self.model.decode(
-                s["tokens"], positions, self._paged_attention(s), self.linear
-            )
-        tokens, logprobs = self._draw(hidden, s, positions + 1, truncated, temperature)
-        column = (positions + 1 - s["start"])[:, None]
-        for out, value in (("out_tokens", tokens), ("out_logprobs", logprobs)):
-            s[out].scatter_(
-                1, column, torch.where(alive[:, None], value[:, None], s[out].gather(1, column))
-            )
-        goes_on = alive & ~(tokens[:, None] == s["stop_ids"]).any(1) & (positions + 1 < s["last"])
-        s["tokens"].copy_(torch.where(goes_on, tokens, s["tokens"]))
-        s["positions"].add_(goes_on)
-        s["alive"].copy_(goes_on)
+            attend = self._paged_attention(state)
+            hidden = self.model.decode(state["tokens"], positions, attend, self.linear)
+        tokens, logprobs = self._draw(hidden, state, truncated, temperature)
 
-    def _paged_attention(self, s):
-        page_size, positions = self.pool.page_size, s["positions"]
-        page = s["tables"].gather(1, (positions // page_size)[:, None]).squeeze(1)
-        slots = torch.where(s["alive"], page * page_size + positions % page_size, -1)
-        lengths = torch.where(s["alive"], positions + 1, 0).int()
-        heads, scale, pool = self.config.num_attention_heads, self.config.head_dim**-0.5, self.pool
+        # Dead rows keep what they drew.
+        column = (positions + 1 - state["start"])[:, None]
+        for name, drawn in (("out_tokens", tokens), ("out_logprobs", logprobs)):
+            kept = state[name].gather(1, column)
+            state[name].scatter_(1, column, torch.where(alive[:, None], drawn[:, None], kept))
 
-        def attend(i, qkv, bias, cos, sin):
-            q = qkv_rope_write(qkv, bias, cos, sin, pool.k[i], pool.v[i], slots, heads)
+        stopped = (tokens[:, None] == state["stop_ids"]).any(1)
+        goes_on = alive & ~stopped & (positions + 1 < state["last"])
+        state["tokens"].copy_(torch.where(goes_on, tokens, state["tokens"]))
+        state["positions"].add_(goes_on)
+        state["alive"].copy_(goes_on)
+
+    def _spans(self, state):
+        """The prompt, but its last token, lies in one piece; the run begins with the last token."""
+        page_size = self.pool.page_size
+        return Spans(
+            shared=state["tables"][:, 0].long() * page_size,
+            shared_length=state["start"] - 1,
+            own=state["slot"] * (self.pool.size.run_pages * page_size),
+            own_length=state["positions"] - state["start"] + 2,
+        )
+
+    def _paged_attention(self, state):
+        """The `attend` of a decode step: what dead rows would write is dropped."""
+        alive, positions, tables = state["alive"], state["positions"], state["tables"]
+        page_size = self.pool.page_size
+        page = tables.gather(1, (positions // page_size)[:, None]).squeeze(1)
+        slots = torch.where(alive, page * page_size + positions % page_size, -1)
+        lengths = torch.where(alive, positions + 1, 0).int()
+        shared = (state["prefix"], state["group"], self.config.head_dim**-0.5)
+
+        def attend(index, qkv, bias, cos, sin):
+            q = self._write(index, qkv, bias, cos, sin, slots)
+            pages = (q, self.pool.k[index], self.pool.v[index], tables, lengths)
             if self.exact:
-                return attend_to_pages(q, pool.k[i], pool.v[i], s["tables"], lengths)
-            return shared_prefix_attention(
-                q, pool.k[i], pool.v[i], s["tables"], lengths, s["prefix"], s["group"], scale
-            ).flatten(1)
+                return attend_to_pages(*pages)
+            return shared_prefix_attention(*pages, *shared).flatten(1)
 
         return attend
 
-    def _draw(self, hidden, s, positions, truncated, temperature):
-        key = (s["temperature"], s["seed"], s["request"], s["sample"], positions)
+    def _decode_on_cpu(self, tokens, positions, alive, spans):
+        """Model.decode in as few calls as can be, with attention over the pool."""
+        config = self.config
+        eps = config.rms_norm_eps
+        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        attend = native.attention(heads, cos, sin, *spans, alive)
+        width = config.num_attention_heads * config.head_dim
+        mixed = torch.zeros(len(tokens), width, dtype=self.pool.k[0].dtype)
+
+        total = self.model.embed(tokens)
+        for layer, cache in zip(self.model.layers, self.pool.joint):
+            normed = native.rms_norm(total, layer.input_norm, eps)
+            qkv = self.linear(normed, layer.qkv.weight, layer.qkv.bias)
+            if layer.qkv.bias is None:  # Qwen3
+                qkv = layer.norm_heads(qkv)
+            attend(qkv, cache.flatten(1, 2), mixed)
+            total = self._linear_plus(mixed, layer.o.weight, total)
+
+            normed = native.rms_norm(total, layer.post_norm, eps)
+            gate_up = self.linear(normed, layer.gate_up.weight)
+            total = self._linear_plus(native.swiglu(gate_up), layer.down.weight, total)
+        return native.rms_norm(total, self.model.norm, eps)
+
+    def _draw(self, hidden, state, truncated, temperature):
+        """hidden [rows, D] -> drawn tokens [rows] and their log-probs [rows]."""
+        head = self.model.head_weight
+        position = state["positions"] + 1
+        key = (state["seed"], state["request"], state["sample"], position)
         if truncated:
-            return sample_logits(
-                self.linear(hidden, self.model.head_weight).float(), *key, s["top_p"], s["top_k"]
-            )[:2]
+            logits = self.linear(hidden, head).float()
+            limits = (state["top_p"], state["top_k"])
+            tokens, logprobs, _ = sample_logits(logits, state["temperature"], *key, *limits)
+            return tokens, logprobs
         if self.cpu:
-            return draw(self.linear(hidden, self.model.head_weight).float(), *key)
-        tokens, logprobs, _ = sample_tokens(
-            hidden, self.model.head_weight, *key, one_tile=self.exact
-        )
+            return draw(self.linear(hidden, head).float(), state["temperature"], *key)
+
+        drawn = sample_tokens(hidden, head, state["temperature"], *key, one_tile=self.exact)
+        tokens, logprobs, _ = drawn
         if self.exact:  # the trainer's own kernel has the last word on the log-prob
-            logprobs, _ = token_logprobs(hidden, self.model.head_weight, tokens, temperature or 1.0)
+            logprobs, _ = token_logprobs(hidden, head, tokens, temperature or 1.0)
         return tokens, logprobs
 
 
 def _ragged(lists):
     """Lists of ints -> [len(lists), longest] int64; a short list repeats its last entry."""
-    width = max(len(x) for x in lists)
-    return torch.tensor([x + x[-1:] * (width - len(x)) for x in lists])
+    width = max(len(values) for values in lists)
+    return torch.tensor([values + values[-1:] * (width - len(values)) for values in lists])
 
 
 def draw(logits, temperature, *key):
-    """kernels.sampling.sample_tokens from given logits [B, V], which it overwrites: (tokens [B], logprobs [B]), as few passes over them as can be.
+    """kernels.sampling.sample_tokens from given logits, in as few passes over them as can be.
 
-    The logarithm is taken in float64: in fp32 its last bit would depend on a row's place in the batch.
+    logits: [B, V], overwritten. key: seed, request id, sample and position, int64 [B] each.
+    Returns tokens [B] and log-probs [B]. The logarithm is taken in float64: in fp32 its last bit
+    would depend on a row's place in the batch.
     """
     greedy = temperature <= 0
     if not bool((greedy | (temperature == 1)).all()):
         logits.div_(torch.where(greedy, 1.0, temperature)[:, None])
-    top, best = (
-        logits.max(-1) if bool(greedy.any()) else (logits.amax(-1), torch.zeros_like(key[0]))
-    )
+    if bool(greedy.any()):
+        top, best = logits.max(-1)
+    else:
+        top, best = logits.amax(-1), torch.zeros_like(key[0])
+
+    # A tile by its mass, then a token within the tile.
     below = logits.sub_(top[:, None])
     weights = F.pad(below.exp(), (0, -logits.shape[1] % TILE)).view(len(logits), -1, TILE)
-    masses, (u0, u1) = weights.sum(-1), uniforms_reference(*key)
-    tile = _first_above(masses, u0)
-    inside = _first_above(weights[torch.arange(len(logits)), tile], u1)
+    masses = weights.sum(-1)
+    tile_uniform, token_uniform = uniforms_reference(*key)
+    tile = _first_above(masses, tile_uniform)
+    inside = _first_above(weights[torch.arange(len(logits)), tile], token_uniform)
     token = torch.where(greedy, best, tile * TILE + inside)
-    return token, below.gather(1, token[:, None]).squeeze(1) - masses.sum(-1).double().log().float()
+
+    log_total = masses.sum(-1).double().log().float()
+    return token, below.gather(1, token[:, None]).squeeze(1) - log_total
 
 
 def _first_above(masses, uniform):
-    """First index whose cumulative mass exceeds uniform * total, never one of mass 0 (rounding could put the threshold at the very end)."""
+    """First index whose cumulative mass exceeds uniform * total.
+
+    Never one of mass 0: rounding could put the threshold at the very end.
+    """
     cumulative = masses.cumsum(-1)
     last = (masses > 0).long().mul_(torch.arange(masses.shape[1])).amax(-1)
-    return (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1).minimum(last)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(-1).minimum(last)

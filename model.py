@@ -1,8 +1,9 @@
-"""The Qwen2.5 and dense Qwen3 decoder on packed sequences, and its Hugging Face checkpoints.
+"""The Qwen2.5 and dense Qwen3 decoder on packed sequences.
 
-One decoder serves training and sampling: a layer computes qkv and hands it to `attend`, which is causal attention over the
-packed batch here (training, prefill) and paged attention in sampler.py. Fused qkv and gate-up matrices are the source of
-truth; they are split and merged only on load and save.
+One decoder serves training and sampling: a layer computes qkv and hands it to `attend`, which is
+causal attention over the packed batch here (training, prefill) and paged attention in decode.py.
+Fused qkv and gate-up matrices are the source of truth; they are split and merged only on load and
+save (runtime/hugging_face.py).
 """
 
 import inspect
@@ -23,7 +24,10 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Config:
-    """Shapes of a Qwen2 or Qwen3 checkpoint. `raw` keeps the config.json it came from, so that saving loses nothing."""
+    """Shapes of a Qwen2 or Qwen3 checkpoint.
+
+    `raw` keeps the config.json it came from, so that saving loses nothing.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -41,12 +45,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw, source="config"):
-        """Read the dict of a config.json with `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
-        if raw.get("model_type") not in ("qwen2", "qwen3"):
+        """Read the dict of a config.json; `source` is what an error names.
+
+        The RoPE base is `rope_theta` in transformers 4 and in `rope_parameters` in transformers 5.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in ("qwen2", "qwen3"):
             raise CheckpointError(
-                f"{source}: model_type is {raw.get('model_type')!r}; this code runs Qwen2 checkpoints (Qwen2.5, Qwen2.5-Coder) and dense Qwen3"
+                f"{source}: model_type is {model_type!r}; this code runs Qwen2 checkpoints "
+                "(Qwen2.5, Qwen2.5-Coder) and dense Qwen3"
             )
-        if raw["model_type"] == "qwen3" and raw.get("attention_bias"):
+        if model_type == "qwen3" and raw.get("attention_bias"):
             raise CheckpointError(
                 f"{source}: attention_bias is not supported; Qwen3's published checkpoints have none"
             )
@@ -54,8 +63,10 @@ class Config:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or raw.get("use_sliding_window"):
             raise CheckpointError(
-                f"{source}: rope type {kind!r} or a sliding window is not supported; use a checkpoint with plain RoPE and full attention"
+                f"{source}: rope type {kind!r} or a sliding window is not supported; "
+                "use a checkpoint with plain RoPE and full attention"
             )
+
         try:
             return cls(
                 vocab_size=raw["vocab_size"],
@@ -79,29 +90,35 @@ class Config:
 
     def to_dict(self):
         """The config.json that transformers 4 and 5 and vLLM read: both spellings of the RoPE base."""
-        shapes = {k: v for k, v in self.__dict__.items() if k != "raw"}
+        shapes = {name: value for name, value in vars(self).items() if name != "raw"}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         fixed = {
             "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "hidden_act": "silu",
             "rope_parameters": rope,
         }
-        return {**self.raw, **shapes, **fixed}
+        return self.raw | shapes | fixed
 
 
 class Linear(nn.Linear):
-    """A matrix, with room for an adapter beside it (lora.py)."""
+    """A matrix, with room for an adapter beside it (runtime/lora.py)."""
 
     def __init__(self, *shape, **options):
         super().__init__(*shape, **options)
         self.adapter = None
 
     def reset_parameters(self):
-        """Weights come from load() or random_model(); torch's own start values would only cost time (on the meta device an import of 1.4 s)."""
+        """Weights come from load_model() or random_model().
+
+        torch's own start values would only cost time (on the meta device an import of 1.4 s).
+        """
 
     def project(self, x, linear):
+        """x [T, in] -> [T, out] without the bias; linear(x, weight) is the matrix product."""
         out = linear(x, self.weight)
-        return out if self.adapter is None or not self.adapter.enabled else out + self.adapter(x)
+        if self.adapter is not None and self.adapter.enabled:
+            out = out + self.adapter(x)
+        return out
 
 
 class Layer(nn.Module):
@@ -109,38 +126,47 @@ class Layer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = config
-        self.eps = c.rms_norm_eps
-        self.input_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        self.qkv = Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.model_type == "qwen2")
-        if c.model_type == "qwen3":
-            self.q_norm, self.k_norm = (nn.Parameter(torch.ones(c.head_dim)) for _ in "qk")
-        self.o = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.post_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.gate_up = Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
-        self.down = Linear(c.intermediate_size, c.hidden_size, bias=False)
+        hidden, head_dim = config.hidden_size, config.head_dim
+        kv_heads = config.num_key_value_heads
+        self.eps = config.rms_norm_eps
+        self.heads = (config.num_attention_heads, kv_heads, kv_heads)
+        is_qwen3 = config.model_type == "qwen3"
+
+        self.input_norm = nn.Parameter(torch.ones(hidden))
+        self.qkv = Linear(hidden, sum(self.heads) * head_dim, bias=not is_qwen3)
+        if is_qwen3:
+            self.q_norm = nn.Parameter(torch.ones(head_dim))
+            self.k_norm = nn.Parameter(torch.ones(head_dim))
+        self.o = Linear(config.num_attention_heads * head_dim, hidden, bias=False)
+        self.post_norm = nn.Parameter(torch.ones(hidden))
+        self.gate_up = Linear(hidden, 2 * config.intermediate_size, bias=False)
+        self.down = Linear(config.intermediate_size, hidden, bias=False)
 
     def forward(self, x, residual, attend, index, cos, sin, linear=F.linear):
         if residual is None:
             x, residual = rms_norm(x, self.input_norm, self.eps), x
         else:
             x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
+
         qkv = self.qkv.project(x, linear)
         if self.qkv.bias is None:
             qkv = self.norm_heads(qkv)
-        x = self.o.project(attend(index, qkv, self.qkv.bias, cos, sin), linear)
+        mixed = attend(index, qkv, self.qkv.bias, cos, sin)
+        x = self.o.project(mixed, linear)
+
         x, residual = add_rms_norm(x, residual, self.post_norm, self.eps)
-        return self.down.project(swiglu(self.gate_up.project(x, linear)), linear), residual
+        gate_up = self.gate_up.project(x, linear)
+        return self.down.project(swiglu(gate_up), linear), residual
 
     def norm_heads(self, qkv):
-        """Qwen3: RMSNorm over each head of q and of k, before the rotation. Here, so that no `attend` has to know."""
+        """Qwen3: RMSNorm over each head of q and of k, before the rotation.
+
+        Here, so that no `attend` has to know.
+        """
         head_dim = len(self.q_norm)
         q, k, v = qkv.view(len(qkv), -1, head_dim).split(self.heads, dim=1)
-        q, k = (
-            rms_norm(x.reshape(-1, head_dim), weight, self.eps).view_as(x)
-            for x, weight in ((q, self.q_norm), (k, self.k_norm))
-        )
+        q = rms_norm(q.reshape(-1, head_dim), self.q_norm, self.eps).view_as(q)
+        k = rms_norm(k.reshape(-1, head_dim), self.k_norm, self.eps).view_as(k)
         return torch.cat([q, k, v], dim=1).flatten(1)
 
 
@@ -151,7 +177,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.attention, self.linear = causal_attention, F.linear  # exact.py puts others here
+        self.attention, self.linear = CausalAttention, F.linear  # runtime/exact.py puts others here
         self.embed = nn.Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -208,101 +234,143 @@ class Model(nn.Module):
 
 def split_qkv(qkv, config):
     """[T, (H + 2K) * hd] -> q [T, H, hd], k [T, K, hd], v [T, K, hd], as views."""
-    heads, kv, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    return qkv.view(-1, heads + 2 * kv, hd).split([heads, kv, kv], dim=1)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    by_head = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
+    return by_head.split([heads, kv_heads, kv_heads], dim=1)
 
 
-def causal_attention(config, cu_seqlens, parents=None):
-    """The training `attend`: causal within each packed segment; flash varlen on CUDA, scaled-dot-product on CPU. The last len(parents)
-    segments also see the whole of their parent segment, which is one of the others."""
-    mix = _flash_varlen if cu_seqlens.is_cuda else _padded_sdpa
-    lengths = cu_seqlens.diff().long()
-    roots = len(lengths) - (0 if parents is None else len(parents))
-    whole = mix(lengths[:roots], lengths[:roots])
-    if parents is not None:
-        seen, rows = seen_by_children(lengths, parents), int(cu_seqlens[roots])
-        continued = mix(lengths[roots:], lengths[roots:] + lengths[parents])
+class CausalAttention:
+    """The training `attend`: causal within each packed segment.
 
-    def attend(index, qkv, bias, cos, sin):
-        q, k, v = split_qkv(qkv if bias is None else qkv + bias, config)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    Flash varlen on CUDA, scaled-dot-product on CPU. The last len(parents) segments also see the
+    whole of their parent segment, which is one of the others.
+    """
+
+    def __init__(self, config, cu_seqlens, parents=None):
+        self.config = config
+        self.parents = parents
+        segments = FlashSegments if cu_seqlens.is_cuda else PaddedSegments
+        lengths = cu_seqlens.diff().long()
         if parents is None:
-            return whole(q, k, v).flatten(1)
-        return torch.cat(
-            [whole(q[:rows], k[:rows], v[:rows]), continued(q[rows:], k[seen], v[seen])]
-        ).flatten(1)
+            self.roots = segments(lengths, lengths)
+            return
 
-    return attend
+        count = len(lengths) - len(parents)
+        self.root_rows = int(cu_seqlens[count])
+        self.roots = segments(lengths[:count], lengths[:count])
+        self.seen = seen_by_children(lengths, parents)
+        self.children = segments(lengths[count:], lengths[count:] + lengths[parents])
+
+    def __call__(self, index, qkv, bias, cos, sin):
+        """qkv [T, (H + 2K) * hd] of any layer -> [T, H * hd]."""
+        q, k, v = split_qkv(qkv if bias is None else qkv + bias, self.config)
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
+        if self.parents is None:
+            return self.roots(q, k, v).flatten(1)
+
+        rows, seen = self.root_rows, self.seen
+        roots = self.roots(q[:rows], k[:rows], v[:rows])
+        children = self.children(q[rows:], k[seen], v[seen])
+        return torch.cat([roots, children]).flatten(1)
 
 
 def seen_by_children(lengths, parents):
-    """Rows of keys that each child segment sees, parent first and then its own, one child after the other."""
+    """Rows of keys that each child segment sees: its parent's, then its own, child after child.
+
+    lengths: of all segments, [S]. parents: [C], of the last C segments.
+    Lengths 3, 2 and a child of length 1 whose parent is segment 1 -> rows 3, 4, 5.
+    """
     starts = lengths.cumsum(0) - lengths
-    first = torch.stack([starts[parents], starts[len(lengths) - len(parents) :]], 1).flatten()
-    counts = torch.stack([lengths[parents], lengths[len(lengths) - len(parents) :]], 1).flatten()
-    within = torch.arange(int(counts.sum()), device=lengths.device) - torch.repeat_interleave(
-        counts.cumsum(0) - counts, counts
-    )
+    children = len(lengths) - len(parents)
+    first = torch.stack([starts[parents], starts[children:]], 1).flatten()
+    counts = torch.stack([lengths[parents], lengths[children:]], 1).flatten()
+    return _ranges(first, counts)
+
+
+class FlashSegments:
+    """Causal attention of packed segments on CUDA: called with q, k, v [T, heads, hd] -> [Tq, H, hd].
+
+    queries, keys: how many each segment has, int64 [S]. The queries are the last ones of their
+    segment: flash aligns the mask there.
+    """
+
+    def __init__(self, queries, keys):
+        self.cu_queries = F.pad(queries.cumsum(0), (1, 0)).int()
+        self.cu_keys = F.pad(keys.cumsum(0), (1, 0)).int()
+        self.longest = int(queries.max()), int(keys.max())
+
+    def __call__(self, q, k, v):
+        # Here, because older versions of torch and CPU builds do not have it.
+        from torch.nn.attention.varlen import varlen_attn
+
+        options = {"window_size": (-1, 0)}  # causal
+        # torch 2.11 takes grouped queries as they are; later versions want to be told.
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        return varlen_attn(q, k, v, self.cu_queries, self.cu_keys, *self.longest, **options)
+
+
+class PaddedSegments:
+    """FlashSegments on a CPU, in one call per layer instead of one per segment.
+
+    256 sequences of a tiny model would otherwise be 256 small calls. Keys are padded on the left
+    and queries on the right, so that one mask tells padding and future apart; where the queries
+    are all of the segment, both are padded on the right and is_causal does, which is faster.
+    """
+
+    def __init__(self, queries, keys):
+        self.segments = len(queries)
+        self.longest_q, self.longest_k = int(queries.max()), int(keys.max())
+        first_q = torch.arange(self.segments) * self.longest_q
+        first_k = torch.arange(self.segments) * self.longest_k
+
+        self.mask = None
+        if not torch.equal(queries, keys):
+            padding = self.longest_k - keys
+            first_k = first_k + padding
+            row = torch.arange(self.longest_q)[:, None]
+            column = torch.arange(self.longest_k)
+            last_seen = row + (self.longest_k - queries)[:, None, None]
+            mask = (column >= padding[:, None, None]) & (column <= last_seen)
+            # Rows of padding look at anything: their result is dropped.
+            mask = mask | (row >= queries[:, None, None])
+            self.mask = mask[:, None]
+
+        # Row of each packed token in a [segments * longest] table.
+        self.place_q = _ranges(first_q, queries)
+        self.place_k = _ranges(first_k, keys)
+
+    def __call__(self, q, k, v):
+        out = F.scaled_dot_product_attention(
+            self._padded(q, self.place_q, self.longest_q),
+            self._padded(k, self.place_k, self.longest_k),
+            self._padded(v, self.place_k, self.longest_k),
+            attn_mask=self.mask,
+            is_causal=self.mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        rows = out.transpose(1, 2).reshape(self.segments * self.longest_q, *q.shape[1:])
+        return rows[self.place_q]
+
+    def _padded(self, x, place, longest):
+        """[T, heads, hd] -> [segments, heads, longest, hd]."""
+        rows = x.new_zeros(self.segments * longest, *x.shape[1:]).index_copy(0, place, x)
+        return rows.view(self.segments, longest, *x.shape[1:]).transpose(1, 2)
+
+
+def _ranges(first, counts):
+    """first[i] .. first[i] + counts[i] - 1 for every i, one after the other."""
+    before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    within = torch.arange(int(counts.sum()), device=counts.device) - before
     return torch.repeat_interleave(first, counts) + within
 
 
-def _flash_varlen(queries, keys):
-    """Causal attention of packed segments: [S] queries and [S] keys each, of which the queries are the last (flash aligns the mask there)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped queries as they are; later versions want to be told.
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    cu_q, cu_k = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys))
-    longest_q, longest_k = int(queries.max()), int(keys.max())
-    return lambda q, k, v: varlen_attn(
-        q, k, v, cu_q, cu_k, longest_q, longest_k, window_size=(-1, 0), **gqa
-    )
-
-
-def _padded_sdpa(queries, keys):
-    # One call per layer instead of one per segment: 256 sequences of a tiny model would otherwise be 256 small calls. Keys are padded on
-    # the left and queries on the right, so that one mask tells padding and future apart; without a prefix is_causal does, which is faster.
-    longest_q, longest_k = int(queries.max()), int(keys.max())
-    shared = not torch.equal(queries, keys)
-    place_q, place_k = (
-        _places(queries, longest_q, 0),
-        _places(keys, longest_k, (longest_k - keys) if shared else 0),
-    )
-    mask = None
-    if shared:
-        column, row = torch.arange(longest_k), torch.arange(longest_q)[:, None]
-        mask = (column >= (longest_k - keys)[:, None, None]) & (
-            column <= row + (longest_k - queries)[:, None, None]
-        )
-        mask = (mask | (row >= queries[:, None, None]))[
-            :, None
-        ]  # rows of padding look at anything: their result is dropped
-
-    def pad(x, place, longest):
-        rows = x.new_zeros(len(queries) * longest, *x.shape[1:]).index_copy(0, place, x)
-        return rows.view(len(queries), longest, *x.shape[1:]).transpose(1, 2)
-
-    def mix(q, k, v):
-        padded = pad(q, place_q, longest_q), pad(k, place_k, longest_k), pad(v, place_k, longest_k)
-        out = F.scaled_dot_product_attention(
-            *padded, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2).reshape(len(queries) * longest_q, *q.shape[1:])[place_q]
-
-    return mix
-
-
-def _places(lengths, longest, offset):
-    """Row of each packed token in a [segments * longest] table."""
-    starts = torch.arange(len(lengths)) * longest + offset
-    within = torch.arange(int(lengths.sum())) - torch.repeat_interleave(
-        lengths.cumsum(0) - lengths, lengths
-    )
-    return torch.repeat_interleave(starts, lengths) + within
-
-
 def random_model(config, seed=0, dtype=torch.float32, std=0.02):
-    """A model with normal(0, std) matrices, zero biases and unit norms, the same for the same seed on every machine."""
+    """A model with normal(0, std) matrices, zero biases and unit norms.
+
+    The same for the same seed on every machine.
+    """
     model = Model(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,11 +1,14 @@
-"""Rollouts: paged key-value cache, continuous batching, prompts prefilled once and shared by the samples of a group.
+"""Rollouts: paged key-value cache, continuous batching, prompts shared by the samples of a group.
 
     sampler = Sampler(model, slots=256)
-    for completions in sampler.generate([Request(prompt=ids, n=16, stop_ids=(2,), seed=0, id=7)]): ...
+    requests = [Request(prompt=ids, n=16, stop_ids=(2,), seed=0, id=7)]
+    for completions in sampler.generate(requests): ...
 
-The life of a request: all pages its rollout can ever need are reserved (so nothing is preempted and nothing runs out of memory half way), its prompt but
-the last token is prefilled once, its n samples start by decoding that last token, and each leaves its row when it draws a stop token or
-reaches max_new_tokens. Rows that leave are refilled from the queue. Every draw depends only on (seed, request id, sample, position).
+The life of a request: all pages that its rollout can ever need are reserved (so nothing is
+preempted and nothing runs out of memory half way), its prompt but the last token is prefilled once,
+its n samples start by decoding that last token, and each leaves its row when it draws a stop token
+or reaches max_new_tokens. Rows that leave are refilled from the queue. Every draw depends only on
+(seed, request id, sample, position).
 """
 
 import time
@@ -13,19 +16,22 @@ from dataclasses import dataclass, field
 
 import torch
 
-from decode import ROW, Decoder, new_state
+from decode import COLUMNS, Decoder, new_state
 from kernels.native import LANES
-from pages import PagePool, StalePageError, free_bytes  # noqa: F401 (StalePageError is part of this module's interface)
+from pages import PagePool, PoolSize, free_bytes
 
-PREFILL_TOKENS = (
-    8192  # prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB)
-)
-MEMORY = 0.5  # share of free memory for pages; the rest is for prefill, graphs and, in the same process, training
+# Prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB).
+PREFILL_TOKENS = 8192
+# Share of free memory for pages; the rest is for prefill, graphs and, in the same process, training.
+MEMORY = 0.5
 
 
 @dataclass
 class Request:
-    """One prompt. `id` and `seed` are the identity of its draws; top_p and top_k are for evaluation only (training samples are never truncated)."""
+    """One prompt. `id` and `seed` are the identity of its draws.
+
+    top_p and top_k are for evaluation only: training samples are never truncated.
+    """
 
     prompt: list[int]
     n: int = 1
@@ -36,14 +42,16 @@ class Request:
     stop_ids: tuple = ()
     seed: int = 0
     id: int = 0
-    expected_tokens: int | None = (
-        None  # a guess of the response length, to start long rollouts first; None = max_new_tokens
-    )
+    # A guess of the response length, to start long rollouts first; None = max_new_tokens.
+    expected_tokens: int | None = None
 
 
 @dataclass
 class Completion:
-    """One sample. `tokens` ends with the stop token when finish_reason is "stop"; `logprobs` are fp32, of the distribution sampled from."""
+    """One sample. `tokens` ends with the stop token when finish_reason is "stop".
+
+    `logprobs` are fp32, of the distribution that was sampled from.
+    """
 
     request: int  # position in the list given to generate()
     sample: int
@@ -61,15 +69,17 @@ class Group:
     request: Request
     samples: list[int]  # not yet started
     prefix: list[int] = field(default_factory=list)  # shared pages of prompt[:-1]
-    tail: list[int] = field(
-        default_factory=list
-    )  # at most one page: the prompt's last, not full, where each sample gets a copy
+    # At most one page: the prompt's last, not full, of which each sample gets a copy.
+    tail: list[int] = field(default_factory=list)
     fresh: bool = True  # not prefilled yet
     running: int = 0
 
     @property
     def cached(self):
-        """Tokens that prefill writes. The last prompt token is each sample's first decode step, so prefill needs no lm_head."""
+        """Tokens that prefill writes.
+
+        The last prompt token is each sample's first decode step, so prefill needs no lm_head.
+        """
         return len(self.request.prompt) - 1
 
 
@@ -83,70 +93,85 @@ class Row:
 
 
 class Sampler:
-    """Samples from `model`, reading its weights in place. Call load() after every weight update."""
+    """Samples from `model`, reading its weights in place. Call load() after every weight update.
+
+    The host knows the running samples as a list of Row; the device has row i of `state` for each.
+    """
 
     def __init__(
         self, model, slots=256, page_size=None, memory=None, share_prefix=True, exact=False
     ):
-        """slots: samples decoded together. page_size: tokens per page, a multiple of 16. memory: most bytes of keys and values; None = half of
-        what is free when they are first needed. Never more than the requests need; with less, fewer samples run together.
-        share_prefix=False prefills every sample alone, to measure what sharing gains. exact: the GPU's mode with the trainer's arithmetic
-        (exact.py); all requests of a call then have one temperature.
+        """slots: samples decoded together.
+        page_size: tokens per page, a multiple of 16.
+        memory: most bytes of keys and values; None = half of what is free when they are first
+            needed. Never more than the requests need; with less, fewer samples run together.
+        share_prefix: False prefills every sample alone, to measure what sharing gains.
+        exact: the GPU's mode with the trainer's arithmetic (runtime/exact.py); all requests of a
+            call then have one temperature.
         """
         weight = model.embed.weight
-        self.model, self.config, self.slots, self.share_prefix, self.exact = (
-            model,
-            model.config,
-            slots,
-            share_prefix,
-            exact,
-        )
-        self.device, self.dtype, self.cpu = weight.device, weight.dtype, weight.device.type == "cpu"
-        self.page_size = page_size or (LANES if self.cpu else 8192 // self.config.head_dim)
+        self.model = model
+        self.config = model.config
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.cpu = weight.device.type == "cpu"
+        self.slots = slots
+        self.memory = memory
+        self.share_prefix = share_prefix
+        self.exact = exact
+
+        default = LANES if self.cpu else 8192 // self.config.head_dim
+        self.page_size = page_size or default
         if self.page_size % LANES:
             raise ValueError(f"page_size {page_size} is not a multiple of {LANES}")
-        c = self.config
-        self.page_bytes = (
-            2
-            * c.num_hidden_layers
-            * c.num_key_value_heads
-            * c.head_dim
-            * self.page_size
-            * self.dtype.itemsize
-        )
-        self.memory, self.pool, self.decoder, self.state, self.version, self.checked = (
-            memory,
-            None,
-            None,
-            None,
-            0,
-            0,
-        )
-        self.look_every = (
-            1 if self.cpu else 8
-        )  # steps between two looks of the host at the rows that ended
+        layer_values = 2 * self.config.num_key_value_heads * self.config.head_dim
+        token_bytes = self.config.num_hidden_layers * layer_values * self.dtype.itemsize
+        self.page_bytes = token_bytes * self.page_size
+
+        # Made when first needed; release() gives them back.
+        self.pool = None
+        self.decoder = None
+        self.state = None
+
+        self.capacity = 0  # rows at a time for which there are pages
+        self.version = 0  # of the weights
+        self.checked_version = 0  # the one under which all running rows were checked
+        self.look_every = 1 if self.cpu else 8  # steps between two looks at the rows that ended
         self.stats = {}
 
     def load(self, state=None):
-        """The weights changed: copy `state` (name -> tensor) into the model in place if given, and start a new weight version.
+        """The weights changed: start a new weight version; pages of the old one are refused now.
 
-        Pages of the old version are refused from now on.
+        state: name -> tensor, copied into the model in place; None = the model has them already.
         """
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters() if state else []:
-                parameter.copy_(state[name])
+        if state:
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(state[name])
         self.version += 1
-        if self.decoder:  # its packed copies are of the old weights; fused AdamW does not bump a tensor's own version counter
+        if self.decoder:
+            # Its packed copies are of the old weights. Saying so is necessary: fused AdamW does not
+            # bump a tensor's own version counter.
             self.decoder.stamp = None
 
     def release(self):
-        """Free the pages and everything built on them; the next generate() makes them again. For a trainer that needs the memory."""
-        self.pool = self.decoder = self.state = None
+        """Free the pages and all that is built on them, for a trainer that needs the memory.
+
+        The next generate() makes them again.
+        """
+        self.pool = None
+        self.decoder = None
+        self.state = None
+
+    def held_bytes(self):
+        """Keys and values in memory now, whether or not a rollout runs."""
+        return len(self.pool) * self.page_bytes if self.pool else 0
 
     def generate(self, requests, on_done=None):
         """Sample every request; returns, per request, its n completions in sample order.
 
-        on_done(request index, completions) is called as soon as a request's samples are all done, so that rewards overlap sampling.
+        on_done(request index, completions) is called as soon as a request's samples are all done,
+        so that rewards overlap sampling.
         Raises ValueError with a sentence for a request that can never fit.
         """
         with torch.inference_mode():
@@ -154,304 +179,359 @@ class Sampler:
 
     def _generate(self, requests, on_done):
         started = time.perf_counter()
-        self.stats = {
-            "tokens": 0,
-            "prefill_tokens": 0,
-            "steps": 0,
-            "row_steps": 0,
-            "prefill_seconds": 0.0,
-            "decode_seconds": 0.0,
-        }
-        groups = self._plan(requests)
+        self.stats = {"tokens": 0, "prefill_tokens": 0, "steps": 0, "row_steps": 0}
+        self.stats |= {"prefill_seconds": 0.0, "decode_seconds": 0.0, "seconds": 0.0}
+        if not requests:
+            return []
+
+        queue = self._plan(requests)
+        truncated = any(request.top_p < 1 or request.top_k > 0 for request in requests)
+        temperature = self._one_temperature(requests)
         self.done = [[] for _ in requests]
-        truncated, temperature = (
-            any(r.top_p < 1 or r.top_k > 0 for r in requests),
-            self._one_temperature(requests),
-        )
-        # Longest expected first: what starts last should be short, or a few long rows run alone at the end.
-        queue = sorted(
-            groups,
-            key=lambda g: (
-                g.request.expected_tokens or g.request.max_new_tokens,
-                g.cached,
-                -g.number,
-            ),
-        )
-        rows, state, ended = [], {name: tensor[:0] for name, tensor in self.state.items()}, False
+
+        rows = []
+        ended = False
         while queue or rows:
-            admitted = self._admit(queue, self.rows - len(rows))
+            # Refill the rows that are free.
+            admitted = self._admit(queue, self.capacity - len(rows))
             if admitted:
-                rows, state = self._join(rows, state, admitted)
+                rows = self._join(rows, admitted)
             if admitted or ended:
-                view = self._place(state)
+                state = self._pad(len(rows))
             self._check_versions(rows, admitted)
+
+            # Decode a few tokens of every row, then look which rows are still alive.
             before = time.perf_counter()
-            self.decoder.run(view, self.look_every, truncated, temperature)
-            alive = view["alive"][: len(rows)].tolist()
+            self.decoder.run(state, self.look_every, truncated, temperature)
+            alive = state["alive"][: len(rows)].tolist()
             self.stats["decode_seconds"] += time.perf_counter() - before
             self.stats["steps"] += self.look_every
             self.stats["row_steps"] += self.look_every * len(rows)
-            state, ended = (
-                {name: tensor[: len(rows)] for name, tensor in view.items()},
-                not all(alive),
-            )
+
+            ended = not all(alive)
             if ended:
-                self._finish(rows, state, alive, on_done)
-                rows, state = (
-                    [row for row, a in zip(rows, alive) if a],
-                    _select(state, state["alive"].nonzero().squeeze(1)),
-                )
+                rows = self._finish(rows, alive, on_done)
+
         self.stats["seconds"] = time.perf_counter() - started
-        return [sorted(done, key=lambda c: c.sample) for done in self.done]
+        return [_in_sample_order(completions) for completions in self.done]
+
+    # Before the first step: groups, pages, buffers.
 
     def _plan(self, requests):
-        """Requests -> groups, a page pool and row buffers that hold them; refuses what can never fit before anything runs."""
-        for i, request in enumerate(requests):
-            _check(i, request, self.config)
-        shares = [
-            (i, r, s)
-            for i, r in enumerate(requests)
-            for s in ([range(r.n)] if self.share_prefix else [[j] for j in range(r.n)])
-        ]
-        groups = [
-            Group(number, i, r, list(samples)) for number, (i, r, samples) in enumerate(shares)
-        ]
+        """Requests -> queue of groups, the next one last; refuses what can never fit.
+
+        Also makes what holds them: the page pool, the decoder and the row buffers.
+        """
+        for index, request in enumerate(requests):
+            _check(index, request, self.config)
+
+        groups = []
+        for index, request in enumerate(requests):
+            samples = list(range(request.n))
+            shares = [samples] if self.share_prefix else [[sample] for sample in samples]
+            for share in shares:
+                groups.append(Group(len(groups), index, request, share))
+
         self._reserve(groups)
-        longest = max((r.max_new_tokens for r in requests), default=1)
-        widths = {
-            "stop_ids": (torch.int64, max((len(r.stop_ids) for r in requests), default=0)),
-            "tables": (
-                torch.int32,
-                max((self._prompt_pages(g) for g in groups), default=1)
-                + (1 if self.cpu else self.pool.run_pages),
-            ),
-            "out_tokens": (torch.int64, longest),
-            "out_logprobs": (torch.float32, longest),
-        }
         self.decoder.refresh()
-        self._make_buffers(widths)
-        return groups
+        self._make_buffers(groups)
+        return sorted(groups, key=_urgency)
 
     def _one_temperature(self, requests):
-        """The exact mode computes log-probs in the trainer's kernel, which takes one temperature; elsewhere it does not matter."""
-        temperatures = {r.temperature for r in requests} if self.exact else {None}
+        """The temperature of all requests, which the exact mode needs; elsewhere None.
+
+        The trainer's kernel, which computes log-probs there, takes one temperature.
+        """
+        if not self.exact:
+            return None
+        temperatures = {request.temperature for request in requests}
         if len(temperatures) > 1:
             raise ValueError(
                 f"the exact mode samples at one temperature per call, not at {sorted(temperatures)}"
             )
-        return temperatures.pop() if temperatures else None
+        return temperatures.pop()
 
     def _prompt_pages(self, group):
-        return -(-group.cached // self.page_size)
+        return _ceil(group.cached, self.page_size)
 
     def _own_pages(self, group):
-        """Pages of a sample's run: its tokens from the last prompt token on (the very last is drawn but never fed) and, where pages are read by a table, a
-        copy of what the prompt wrote in its last page."""
-        return -(
-            -(group.request.max_new_tokens + (0 if self.cpu else group.cached % self.page_size))
-            // self.page_size
-        )
+        """Pages of a sample's run.
+
+        They hold its tokens from the last prompt token on (the very last is drawn but never fed)
+        and, where pages are read by a table, a copy of what the prompt wrote in its last page.
+        """
+        copied = 0 if self.cpu else group.cached % self.page_size
+        return _ceil(group.request.max_new_tokens + copied, self.page_size)
 
     def _reserve(self, groups):
-        """Pages for the whole rollout of as many rows at a time as memory surely has room for: self.rows. The pool is kept while it is large enough."""
-        own = max((self._own_pages(g) for g in groups), default=1)
-        prompts = sorted((self._prompt_pages(g) for g in groups), reverse=True)
-        piece = (
-            max(1, prompts[0]) if groups and self.cpu else 1
-        )  # CPU attention wants a prompt in one piece, all pieces of one size
-        prompts = [-(-pages // piece) * piece for pages in prompts]
-        budget = self._affordable_pages()
-        self.rows, prompt_pages = 0, 0
-        for row in range(min(self.slots, sum(len(g.samples) for g in groups))):
-            prompt = (
-                prompts[row] if row < len(prompts) else 0
-            )  # at worst every row is of another prompt, of the longest ones
-            if (row + 1) * own + prompt_pages + prompt > budget:
+        """Pages for the whole rollout of as many rows at a time as memory surely has room for.
+
+        Sets self.capacity to that number of rows. The pool is kept while it is large enough.
+        """
+        own_pages = max(self._own_pages(group) for group in groups)
+        longest_first = sorted((self._prompt_pages(group) for group in groups), reverse=True)
+        # CPU attention wants a prompt in one piece, and all pieces have one size.
+        piece_pages = max(1, longest_first[0]) if self.cpu else 1
+        prompts = [_ceil(pages, piece_pages) * piece_pages for pages in longest_first]
+
+        # At worst every row is of another prompt, of the longest ones.
+        room = self._affordable_pages()
+        samples = sum(len(group.samples) for group in groups)
+        self.capacity = 0
+        prompt_pages = 0
+        for rows in range(1, 1 + min(self.slots, samples)):
+            more = prompts[rows - 1] if rows <= len(prompts) else 0
+            if rows * own_pages + prompt_pages + more > room:
                 break
-            self.rows, prompt_pages = row + 1, prompt_pages + prompt
-        if groups and not self.rows:
-            self._refuse(groups, own + prompts[0], budget)
-        old = self.pool
-        size = [self.rows, own, prompt_pages // piece, piece]
-        kept = [old.runs, old.run_pages, old.prompts, old.prompt_pages] if old else size
-        if not old or any(new > have for new, have in zip(size, kept)):
-            larger = [max(new, have) for new, have in zip(size, kept)]
-            size = larger if larger[0] * larger[1] + larger[2] * larger[3] <= budget else size
-            self.pool = self.decoder = old = None  # free the old pool before the new one is made
+            self.capacity = rows
+            prompt_pages += more
+        if not self.capacity:
+            self._refuse(groups, own_pages + prompts[0], room)
+
+        needed = PoolSize(self.capacity, own_pages, prompt_pages // piece_pages, piece_pages)
+        held = self.pool.size if self.pool else needed
+        if not self.pool or any(new > old for new, old in zip(needed, held)):
+            # At least what it was, where there is room, so that two kinds of calls share a pool.
+            larger = PoolSize(*map(max, needed, held))
+            size = larger if larger.pages <= room else needed
+            # The old pool is freed before the new one is made.
+            self.pool = None
+            self.decoder = None
             self.pool = PagePool(
-                self.config, *size, self.page_size, self.dtype, self.device, self.cpu
+                self.config, size, self.page_size, self.dtype, self.device, heads_first=self.cpu
             )
             self.decoder = Decoder(self.model, self.pool, self.cpu, self.exact)
-        self.pool.clear()  # no page survives a call, and a rollout that was interrupted leaves none behind
 
-    def _refuse(self, groups, need, room):
-        prompt, new = (
-            max(len(g.request.prompt) for g in groups),
-            max(g.request.max_new_tokens for g in groups),
-        )
-        worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g)).index
-        raise ValueError(
-            f"request {worst} can never fit: a prompt of {prompt} tokens and {new} new ones need {need} pages of {self.page_size} tokens and there is room "
-            f"for {room}: shorten it, or give the sampler more memory"
-        )
-
-    def _make_buffers(self, widths):
-        """Row buffers, kept from call to call while they are wide enough: CUDA graphs hold their addresses."""
-        if self.state and all(
-            self.state[name].shape[1] >= width for name, (_, width) in widths.items()
-        ):
-            return
-        old = {name: self.state[name].shape[1] if self.state else 0 for name in widths}
-        self.state = None
-        self.state = new_state(
-            self.decoder.pad(self.slots),
-            {n: (dtype, max(width, old[n])) for n, (dtype, width) in widths.items()},
-            self.device,
-        )
-        self.decoder.graphs = {} if self.decoder.graphs is not None else None
+        # No page survives a call, and a rollout that was interrupted leaves none behind.
+        self.pool.clear()
 
     def _affordable_pages(self):
         """Pages in the memory that the sampler may take; the pool in use counts as free."""
         free = free_bytes(self.device) + self.held_bytes()
-        return int(
-            (free * MEMORY if self.memory is None else min(self.memory, free)) // self.page_bytes
+        allowed = free * MEMORY if self.memory is None else min(self.memory, free)
+        return int(allowed // self.page_bytes)
+
+    def _refuse(self, groups, need, room):
+        prompt = max(len(group.request.prompt) for group in groups)
+        new = max(group.request.max_new_tokens for group in groups)
+        worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g)).index
+        raise ValueError(
+            f"request {worst} can never fit: a prompt of {prompt} tokens and {new} new ones need "
+            f"{need} pages of {self.page_size} tokens and there is room for {room}: "
+            "shorten it, or give the sampler more memory"
         )
 
-    def held_bytes(self):
-        """Keys and values in memory now, whether or not a rollout runs."""
-        return len(self.pool) * self.page_bytes if self.pool else 0
+    def _make_buffers(self, groups):
+        """Row buffers, kept from call to call while they are wide enough.
 
-    def _admit(self, queue, rows_free):
-        """Start samples from the end of the queue while rows last, prefilling prompts that are new -> [Row]."""
-        admitted, fresh = [], []
-        while queue and rows_free > 0:
+        CUDA graphs hold their addresses, so new buffers mean new graphs.
+        """
+        longest = max(group.request.max_new_tokens for group in groups)
+        prompt_pages = max(self._prompt_pages(group) for group in groups)
+        widths = {
+            "stop_ids": max(len(group.request.stop_ids) for group in groups),
+            "tables": prompt_pages + (1 if self.cpu else self.pool.size.run_pages),
+            "out_tokens": longest,
+            "out_logprobs": longest,
+        }
+        if self.state:
+            held = {name: self.state[name].shape[1] for name in widths}
+            if all(held[name] >= width for name, width in widths.items()):
+                return
+            widths = {name: max(width, held[name]) for name, width in widths.items()}
+
+        self.state = None  # freed before the new ones are made
+        self.state = new_state(self.decoder.pad(self.slots), widths, self.device)
+        self.decoder.forget_graphs()
+
+    # Between two chunks of steps: who runs, and what the device knows of it.
+
+    def _admit(self, queue, free_rows):
+        """Start samples from the end of the queue while rows last, prefilling new prompts -> [Row]."""
+        admitted = []
+        fresh = []
+        while queue and free_rows > 0:
             group = queue[-1]
             if group.fresh:
                 pages = self.pool.take(self._prompt_pages(group), self.version)
                 full = len(pages) if self.cpu else group.cached // self.page_size
-                group.prefix, group.tail, group.fresh = pages[:full], pages[full:], False
+                group.prefix = pages[:full]
+                group.tail = pages[full:]
+                group.fresh = False
                 fresh.append(group)
-            started, group.samples = group.samples[:rows_free], group.samples[rows_free:]
-            admitted += [Row(group, sample, self.pool.take_run(self.version)) for sample in started]
+
+            started = group.samples[:free_rows]
+            group.samples = group.samples[free_rows:]
+            for sample in started:
+                admitted.append(Row(group, sample, self.pool.take_run(self.version)))
             group.running += len(started)
-            rows_free -= len(started)
+            free_rows -= len(started)
             if not group.samples:
                 queue.pop()
-        self._prefill([g for g in fresh if g.cached])
+
+        self._prefill([group for group in fresh if group.cached])
         self._copy_tails(admitted)
         return admitted
 
     def _prefill(self, groups):
         """Run prompts, but their last token, through the model in packed passes of like lengths."""
         started = time.perf_counter()
-        groups = sorted(groups, key=lambda g: g.cached)
+        groups = sorted(groups, key=lambda group: group.cached)
         while groups:
             batch = [groups.pop()]
             room = PREFILL_TOKENS - batch[0].cached
             while groups and groups[-1].cached <= room:
                 room -= groups[-1].cached
                 batch.append(groups.pop())
-            self.decoder.prefill(
-                [g.request.prompt[:-1] for g in batch], [g.prefix + g.tail for g in batch]
-            )
-            self.stats["prefill_tokens"] += sum(g.cached for g in batch)
+            prompts = [group.request.prompt[:-1] for group in batch]
+            self.decoder.prefill(prompts, [group.prefix + group.tail for group in batch])
+            self.stats["prefill_tokens"] += sum(group.cached for group in batch)
         self.stats["prefill_seconds"] += time.perf_counter() - started
 
     def _copy_tails(self, admitted):
-        """Give every new sample its own copy of its prompt's last, not full page, to go on writing in."""
-        copies = [
-            (row.group.tail[0], self.pool.run(row.slot)[0]) for row in admitted if row.group.tail
-        ]
+        """Give every new sample its own copy of its prompt's last, not full page, to write on in."""
+        copies = []
+        for row in admitted:
+            if row.group.tail:
+                copies.append((row.group.tail[0], self.pool.run(row.slot)[0]))
         if copies:
             self.pool.copy(copies)
-        for group in {row.group.number: row.group for row in admitted}.values():
+
+        # When all samples of a group have theirs, the page itself is not needed any more.
+        for row in admitted:
+            group = row.group
             if not group.samples:
                 self.pool.give(group.tail)
                 group.tail = []
 
-    def _join(self, rows, state, admitted):
-        """Add new rows and sort by group, so that the samples of a group are neighbours."""
-        new = [_row_values(row, self.page_size) for row in admitted]
-        fields = {
-            name: torch.tensor([values[name] for values in new], dtype=dtype)
-            for name, dtype in ROW.items()
-        }
-        fields["stop_ids"] = _filled(
-            [list(row.group.request.stop_ids) for row in admitted], state["stop_ids"], -1
-        )
-        fields["tables"] = _filled(
-            [row.group.prefix + ([] if self.cpu else self.pool.run(row.slot)) for row in admitted],
-            state["tables"],
-            0,
-        )
-        for name in ("out_tokens", "out_logprobs"):
-            fields[name] = torch.zeros(len(new), state[name].shape[1], dtype=state[name].dtype)
-        joined = {name: torch.cat([state[name], fields[name].to(self.device)]) for name in state}
+    def _join(self, rows, admitted):
+        """Add new rows, sorted by group, so that the samples of a group are neighbours -> [Row]."""
+        first = len(rows)
         rows = rows + admitted
-        order = sorted(range(len(rows)), key=lambda i: rows[i].group.number)
-        return [rows[i] for i in order], _select(joined, torch.tensor(order, device=self.device))
+        for name, values in self._columns(admitted).items():
+            self.state[name][first : len(rows)] = values.to(self.device)
 
-    def _place(self, state):
-        """Copy living rows to the fixed buffers, with dead copies of the last one up to a size that the decoder runs."""
-        count, size = len(state["alive"]), self.decoder.pad(len(state["alive"]))
-        view = {name: tensor[:size] for name, tensor in self.state.items()}
-        index = torch.arange(size, device=self.device).clamp_(max=count - 1)
-        for name, tensor in _select(state, index).items():
-            view[name].copy_(tensor)
-        view["alive"][count:] = False
-        return view
+        order = sorted(range(len(rows)), key=lambda i: rows[i].group.number)
+        return self._keep(rows, order)
+
+    def _columns(self, rows):
+        """What the device has to know of new rows, on the host: column -> [rows, ...]."""
+        values = [_row_values(row, self.page_size) for row in rows]
+        columns = {}
+        for name, dtype in COLUMNS.items():
+            columns[name] = torch.tensor([value[name] for value in values], dtype=dtype)
+
+        stop_ids = [list(row.group.request.stop_ids) for row in rows]
+        tables = [row.group.prefix for row in rows]
+        if not self.cpu:  # there a row's own pages are found by its slot
+            tables = [row.group.prefix + self.pool.run(row.slot) for row in rows]
+        columns["stop_ids"] = _filled(stop_ids, like=self.state["stop_ids"], filler=-1)
+        columns["tables"] = _filled(tables, like=self.state["tables"], filler=0)
+        return columns
+
+    def _keep(self, rows, chosen):
+        """Only the chosen rows, in that order, on the host and on the device -> [Row]."""
+        index = torch.tensor(chosen, dtype=torch.int64, device=self.device)
+        for buffer in self.state.values():
+            buffer[: len(chosen)] = buffer.index_select(0, index)
+        return [rows[i] for i in chosen]
+
+    def _pad(self, count):
+        """The state to run: `count` living rows, filled up with dead copies of the last one."""
+        size = self.decoder.pad(count)
+        for buffer in self.state.values():
+            buffer[count:size] = buffer[count - 1]
+        self.state["alive"][count:size] = False
+        return {name: buffer[:size] for name, buffer in self.state.items()}
 
     def _check_versions(self, rows, admitted):
-        """Every page about to be read is of the present weights: new rows always, all rows when the version has changed."""
-        for row in rows if self.version != self.checked else admitted:
-            self.pool.check(row.group.prefix + self.pool.run(row.slot), self.version)
-        self.checked = self.version
+        """Every page about to be read is of the present weights.
 
-    def _finish(self, rows, state, alive, on_done):
-        """Turn rows that ended into completions, free their pages, and hand over requests that are complete."""
-        ended = [i for i, a in enumerate(alive) if not a]
-        columns = ("positions", "start", "out_tokens", "out_logprobs")
-        s = _select(
-            {name: state[name] for name in columns}, torch.tensor(ended, device=self.device)
-        )
-        counts = (s["positions"] + 2 - s["start"]).tolist()
-        for i, count, tokens, logprobs in zip(
-            ended, counts, s["out_tokens"].tolist(), s["out_logprobs"].tolist()
-        ):
-            group = rows[i].group
-            reason = "stop" if tokens[count - 1] in group.request.stop_ids else "length"
-            done = self.done[group.index]
-            done.append(
-                Completion(group.index, rows[i].sample, tokens[:count], logprobs[:count], reason)
-            )
+        New rows are looked at always, the others when the version has changed.
+        """
+        suspects = admitted if self.version == self.checked_version else rows
+        for row in suspects:
+            self.pool.check(row.group.prefix + self.pool.run(row.slot), self.version)
+        self.checked_version = self.version
+
+    def _finish(self, rows, alive, on_done):
+        """Rows that ended become completions and leave -> the rows that go on.
+
+        Hands over the requests that are complete.
+        """
+        ended = [i for i, lives in enumerate(alive) if not lives]
+        index = torch.tensor(ended, device=self.device)
+        # `positions` is that of the last token fed; one more was drawn.
+        counts = (self.state["positions"] + 2 - self.state["start"])[index].tolist()
+        all_tokens = self.state["out_tokens"][index].tolist()
+        all_logprobs = self.state["out_logprobs"][index].tolist()
+
+        for i, count, tokens, logprobs in zip(ended, counts, all_tokens, all_logprobs):
+            row = rows[i]
+            request = row.group.request
+            tokens = tokens[:count]
+            reason = "stop" if tokens[-1] in request.stop_ids else "length"
+            done = self.done[row.group.index]
+            done.append(Completion(row.group.index, row.sample, tokens, logprobs[:count], reason))
             self.stats["tokens"] += count
-            self._leave(rows[i])
-            if on_done and len(done) == group.request.n:
-                on_done(group.index, sorted(done, key=lambda c: c.sample))
+            self._leave(row)
+            if on_done and len(done) == request.n:
+                on_done(row.group.index, _in_sample_order(done))
+
+        return self._keep(rows, [i for i, lives in enumerate(alive) if lives])
 
     def _leave(self, row):
+        """Give back the row's pages and, after the last sample of a group, those of its prompt."""
         self.pool.give_run(row.slot)
         row.group.running -= 1
         if not row.group.running and not row.group.samples:
             self.pool.give(row.group.prefix)
 
 
+def _check(index, request, config):
+    """ValueError with a sentence for a request that no sampler of this model could run."""
+    prompt, new = request.prompt, request.max_new_tokens
+    if not prompt:
+        raise ValueError(f"request {index} has an empty prompt: give it at least one token")
+    if new < 1 or request.n < 1:
+        raise ValueError(f"request {index}: n and max_new_tokens must be at least 1")
+    if len(prompt) + new > config.max_position_embeddings:
+        raise ValueError(
+            f"request {index}: a prompt of {len(prompt)} tokens with {new} new ones is longer than "
+            f"the model's {config.max_position_embeddings} positions"
+        )
+    if max(prompt) >= config.vocab_size or min(prompt) < 0:
+        raise ValueError(
+            f"request {index} has a token id outside the model's vocabulary of "
+            f"{config.vocab_size}: was it encoded by another tokenizer?"
+        )
+
+
+def _urgency(group):
+    """Longest expected first: what starts last should be short.
+
+    Otherwise a few long rows would run alone at the end.
+    """
+    expected = group.request.expected_tokens or group.request.max_new_tokens
+    return expected, group.cached, -group.number
+
+
 def _row_values(row, page_size):
-    """The one-number columns of a new row (decode.ROW)."""
-    r, cached = row.group.request, row.group.cached
+    """The one-number columns of a new row (decode.COLUMNS)."""
+    group, request = row.group, row.group.request
     return {
-        "tokens": r.prompt[-1],
-        "positions": cached,
-        "start": cached + 1,
-        "last": cached + r.max_new_tokens,
-        "group": row.group.number,
+        "tokens": request.prompt[-1],
+        "positions": group.cached,
+        "start": group.cached + 1,
+        "last": group.cached + request.max_new_tokens,
+        "group": group.number,
         "slot": row.slot,
-        "prefix": len(row.group.prefix) * page_size,
-        "temperature": r.temperature,
-        "top_p": r.top_p,
-        "top_k": r.top_k,
-        "seed": r.seed,
-        "request": r.id,
+        "prefix": len(group.prefix) * page_size,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "seed": request.seed,
+        "request": request.id,
         "sample": row.sample,
         "alive": True,
     }
@@ -460,27 +540,14 @@ def _row_values(row, page_size):
 def _filled(lists, like, filler):
     """Lists of ints as rows as wide as `like`, filled up."""
     width = like.shape[1]
-    return torch.tensor([x + [filler] * (width - len(x)) for x in lists], dtype=like.dtype).view(
-        len(lists), width
-    )
+    filled = [values + [filler] * (width - len(values)) for values in lists]
+    return torch.tensor(filled, dtype=like.dtype).view(len(lists), width)
 
 
-def _select(state, index):
-    return {name: tensor.index_select(0, index) for name, tensor in state.items()}
+def _in_sample_order(completions):
+    return sorted(completions, key=lambda completion: completion.sample)
 
 
-def _check(index, request, config):
-    """ValueError with a sentence for a request that no sampler of this model could run."""
-    new, prompt = request.max_new_tokens, request.prompt
-    if not prompt:
-        raise ValueError(f"request {index} has an empty prompt: give it at least one token")
-    if new < 1 or request.n < 1:
-        raise ValueError(f"request {index}: n and max_new_tokens must be at least 1")
-    if len(prompt) + new > config.max_position_embeddings:
-        raise ValueError(
-            f"request {index}: a prompt of {len(prompt)} tokens with {new} new ones is longer than the model's {config.max_position_embeddings} positions"
-        )
-    if max(prompt) >= config.vocab_size or min(prompt) < 0:
-        raise ValueError(
-            f"request {index} has a token id outside the model's vocabulary of {config.vocab_size}: was it encoded by another tokenizer?"
-        )
+def _ceil(count, size):
+    """How many pieces of `size` hold `count`."""
+    return -(-count // size)

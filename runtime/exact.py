@@ -1,13 +1,18 @@
-"""The opt-in exact mode (--exact): sampler and trainer do the same arithmetic for a token, so on-policy log-probs are equal to the last bit on a GPU.
+"""The opt-in exact mode (--exact): sampler and trainer do the same arithmetic for a token.
 
-What makes a token's numbers depend on its batch, and what this mode does instead, in the trainer's forward, in prefill and in decode steps:
+So on-policy log-probs are equal to the last bit on a GPU. What makes a token's numbers depend on
+its batch, and what this mode does instead, in the trainer's forward, in prefill and in decode steps:
 
-- matrix products: cuBLAS picks tile and split by shape -> one Triton tile for every shape (kernels/linear.py);
-- attention: training's flash kernel, and the shared prefix in decode, cut the keys differently -> every token is a query of the paged decode kernel,
-  which reads its keys in splits of 256 from the first on and merges them in order;
-- the head: the draw's tile depends on the batch and the fused loss uses cuBLAS -> one tile, and log-probs always from kernels.logprob.token_logprobs.
+- matrix products: cuBLAS picks tile and split by shape -> one Triton tile for every shape
+  (kernels/linear.py);
+- attention: training's flash kernel, and the shared prefix in decode, cut the keys differently ->
+  every token is a query of the paged decode kernel, which reads its keys in splits of 256 from the
+  first on and merges them in order;
+- the head: the draw's tile depends on the batch and the fused loss uses cuBLAS -> one tile, and
+  log-probs always from kernels.logprob.token_logprobs.
 
-Norms, rotation and SwiGLU are row by row already. The gradient is that of the ordinary operations: only values of the forward are compared.
+Norms, rotation and SwiGLU are row by row already. The gradient is that of the ordinary operations:
+only values of the forward are compared.
 """
 
 import torch
@@ -15,19 +20,27 @@ import torch
 from kernels.attention import paged_attention
 from kernels.layers import qkv_rope_write
 from kernels.linear import fixed_linear
-from model import causal_attention, seen_by_children
+from model import CausalAttention, seen_by_children
 
-QUERIES = 2048  # per call of the decode kernel: its partial results take 12 KB a token at 1k tokens of context and 12 heads of 128
+# Queries per call of the decode kernel: its partial results take 12 KB a token at 1k tokens of
+# context and 12 heads of 128.
+QUERIES = 2048
 
 
 def make_exact(model):
     """Let `model` compute its forward in the exact mode."""
-    model.attention, model.linear = exact_attention, exact_linear
+    model.attention = ExactAttention
+    model.linear = exact_linear
 
 
 def page_size(config):
     """Tokens per page, the decode kernel's tile; the trainer's pages must be the sampler's."""
     return 8192 // config.head_dim
+
+
+def exact_linear(x, weight):
+    """x [T, D], weight [N, D] -> [T, N]."""
+    return _Linear.apply(x, weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -39,101 +52,102 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.T @ x if ctx.needs_input_grad[1] else None
+        for_weight = gradient.T @ x if ctx.needs_input_grad[1] else None
+        return gradient @ weight, for_weight
 
 
-def exact_linear(x, weight):
-    """x [T, D], weight [N, D] -> [T, N]."""
-    return _Linear.apply(x, weight)
+class ExactAttention:
+    """model.CausalAttention in the decode kernel's arithmetic.
+
+    Keys and values of the packed batch go to pages, then every token is a query. A segment that
+    continues a prompt gets the prompt's keys in pages of its own.
+    """
+
+    def __init__(self, config, cu_seqlens, parents=None):
+        self.config = config
+        self.plain = CausalAttention(config, cu_seqlens, parents)
+        device = cu_seqlens.device
+        lengths = cu_seqlens.diff().long()
+
+        # rows: which of the packed tokens are written, segment by segment.
+        # query: which of `rows` are asked, so that every token is, once.
+        self.rows = torch.arange(int(cu_seqlens[-1]), device=device)
+        query = self.rows
+        if parents is not None:
+            roots = len(lengths) - len(parents)
+            before = self.rows[: cu_seqlens[roots]]
+            seen = seen_by_children(lengths, parents)
+            own = (seen >= len(before)).nonzero().squeeze(1)
+            self.rows = torch.cat([before, seen])
+            query = torch.cat([before, len(before) + own])
+            lengths = torch.cat([lengths[:roots], lengths[roots:] + lengths[parents]])
+
+        segment = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        starts = lengths.cumsum(0) - lengths
+        position = torch.arange(len(self.rows), device=device) - starts[segment]
+
+        size = page_size(config)
+        pages = -(-lengths // size)
+        first = pages.cumsum(0) - pages  # page of each segment's first token
+        tables = (first[:, None] + torch.arange(int(pages.max()), device=device)).int()
+
+        self.slots = (first[segment] + position // size) * size + position % size
+        self.query = query
+        self.tables = tables[segment[query]]
+        self.seen = (position[query] + 1).int()  # tokens that each query sees, itself included
+        self.shape = (int(pages.sum()), config.num_key_value_heads, size, config.head_dim)
+        self.k_pages = None  # of one layer at a time
+        self.v_pages = None
+
+    def __call__(self, index, qkv, bias, cos, sin):
+        """qkv [T, (H + 2K) * hd] of any layer -> [T, H * hd]."""
+        return _Attention.apply(self, index, qkv, bias, cos, sin)
+
+    def through_pages(self, qkv, bias, cos, sin):
+        """The values of the forward; no gradient."""
+        if self.k_pages is None:
+            self.k_pages = torch.empty(self.shape, dtype=qkv.dtype, device=qkv.device)
+            self.v_pages = torch.empty(self.shape, dtype=qkv.dtype, device=qkv.device)
+        rows, pages = self.rows, (self.k_pages, self.v_pages)
+        heads = self.config.num_attention_heads
+        q = qkv_rope_write(qkv[rows], bias, cos[rows], sin[rows], *pages, self.slots, heads)
+        return attend_to_pages(q[self.query], *pages, self.tables, self.seen)
 
 
 class _Attention(torch.autograd.Function):
-    """exact(qkv, bias), with the gradient of plain(qkv, bias)."""
+    """ExactAttention.through_pages, with the gradient of the ordinary attention."""
 
     @staticmethod
-    def forward(ctx, exact, plain, qkv, bias):
-        ctx.plain = plain
-        ctx.save_for_backward(qkv, bias)
-        return exact(qkv, bias)
+    def forward(ctx, attention, index, qkv, bias, cos, sin):
+        ctx.attention = attention
+        ctx.index = index
+        ctx.save_for_backward(qkv, bias, cos, sin)
+        return attention.through_pages(qkv, bias, cos, sin)
 
     @staticmethod
     def backward(ctx, gradient):
-        inputs = [t if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+        qkv, bias, cos, sin = ctx.saved_tensors
+        qkv = qkv.detach().requires_grad_()
+        inputs = [qkv]
+        if bias is not None:
+            bias = bias.detach().requires_grad_()
+            inputs.append(bias)
         with torch.enable_grad():
-            found = torch.autograd.grad(
-                ctx.plain(*inputs), [t for t in inputs if t is not None], gradient
-            )
-        return None, None, found[0], found[1] if len(found) > 1 else None
-
-
-def exact_attention(config, cu_seqlens, parents=None):
-    """model.causal_attention in the decode kernel's arithmetic: keys and values of the packed batch go to pages, then every token is a query."""
-    plain, size, device = (
-        causal_attention(config, cu_seqlens, parents),
-        page_size(config),
-        cu_seqlens.device,
-    )
-    lengths, rows = cu_seqlens.diff().long(), torch.arange(int(cu_seqlens[-1]), device=device)
-    query = rows  # which of `rows` are asked: every token once
-    if (
-        parents is not None
-    ):  # a segment that continues a prompt gets the prompt's keys in pages of its own
-        roots = len(lengths) - len(parents)
-        before, seen = rows[: cu_seqlens[roots]], seen_by_children(lengths, parents)
-        rows, query = (
-            torch.cat([before, seen]),
-            torch.cat([before, len(before) + (seen >= len(before)).nonzero().squeeze(1)]),
-        )
-        lengths = torch.cat([lengths[:roots], lengths[roots:] + lengths[parents]])
-    segment = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-    position = torch.arange(len(rows), device=device) - (lengths.cumsum(0) - lengths)[segment]
-    pages = -(-lengths // size)
-    first = pages.cumsum(0) - pages  # page of each segment's first token
-    slots = (first[segment] + position // size) * size + position % size
-    tables = (first[:, None] + torch.arange(int(pages.max()), device=device)).int()
-    buffers = {}
-
-    def attend(index, qkv, bias, cos, sin):
-        if not buffers:
-            shape = (int(pages.sum()), config.num_key_value_heads, size, config.head_dim)
-            buffers.update(
-                k=torch.empty(shape, dtype=qkv.dtype, device=qkv.device),
-                v=torch.empty(shape, dtype=qkv.dtype, device=qkv.device),
-            )
-
-        def exact(qkv, bias):
-            q = qkv_rope_write(
-                qkv[rows],
-                bias,
-                cos[rows],
-                sin[rows],
-                buffers["k"],
-                buffers["v"],
-                slots,
-                config.num_attention_heads,
-            )
-            return attend_to_pages(
-                q[query],
-                buffers["k"],
-                buffers["v"],
-                tables[segment[query]],
-                (position[query] + 1).int(),
-            )
-
-        return _Attention.apply(
-            exact, lambda qkv, bias: plain(index, qkv, bias, cos, sin), qkv, bias
-        )
-
-    return attend
+            out = ctx.attention.plain(ctx.index, qkv, bias, cos, sin)
+            found = torch.autograd.grad(out, inputs, gradient)
+        for_bias = None if bias is None else found[1]
+        return None, None, found[0], for_bias, None, None
 
 
 def attend_to_pages(q, k_pages, v_pages, tables, lengths):
-    """Every token as a query of the decode kernel: q [T, H, hd], tables [T, pages] and lengths [T] (itself included) -> [T, H * hd]."""
-    parts = [slice(start, start + QUERIES) for start in range(0, len(q), QUERIES)]
+    """Every token as a query of the decode kernel.
+
+    q [T, H, hd], tables [T, pages] and lengths [T] (itself included) -> [T, H * hd].
+    """
     scale = q.shape[2] ** -0.5
-    return torch.cat(
-        [
-            paged_attention(q[rows], k_pages, v_pages, tables[rows], lengths[rows], scale)
-            for rows in parts
-        ]
-    ).flatten(1)
+    mixed = []
+    for start in range(0, len(q), QUERIES):
+        rows = slice(start, start + QUERIES)
+        part = paged_attention(q[rows], k_pages, v_pages, tables[rows], lengths[rows], scale)
+        mixed.append(part)
+    return torch.cat(mixed).flatten(1)
