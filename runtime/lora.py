@@ -1,6 +1,7 @@
-"""LoRA (arXiv 2106.09685): a low-rank update beside every linear layer of the decoder; the base stays frozen.
+"""LoRA (arXiv 2106.09685): a low-rank update beside every linear layer of the decoder.
 
-A fused matrix (q, k, v; gate, up) has one adapter per part, as Hugging Face's peft has, so that adapters travel both ways.
+The base stays frozen. A fused matrix (q, k, v; gate, up) has one adapter per part, as Hugging
+Face's peft has, so that adapters travel both ways.
 """
 
 import json
@@ -18,41 +19,52 @@ MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 class Adapter(nn.Module):
-    """x [T, in] -> [T, out]: alpha / rank * B_i (A_i x) for every part i of a fused matrix. a [parts * rank, in], b [out, rank]; B starts at 0."""
+    """x [T, in] -> [T, out]: alpha / rank * B_i (A_i x) for every part i of a fused matrix.
+
+    a [parts * rank, in], b [out, rank]; B starts at 0. outputs: the rows of each part.
+    """
 
     def __init__(self, inputs, outputs, rank, alpha, generator):
         super().__init__()
-        self.outputs, self.rank, self.scale, self.enabled = outputs, rank, alpha / rank, True
+        self.outputs = outputs
+        self.rank = rank
+        self.scale = alpha / rank
+        self.enabled = True
         bound = inputs**-0.5  # peft's kaiming_uniform(a=sqrt 5)
-        self.a = nn.Parameter(
-            torch.empty(len(outputs) * rank, inputs).uniform_(-bound, bound, generator=generator)
-        )
+        a = torch.empty(len(outputs) * rank, inputs)
+        self.a = nn.Parameter(a.uniform_(-bound, bound, generator=generator))
         self.b = nn.Parameter(torch.zeros(sum(outputs), rank))
 
     def forward(self, x):
         inner = (x @ self.a.T).split(self.rank, dim=1)
-        return self.scale * torch.cat(
-            [h @ b.T for h, b in zip(inner, self.b.split(self.outputs))], dim=1
-        )
+        parts = [h @ b.T for h, b in zip(inner, self.b.split(self.outputs))]
+        return self.scale * torch.cat(parts, dim=1)
 
 
 def attach(model, rank, alpha, seed=0):
-    """Freeze the model and give every linear layer a fresh adapter (the same for the same seed). Before distributed.shard."""
+    """Freeze the model and give every linear layer a fresh adapter, the same for the same seed.
+
+    Before distributed.shard.
+    """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for i, layer in enumerate(model.layers):
         for name in MATRICES:
             linear = getattr(layer, name)
-            outputs = part_rows(model.config, f"layers.{i}.{name}.weight") or [
-                linear.weight.shape[0]
-            ]
-            linear.adapter = Adapter(linear.weight.shape[1], outputs, rank, alpha, generator)
+            rows, inputs = linear.weight.shape
+            outputs = part_rows(model.config, f"layers.{i}.{name}.weight") or [rows]
+            linear.adapter = Adapter(inputs, outputs, rank, alpha, generator)
+
+
+def attached(model):
+    """Whether the model has adapters: all of its linear layers have one, or none."""
+    return model.layers[0].qkv.adapter is not None
 
 
 @contextmanager
 def disabled(model):
     """The frozen base inside the block: the reference model of a KL term, at no cost in memory."""
-    adapters = [m for m in model.modules() if isinstance(m, Adapter)]
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
         adapter.enabled = False
     try:
@@ -62,85 +74,94 @@ def disabled(model):
             adapter.enabled = True
 
 
+def merged(model):
+    """(name, whole tensor) of every parameter of the base, with the adapters added.
+
+    This is what the sampler and a checkpoint need; without adapters it is simply the parameters.
+    One tensor at a time; a collective.
+    """
+    adapters = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Adapter):
+            adapters[name] = module
+
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            continue
+        whole = distributed.full(parameter)
+        adapter = adapters.get(name.removesuffix("weight") + "adapter")
+        if adapter is not None:
+            whole = whole + delta(distributed.full(adapter.a), distributed.full(adapter.b), adapter)
+        yield name, whole
+
+
 def delta(a, b, adapter):
     """The update [out, in] that an adapter with (whole) matrices a, b adds to its weight."""
     parts = zip(a.split(adapter.rank), b.split(adapter.outputs))
     return adapter.scale * torch.cat([b_i @ a_i for a_i, b_i in parts])
 
 
-def merged(model):
-    """(name, whole tensor) of every parameter of the base, with the adapters added: what the sampler and a checkpoint need. One tensor at a time; a
-    collective. Without adapters these are simply the parameters."""
-    adapters = {name: m for name, m in model.named_modules() if isinstance(m, Adapter)}
-    for name, parameter in model.named_parameters():
-        if ".adapter." in name:
-            continue
-        whole, adapter = (
-            distributed.full(parameter),
-            adapters.get(name.removesuffix("weight") + "adapter"),
-        )
-        if adapter is not None:
-            whole = whole + delta(distributed.full(adapter.a), distributed.full(adapter.b), adapter)
-        yield name, whole
-
-
 def tensors(model):
-    """Adapter matrices under peft's names, whole, fp32, on the CPU; empty without adapters. A collective."""
+    """Adapter matrices under peft's names, whole, fp32, on the CPU; empty without adapters.
+
+    A collective.
+    """
     found = {}
+    if not attached(model):
+        return found
     for i, layer in enumerate(model.layers):
         for name in MATRICES:
             adapter = getattr(layer, name).adapter
-            if adapter is not None:
-                a, b = (
-                    distributed.full(adapter.a).cpu().split(adapter.rank),
-                    distributed.full(adapter.b).cpu().split(adapter.outputs),
-                )
-                for theirs, a_i, b_i in zip(LAYER_NAMES[f"{name}.weight"], a, b):
-                    prefix = f"base_model.model.model.layers.{i}.{theirs.removesuffix('.weight')}"
-                    found[f"{prefix}.lora_A.weight"], found[f"{prefix}.lora_B.weight"] = (
-                        a_i.contiguous(),
-                        b_i.contiguous(),
-                    )
+            a = distributed.full(adapter.a).cpu().split(adapter.rank)
+            b = distributed.full(adapter.b).cpu().split(adapter.outputs)
+            for prefix, a_i, b_i in zip(_peft_names(i, name), a, b):
+                found[f"{prefix}.lora_A.weight"] = a_i.contiguous()
+                found[f"{prefix}.lora_B.weight"] = b_i.contiguous()
     return found
+
+
+def _peft_names(layer, name):
+    """What peft calls the parts of a fused matrix."""
+    names = []
+    for theirs in LAYER_NAMES[f"{name}.weight"]:
+        names.append(f"base_model.model.model.layers.{layer}.{theirs.removesuffix('.weight')}")
+    return names
 
 
 def save(matrices, model, folder, base):
     """adapter_model.safetensors and adapter_config.json, which peft loads on top of `base`."""
+    targets = set()
+    for name in MATRICES:
+        for theirs in LAYER_NAMES[f"{name}.weight"]:
+            targets.add(theirs.split(".")[-2])  # self_attn.q_proj.weight -> q_proj
+
     adapter = model.layers[0].qkv.adapter
-    targets = sorted(
-        {name.split(".")[-2] for part in MATRICES for name in LAYER_NAMES[f"{part}.weight"]}
-    )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": adapter.rank,
-    }
-    config |= {
         "lora_alpha": adapter.scale * adapter.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": targets,
+        "target_modules": sorted(targets),
     }
-    (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(matrices, Path(folder) / "adapter_model.safetensors")
-
-
-def attached(model):
-    return model.layers[0].qkv.adapter is not None
+    folder = Path(folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(matrices, folder / "adapter_model.safetensors")
 
 
 def read(folder, model):
-    """The adapters that save() or peft wrote, as {our parameter name: whole matrix}; the model must have adapters of the same rank."""
-    saved, found = load_file(Path(folder) / "adapter_model.safetensors"), {}
+    """The adapters that save() or peft wrote, as {our parameter name: whole matrix}.
+
+    The model must have adapters of the same rank.
+    """
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    found = {}
     for i in range(len(model.layers)):
         for name in MATRICES:
-            prefixes = [
-                f"base_model.model.model.layers.{i}.{t.removesuffix('.weight')}"
-                for t in LAYER_NAMES[f"{name}.weight"]
-            ]
+            prefixes = _peft_names(i, name)
             for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
-                found[f"layers.{i}.{name}.adapter.{ours}"] = torch.cat(
-                    [saved[f"{prefix}.{theirs}.weight"] for prefix in prefixes]
-                )
+                parts = [saved[f"{prefix}.{theirs}.weight"] for prefix in prefixes]
+                found[f"layers.{i}.{name}.adapter.{ours}"] = torch.cat(parts)
     return found
