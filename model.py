@@ -171,25 +171,24 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """The decoder without padding: every tensor is [tokens, ...], sequences are told apart by cu_seqlens."""
+    """The decoder without padding: every tensor is [tokens, ...].
+
+    Sequences are told apart by cu_seqlens.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.attention, self.linear = CausalAttention, F.linear  # runtime/exact.py puts others here
-        self.embed = nn.Embedding(
-            config.vocab_size,
-            config.hidden_size,
-            _weight=torch.empty(config.vocab_size, config.hidden_size),
-        )
+        # runtime/exact.py puts others here.
+        self.attention = CausalAttention
+        self.linear = F.linear
+
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(*shape, _weight=torch.empty(shape))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        )
+        self.head = None if config.tie_word_embeddings else nn.Parameter(torch.empty(shape))
 
     @property
     def head_weight(self):
@@ -216,20 +215,24 @@ class Model(nn.Module):
         return self.decode(tokens, positions, attend, self.linear)
 
     def decode(self, tokens, positions, attend, linear=F.linear):
-        """The decoder with attention left open: attend(layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].
+        """The decoder with attention left open -> hidden states [T, D] after the final norm.
 
-        `linear(x, weight)` is the matrix product; the sampler gives one whose rows do not depend on the batch (decode.py).
+        attend: (layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].
+        linear: (x, weight) -> their product; the sampler gives one whose rows do not depend on the
+            batch (decode.py).
         """
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        x, residual = self.embed(tokens), None
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        x = self.embed(tokens)
+        residual = None
         for index, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(
-                    layer, x, residual, attend, index, cos, sin, linear, use_reentrant=False
-                )
+            inputs = (x, residual, attend, index, cos, sin, linear)
+            if recompute:
+                x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, residual = layer(x, residual, attend, index, cos, sin, linear)
-        return add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)[0]
+                x, residual = layer(*inputs)
+        hidden, _ = add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+        return hidden
 
 
 def split_qkv(qkv, config):
