@@ -1,4 +1,7 @@
-"""Parity with transformers' Qwen2 (DESIGN.md, invariant 2): random weights of every GQA ratio, the real pretrained checkpoint, files in and out."""
+"""Parity with transformers' Qwen2 and Qwen3 (DESIGN.md, invariant 2).
+
+Random weights of every ratio of heads, the real pretrained checkpoint, files in and out.
+"""
 
 import json
 import os
@@ -8,7 +11,6 @@ import pytest
 import torch
 
 import model as model_file
-from batches import Sequence, pack
 from runtime import hugging_face
 from sampler import Request, Sampler
 
@@ -17,8 +19,11 @@ transformers = pytest.importorskip(
 )
 
 
-def qwen2(ratio, tied, seed=0, family="Qwen2", **shapes):
-    """A random transformers Qwen2 with `ratio` query heads per KV head; biases and norms random too, or an error in them would not show."""
+def make_peer(ratio, tied, family="Qwen2", **shapes):
+    """A random transformers model with `ratio` query heads per KV head.
+
+    Biases and norms are random too, or an error in them would not show.
+    """
     config = getattr(transformers, f"{family}Config")(
         **shapes,
         vocab_size=517,
@@ -32,76 +37,82 @@ def qwen2(ratio, tied, seed=0, family="Qwen2", **shapes):
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     peer = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2 if parameter.dim() == 1 else 0.08)
+            mean = 1.0 if "norm" in name else 0.0
+            parameter.normal_(mean, 0.2 if parameter.dim() == 1 else 0.08)
     return peer
 
 
-def logits(model, sequences):
-    """Logits of packed sequences, one [T, V] per sequence."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    with torch.no_grad():
-        hidden = model(
-            torch.cat(sequences), torch.cat([torch.arange(n) for n in lengths]), cu_seqlens
-        )
-        return (hidden @ model.head_weight.T).split(lengths.tolist())
+def random_prompts(lengths=(70, 1, 33)):
+    return [torch.randint(0, 517, (length,)).tolist() for length in lengths]
 
 
-def largest_gap(peer, ours, sequences):
+def largest_gap(peer, ours, prompts):
+    """Of all logits; ours are of the prompts packed into one forward."""
+    lengths = [len(prompt) for prompt in prompts]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    positions = torch.cat([torch.arange(length) for length in lengths])
     with torch.no_grad():
-        theirs = [peer(s[None]).logits[0] for s in sequences]
-    return max((a - b).abs().max().item() for a, b in zip(theirs, logits(ours, sequences)))
+        hidden = ours.hidden(tokens, positions, cu_seqlens)
+        logits = (hidden @ ours.head_weight.T).split(lengths)
+        theirs = [peer(torch.tensor([prompt])).logits[0] for prompt in prompts]
+    return max((a - b).abs().max().item() for a, b in zip(theirs, logits))
+
+
+def greedy(ours, prompts, **limits):
+    """The sampler's greedy tokens of each prompt."""
+    requests = [Request(prompt, temperature=0.0, **limits) for prompt in prompts]
+    return [group[0].tokens for group in Sampler(ours).generate(requests)]
+
+
+def same_parameters(one, two):
+    pairs = zip(one.parameters(), two.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def through_files(peer, folder, **options):
+    """The peer's checkpoint loaded by us, and ours loaded by the peer's family and by us again."""
+    peer.save_pretrained(folder / "theirs", **options)
+    ours = hugging_face.load_model(folder / "theirs")
+    state = ours.state_dict()
+    hugging_face.save_model(state, ours.config, folder / "ours", dtype=torch.float32)
+    back = type(peer).from_pretrained(folder / "ours", dtype=torch.float32)
+    again = hugging_face.load_model(folder / "ours")
+    return ours, back, again
 
 
 @pytest.mark.parametrize("ratio", [6, 7, 8])
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_equal_transformers_and_files_go_both_ways(tmp_path, ratio, tied):
-    peer = qwen2(ratio, tied)
-    peer.save_pretrained(tmp_path / "theirs", max_shard_size="200KB" if ratio == 7 else "1GB")
+    """One of the checkpoints is cut into shards."""
+    peer = make_peer(ratio, tied)
+    shard = "200KB" if ratio == 7 else "1GB"
+    ours, back, again = through_files(peer, tmp_path, max_shard_size=shard)
     assert (tmp_path / "theirs/model.safetensors.index.json").exists() == (ratio == 7)
-    ours = hugging_face.load_model(tmp_path / "theirs")
     assert (ours.head is None) == tied
-    sequences = [torch.randint(0, 517, (n,)) for n in (70, 1, 33)]
-    assert largest_gap(peer, ours, sequences) < 1e-4
-    hugging_face.save_model(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
-    back = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    assert all(
-        torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values())
-    )
-    again = hugging_face.load_model(tmp_path / "ours")
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+    assert largest_gap(peer, ours, random_prompts()) < 1e-4
+    assert same_parameters(peer, back)
+    assert same_parameters(ours, again)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_qwen3_equals_transformers_in_logits_files_and_greedy_text(tmp_path, tied):
-    """Per-head norms on q and k, no bias, a head dim that is not hidden / heads. Sampling is what is drawn from those logits, and the
-    sampler's log-probs are the trainer's."""
-    peer = qwen2(7, tied, family="Qwen3", head_dim=32, attention_bias=False)
-    peer.save_pretrained(tmp_path / "theirs")
-    ours = hugging_face.load_model(tmp_path / "theirs")
-    assert (
-        ours.layers[0].qkv.bias is None
-        and ours.config.head_dim * ours.config.num_attention_heads != ours.config.hidden_size
-    )
-    assert largest_gap(peer, ours, [torch.randint(0, 517, (n,)) for n in (70, 1, 33)]) < 1e-4
-    hugging_face.save_model(ours.state_dict(), ours.config, tmp_path / "ours", dtype=torch.float32)
-    back = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    assert all(
-        torch.equal(a, b) for a, b in zip(peer.state_dict().values(), back.state_dict().values())
-    )
+    """Per-head norms on q and k, no bias, a head dim that is not hidden / heads."""
+    peer = make_peer(7, tied, family="Qwen3", head_dim=32, attention_bias=False)
+    ours, back, again = through_files(peer, tmp_path)
+    config = ours.config
+    assert ours.layers[0].qkv.bias is None
+    assert config.head_dim * config.num_attention_heads != config.hidden_size
+    assert largest_gap(peer, ours, random_prompts()) < 1e-4
+    assert same_parameters(peer, back)
+    assert same_parameters(ours, again)
 
-    prompts = [torch.randint(0, 517, (n,)).tolist() for n in (70, 5, 33)]
-    greedy = [
-        group[0].tokens
-        for group in Sampler(ours).generate(
-            [Request(p, max_new_tokens=24, temperature=0.0) for p in prompts]
-        )
-    ]
-    for prompt, tokens in zip(prompts, greedy):
+    prompts = random_prompts((70, 5, 33))
+    for prompt, tokens in zip(prompts, greedy(ours, prompts, max_new_tokens=24)):
         whole = peer.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt)),
@@ -110,24 +121,16 @@ def test_qwen3_equals_transformers_in_logits_files_and_greedy_text(tmp_path, tie
             eos_token_id=None,
         )
         assert tokens == whole[0, len(prompt) :].tolist()
-    for group in Sampler(ours).generate(
-        [Request(p, n=3, max_new_tokens=24, seed=1, id=i) for i, p in enumerate(prompts)]
-    ):
-        for c in group:
-            batch = pack([Sequence(prompts[c.request], c.tokens)])
-            with torch.no_grad():
-                logprobs, _ = ours(batch)
-            torch.testing.assert_close(logprobs, torch.tensor(c.logprobs), atol=1e-5, rtol=0)
 
 
 def test_both_spellings_of_the_rope_base(tmp_path):
-    peer = qwen2(6, True)
-    peer.save_pretrained(tmp_path)
+    make_peer(6, True).save_pretrained(tmp_path)
     new = hugging_face.read_config(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    old = {k: v for k, v in raw.items() if k != "rope_parameters"} | {"rope_theta": 1e6}
-    assert new.rope_theta == model_file.Config.from_dict(old).rope_theta == 1e6
-    assert model_file.Config.from_dict(old | {"rope_theta": 5e5}).rope_theta == 5e5
+    old = {name: value for name, value in raw.items() if name != "rope_parameters"}
+    for base in (1e6, 5e5):
+        assert model_file.Config.from_dict(old | {"rope_theta": base}).rope_theta == base
+    assert new.rope_theta == 1e6
     written = new.to_dict()
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1e6
 
@@ -137,9 +140,9 @@ def test_damaged_checkpoints_are_named(tmp_path):
         with pytest.raises(model_file.CheckpointError, match=match):
             hugging_face.load_model(tmp_path)
 
-    refused("no checkpoint")
-    peer = qwen2(6, True)
-    peer.save_pretrained(tmp_path)
+    refused("not a checkpoint")
+    make_peer(6, True).save_pretrained(tmp_path)
+
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -147,13 +150,16 @@ def test_damaged_checkpoints_are_named(tmp_path):
     weights.unlink()
     refused("missing")
     weights.write_bytes(whole)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 4}))
     refused("no tensor model.layers.3")
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    path.write_text(json.dumps(config | {"intermediate_size": 128}))
     refused("shape")
-    (tmp_path / "config.json").write_text("{")
+    path.write_text("{")
     refused("not valid JSON")
+
     with pytest.raises(model_file.CheckpointError, match="hub id"):
         hugging_face.load_model(str(tmp_path / "nowhere"))
 
@@ -163,30 +169,31 @@ def real_checkpoint():
     folder = Path(os.environ.get("RARECODE_MODEL", root.parent / "models" / "smollm2-135m"))
     if not (folder / "model.safetensors").exists():
         pytest.skip(
-            f"no pretrained checkpoint at {folder}: write one with smollm2_to_qwen2.py and set RARECODE_MODEL to its folder"
+            f"no pretrained checkpoint at {folder}: write one with smollm2_to_qwen2.py "
+            "and set RARECODE_MODEL to its folder"
         )
     return folder
 
 
+@pytest.mark.slow  # 135 million parameters, twice
 def test_real_checkpoint_same_logits_and_same_greedy_text():
     folder = real_checkpoint()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = hugging_face.load_model(folder)
-    questions = [
+    questions = (
         "What is 6 times 7?",
         "Name three primary colours, and say which two of them make green.",
         "Write one sentence about rain.",
-    ]
-    prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in questions]
-    ids = [tokenizer(p)["input_ids"] for p in prompts]
-    assert largest_gap(peer, ours, [torch.tensor(x) for x in ids]) < 1e-4
-    requests = [
-        Request(x, max_new_tokens=16, temperature=0.0, stop_ids=(tokenizer.eos_token_id,))
-        for x in ids
-    ]
-    sampled = [group[0].tokens for group in Sampler(ours).generate(requests)]
-    for prompt, tokens in zip(ids, sampled):
+    )
+    prompts = []
+    for question in questions:
+        chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        prompts.append(tokenizer(chat)["input_ids"])
+    assert largest_gap(peer, ours, prompts) < 1e-4
+
+    sampled = greedy(ours, prompts, max_new_tokens=16, stop_ids=(tokenizer.eos_token_id,))
+    for prompt, tokens in zip(prompts, sampled):
         with torch.no_grad():
             whole = peer.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
         assert tokens == whole[0, len(prompt) :].tolist()
