@@ -1,4 +1,4 @@
-"""The device side of sampling: prefill passes and decode steps on tensors, without a look by the host.
+"""The device side of sampling: prefill passes and decode steps, without a look by the host.
 
 On CUDA a step is the kernels of kernels/, captured as one CUDA graph per batch size. On CPU it is
 oneDNN's matrix products and kernels/native.c, with every shape chosen so that a row's result
@@ -102,12 +102,14 @@ class Decoder:
 
         # (rows, temperature) -> CUDA graph of a step, or None where a step cannot be recorded: the
         # torch references look at lengths on the host, the Triton kernels do not.
-        recordable = use_triton(model.embed.weight) and self.config.head_dim in (64, 128)
-        self.graphs = {} if recordable else None
+        uses_kernels = use_triton(model.embed.weight)
+        has_kernel = self.config.head_dim in (64, 128)
+        self.graphs = {} if uses_kernels and has_kernel else None
 
     def pad(self, count):
         """Rows to run for `count` living ones."""
-        sizes, step = (CPU_SIZES, 16) if self.cpu else (SIZES, 64)
+        sizes = CPU_SIZES if self.cpu else SIZES
+        step = 16 if self.cpu else 64
         for size in sizes:
             if size >= count:
                 return size
@@ -116,19 +118,22 @@ class Decoder:
     def refresh(self):
         """Pack the weights again if they changed; on CUDA they are read in place."""
         head = self.model.head_weight
-        if not self.cpu or not torch.backends.mkldnn.is_available() or head.dtype != torch.float32:
+        has_onednn = torch.backends.mkldnn.is_available()
+        if not self.cpu or not has_onednn or head.dtype != torch.float32:
             return
 
         weights = [head]
         for layer in self.model.layers:
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                weights.append(linear.weight)
+            weights += [layer.qkv.weight, layer.o.weight]
+            weights += [layer.gate_up.weight, layer.down.weight]
         stamp = [(weight.data_ptr(), weight._version) for weight in weights]
         if stamp == self.stamp:
             return
 
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        self.packed = {weight.data_ptr(): pack(weight.detach(), 64) for weight in weights}
+        self.packed = {}
+        for weight in weights:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
+            self.packed[weight.data_ptr()] = packed
         self.stamp = stamp
         self.linear = self._packed_linear
 
@@ -158,14 +163,16 @@ class Decoder:
 
     def _prefill_on_cpu(self, tokens, positions, lengths, pages):
         """Every token is a row, with the prompt up to itself as its own tokens."""
-        first = torch.tensor([taken[0] * self.pool.page_size for taken in pages])
+        first_pages = torch.tensor([taken[0] for taken in pages])
+        first = first_pages * self.pool.page_size
         own = first.repeat_interleave(lengths)
-        alive = torch.ones(len(tokens), dtype=torch.bool)
-        spans = (own, torch.zeros_like(own), own, positions + 1)
+        alive = torch.ones_like(tokens, dtype=torch.bool)
+        nothing = torch.zeros_like(own)
 
         # Up to a multiple of 16 rows; those that fill up are not alive.
-        rows = [F.pad(x, (0, -len(tokens) % 16)) for x in (tokens, positions, alive, *spans)]
-        tokens, positions, alive, *spans = rows
+        missing = -len(tokens) % 16
+        columns = (tokens, positions, alive, own, nothing, own, positions + 1)
+        tokens, positions, alive, *spans = [F.pad(x, (0, missing)) for x in columns]
         self._decode_on_cpu(tokens, positions, alive, Spans(*spans))
 
     def _prefill_packed(self, tokens, positions, lengths, pages):
@@ -179,23 +186,25 @@ class Decoder:
         positions = positions.to(device)
 
         # The exact mode: every token is a query of the decode kernel, over what it wrote.
-        tables = page_table.int().to(device)[sequence.to(device)]
+        tables = page_table[sequence].int().to(device)
         seen = (positions + 1).int()
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-        causal = CausalAttention(self.config, cu_seqlens)
+        ends = F.pad(lengths.cumsum(0), (1, 0))
+        causal = CausalAttention(self.config, ends.to(device, torch.int32))
 
         def attend(index, qkv, bias, cos, sin):
             q = self._write(index, qkv, bias, cos, sin, slots)
             if self.exact:
-                return attend_to_pages(q, self.pool.k[index], self.pool.v[index], tables, seen)
+                k_pages, v_pages = self.pool.layer(index)
+                return attend_to_pages(q, k_pages, v_pages, tables, seen)
             return causal(index, qkv, bias, cos, sin)
 
-        self.model.decode(tokens.to(device), positions, attend, self.linear)
+        tokens = tokens.to(device)
+        self.model.decode(tokens, positions, attend, self.linear)
 
     def _write(self, index, qkv, bias, cos, sin, slots):
         """Rotate q and k and write k and v of layer `index` to the pool -> q."""
         heads = self.config.num_attention_heads
-        k_pages, v_pages = self.pool.k[index], self.pool.v[index]
+        k_pages, v_pages = self.pool.layer(index)
         return qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, heads)
 
     def run(self, state, steps, truncated, temperature=None):
@@ -250,51 +259,61 @@ class Decoder:
 
         `alive` turns False on a stop token or at the last position.
         """
-        alive, positions = state["alive"], state["positions"]
+        alive = state["alive"]
+        positions = state["positions"]
+        fed = state["tokens"]
         if self.cpu:
-            hidden = self._decode_on_cpu(state["tokens"], positions, alive, self._spans(state))
+            hidden = self._decode_on_cpu(fed, positions, alive, self._spans(state))
         else:
             attend = self._paged_attention(state)
-            hidden = self.model.decode(state["tokens"], positions, attend, self.linear)
+            hidden = self.model.decode(fed, positions, attend, self.linear)
         tokens, logprobs = self._draw(hidden, state, truncated, temperature)
 
-        # Dead rows keep what they drew.
-        column = (positions + 1 - state["start"])[:, None]
-        for name, drawn in (("out_tokens", tokens), ("out_logprobs", logprobs)):
-            kept = state[name].gather(1, column)
-            state[name].scatter_(1, column, torch.where(alive[:, None], drawn[:, None], kept))
+        column = positions + 1 - state["start"]
+        _write_column(state["out_tokens"], column, tokens, alive)
+        _write_column(state["out_logprobs"], column, logprobs, alive)
 
         stopped = (tokens[:, None] == state["stop_ids"]).any(1)
-        goes_on = alive & ~stopped & (positions + 1 < state["last"])
-        state["tokens"].copy_(torch.where(goes_on, tokens, state["tokens"]))
-        state["positions"].add_(goes_on)
-        state["alive"].copy_(goes_on)
+        at_end = positions + 1 >= state["last"]
+        goes_on = alive & ~stopped & ~at_end
+        fed.copy_(torch.where(goes_on, tokens, fed))
+        positions.add_(goes_on)
+        alive.copy_(goes_on)
 
     def _spans(self, state):
         """The prompt, but its last token, lies in one piece; the run begins with the last token."""
         page_size = self.pool.page_size
+        run = self.pool.size.run_pages * page_size
+        first_page = state["tables"][:, 0].long()
         return Spans(
-            shared=state["tables"][:, 0].long() * page_size,
+            shared=first_page * page_size,
             shared_length=state["start"] - 1,
-            own=state["slot"] * (self.pool.size.run_pages * page_size),
+            own=state["slot"] * run,
             own_length=state["positions"] - state["start"] + 2,
         )
 
     def _paged_attention(self, state):
         """The `attend` of a decode step: what dead rows would write is dropped."""
-        alive, positions, tables = state["alive"], state["positions"], state["tables"]
+        alive = state["alive"]
+        positions = state["positions"]
+        tables = state["tables"]
         page_size = self.pool.page_size
-        page = tables.gather(1, (positions // page_size)[:, None]).squeeze(1)
-        slots = torch.where(alive, page * page_size + positions % page_size, -1)
+        column = positions // page_size
+        page = tables.gather(1, column[:, None]).squeeze(1)
+        slots = page * page_size + positions % page_size
+        slots = torch.where(alive, slots, -1)
         lengths = torch.where(alive, positions + 1, 0).int()
-        shared = (state["prefix"], state["group"], self.config.head_dim**-0.5)
+        scale = self.config.head_dim**-0.5
 
         def attend(index, qkv, bias, cos, sin):
             q = self._write(index, qkv, bias, cos, sin, slots)
-            pages = (q, self.pool.k[index], self.pool.v[index], tables, lengths)
+            k_pages, v_pages = self.pool.layer(index)
             if self.exact:
-                return attend_to_pages(*pages)
-            return shared_prefix_attention(*pages, *shared).flatten(1)
+                return attend_to_pages(q, k_pages, v_pages, tables, lengths)
+            mixed = shared_prefix_attention(
+                q, k_pages, v_pages, tables, lengths, state["prefix"], state["group"], scale
+            )
+            return mixed.flatten(1)
 
         return attend
 
@@ -305,10 +324,10 @@ class Decoder:
         cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         attend = native.attention(heads, cos, sin, *spans, alive)
-        width = config.num_attention_heads * config.head_dim
-        mixed = torch.zeros(len(tokens), width, dtype=self.pool.k[0].dtype)
 
         total = self.model.embed(tokens)
+        width = config.num_attention_heads * config.head_dim
+        mixed = total.new_zeros(len(tokens), width)  # stays 0 where a row is not alive
         for layer, cache in zip(self.model.layers, self.pool.joint):
             normed = native.rms_norm(total, layer.input_norm, eps)
             qkv = self.linear(normed, layer.qkv.weight, layer.qkv.bias)
@@ -319,33 +338,47 @@ class Decoder:
 
             normed = native.rms_norm(total, layer.post_norm, eps)
             gate_up = self.linear(normed, layer.gate_up.weight)
-            total = self._linear_plus(native.swiglu(gate_up), layer.down.weight, total)
+            inner = native.swiglu(gate_up)
+            total = self._linear_plus(inner, layer.down.weight, total)
         return native.rms_norm(total, self.model.norm, eps)
 
     def _draw(self, hidden, state, truncated, temperature):
         """hidden [rows, D] -> drawn tokens [rows] and their log-probs [rows]."""
         head = self.model.head_weight
         position = state["positions"] + 1
-        key = (state["seed"], state["request"], state["sample"], position)
+        identity = (state["seed"], state["request"], state["sample"], position)
+        key = (state["temperature"], *identity)
         if truncated:
             logits = self.linear(hidden, head).float()
             limits = (state["top_p"], state["top_k"])
-            tokens, logprobs, _ = sample_logits(logits, state["temperature"], *key, *limits)
+            tokens, logprobs, _ = sample_logits(logits, *key, *limits)
             return tokens, logprobs
         if self.cpu:
-            return draw(self.linear(hidden, head).float(), state["temperature"], *key)
+            logits = self.linear(hidden, head).float()
+            return draw(logits, *key)
 
-        drawn = sample_tokens(hidden, head, state["temperature"], *key, one_tile=self.exact)
-        tokens, logprobs, _ = drawn
+        tokens, logprobs, _ = sample_tokens(hidden, head, *key, one_tile=self.exact)
         if self.exact:  # the trainer's own kernel has the last word on the log-prob
             logprobs, _ = token_logprobs(hidden, head, tokens, temperature or 1.0)
         return tokens, logprobs
 
 
+def _write_column(table, column, values, alive):
+    """table[row, column[row]] = values[row] where a row is alive; dead rows keep what they have."""
+    column = column[:, None]
+    kept = table.gather(1, column).squeeze(1)
+    written = torch.where(alive, values, kept)
+    table.scatter_(1, column, written[:, None])
+
+
 def _ragged(lists):
     """Lists of ints -> [len(lists), longest] int64; a short list repeats its last entry."""
     width = max(len(values) for values in lists)
-    return torch.tensor([values + values[-1:] * (width - len(values)) for values in lists])
+    rows = []
+    for values in lists:
+        missing = width - len(values)
+        rows.append(values + values[-1:] * missing)
+    return torch.tensor(rows)
 
 
 def draw(logits, temperature, *key):
@@ -356,24 +389,32 @@ def draw(logits, temperature, *key):
     would depend on a row's place in the batch.
     """
     greedy = temperature <= 0
-    if not bool((greedy | (temperature == 1)).all()):
-        logits.div_(torch.where(greedy, 1.0, temperature)[:, None])
+    divisor = torch.where(greedy, 1.0, temperature)
+    if bool((divisor != 1).any()):
+        logits.div_(divisor[:, None])
     if bool(greedy.any()):
         top, best = logits.max(-1)
     else:
-        top, best = logits.amax(-1), torch.zeros_like(key[0])
+        top = logits.amax(-1)
+        best = None
 
     # A tile by its mass, then a token within the tile.
     below = logits.sub_(top[:, None])
-    weights = F.pad(below.exp(), (0, -logits.shape[1] % TILE)).view(len(logits), -1, TILE)
+    rows, vocabulary = logits.shape
+    weights = F.pad(below.exp(), (0, -vocabulary % TILE))
+    weights = weights.view(rows, -1, TILE)
     masses = weights.sum(-1)
     tile_uniform, token_uniform = uniforms_reference(*key)
     tile = _first_above(masses, tile_uniform)
-    inside = _first_above(weights[torch.arange(len(logits)), tile], token_uniform)
-    token = torch.where(greedy, best, tile * TILE + inside)
+    weights = weights[torch.arange(rows), tile]
+    token = tile * TILE + _first_above(weights, token_uniform)
+    if best is not None:
+        token = torch.where(greedy, best, token)
 
-    log_total = masses.sum(-1).double().log().float()
-    return token, below.gather(1, token[:, None]).squeeze(1) - log_total
+    total = masses.sum(-1).double()
+    log_total = total.log().float()
+    drawn = below.gather(1, token[:, None]).squeeze(1)
+    return token, drawn - log_total
 
 
 def _first_above(masses, uniform):
@@ -382,6 +423,8 @@ def _first_above(masses, uniform):
     Never one of mass 0: rounding could put the threshold at the very end.
     """
     cumulative = masses.cumsum(-1)
-    last = (masses > 0).long().mul_(torch.arange(masses.shape[1])).amax(-1)
+    index = torch.arange(masses.shape[1])
+    last = torch.where(masses > 0, index, 0).amax(-1)
     threshold = uniform[:, None] * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(-1).minimum(last)
+    below = (cumulative <= threshold).sum(-1)
+    return below.minimum(last)

@@ -64,6 +64,10 @@ class PagePool:
         first = self.size.runs * self.size.run_pages
         self.free_pieces = list(range(first, len(self), self.size.piece_pages))
 
+    def layer(self, index):
+        """Keys and values of a layer."""
+        return self.k[index], self.v[index]
+
     def run(self, slot):
         """Pages of a run."""
         return list(range(slot * self.size.run_pages, (slot + 1) * self.size.run_pages))
