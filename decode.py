@@ -186,7 +186,8 @@ class Decoder:
         positions = positions.to(device)
 
         # The exact mode: every token is a query of the decode kernel, over what it wrote.
-        tables = page_table[sequence].int().to(device)
+        tables = page_table.int().to(device)
+        tables = tables[sequence.to(device)]
         seen = (positions + 1).int()
         ends = F.pad(lengths.cumsum(0), (1, 0))
         causal = CausalAttention(self.config, ends.to(device, torch.int32))
@@ -274,8 +275,8 @@ class Decoder:
         _write_column(state["out_logprobs"], column, logprobs, alive)
 
         stopped = (tokens[:, None] == state["stop_ids"]).any(1)
-        at_end = positions + 1 >= state["last"]
-        goes_on = alive & ~stopped & ~at_end
+        has_room = positions + 1 < state["last"]
+        goes_on = alive & ~stopped & has_room
         fed.copy_(torch.where(goes_on, tokens, fed))
         positions.add_(goes_on)
         alive.copy_(goes_on)

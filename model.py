@@ -57,7 +57,8 @@ class Config:
             )
         if model_type == "qwen3" and raw.get("attention_bias"):
             raise CheckpointError(
-                f"{source}: attention_bias is not supported; Qwen3's published checkpoints have none"
+                f"{source}: attention_bias is not supported; "
+                "Qwen3's published checkpoints have none"
             )
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -89,7 +90,7 @@ class Config:
             ) from None
 
     def to_dict(self):
-        """The config.json that transformers 4 and 5 and vLLM read: both spellings of the RoPE base."""
+        """The config.json for transformers 4 and 5 and vLLM: both spellings of the RoPE base."""
         shapes = {name: value for name, value in vars(self).items() if name != "raw"}
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         fixed = {
@@ -122,7 +123,7 @@ class Linear(nn.Linear):
 
 
 class Layer(nn.Module):
-    """One decoder layer. x, residual [T, D] -> x, residual; the sum of the two is the hidden state."""
+    """One decoder layer: x, residual [T, D] -> x, residual, whose sum is the hidden state."""
 
     def __init__(self, config):
         super().__init__()
@@ -164,10 +165,12 @@ class Layer(nn.Module):
         Here, so that no `attend` has to know.
         """
         head_dim = len(self.q_norm)
-        q, k, v = qkv.view(len(qkv), -1, head_dim).split(self.heads, dim=1)
-        q = rms_norm(q.reshape(-1, head_dim), self.q_norm, self.eps).view_as(q)
-        k = rms_norm(k.reshape(-1, head_dim), self.k_norm, self.eps).view_as(k)
-        return torch.cat([q, k, v], dim=1).flatten(1)
+        by_head = qkv.view(len(qkv), -1, head_dim)
+        q, k, v = by_head.split(self.heads, dim=1)
+        q_rows = rms_norm(q.reshape(-1, head_dim), self.q_norm, self.eps)
+        k_rows = rms_norm(k.reshape(-1, head_dim), self.k_norm, self.eps)
+        normed = [q_rows.view_as(q), k_rows.view_as(k), v]
+        return torch.cat(normed, dim=1).flatten(1)
 
 
 class Model(nn.Module):
@@ -195,10 +198,11 @@ class Model(nn.Module):
         return self.embed.weight if self.head is None else self.head
 
     def forward(self, batch, temperature=1.0):
-        """Log-prob and entropy of the completion tokens of a packed batch (batches.Batch), each [N].
+        """Log-prob and entropy, each [N], of the completion tokens of a packed batches.Batch.
 
         temperature: the distribution is softmax(logits / temperature), as it was sampled from.
-        The head is inside the forward, where FSDP has its weight gathered; logits [T, V] never exist.
+        The head is inside the forward, where FSDP has its weight gathered; logits [T, V] never
+        exist.
         """
         hidden = self.hidden(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents)
         rows = hidden[batch.predict]
@@ -259,14 +263,18 @@ class CausalAttention:
             return
 
         count = len(lengths) - len(parents)
+        roots = lengths[:count]
+        children = lengths[count:]
         self.root_rows = int(cu_seqlens[count])
-        self.roots = segments(lengths[:count], lengths[:count])
+        self.roots = segments(roots, roots)
+        self.children = segments(children, children + lengths[parents])
         self.seen = seen_by_children(lengths, parents)
-        self.children = segments(lengths[count:], lengths[count:] + lengths[parents])
 
     def __call__(self, index, qkv, bias, cos, sin):
         """qkv [T, (H + 2K) * hd] of any layer -> [T, H * hd]."""
-        q, k, v = split_qkv(qkv if bias is None else qkv + bias, self.config)
+        if bias is not None:
+            qkv = qkv + bias
+        q, k, v = split_qkv(qkv, self.config)
         q = apply_rope(q, cos, sin)
         k = apply_rope(k, cos, sin)
         if self.parents is None:
@@ -285,23 +293,24 @@ def seen_by_children(lengths, parents):
     Lengths 3, 2 and a child of length 1 whose parent is segment 1 -> rows 3, 4, 5.
     """
     starts = lengths.cumsum(0) - lengths
-    children = len(lengths) - len(parents)
-    first = torch.stack([starts[parents], starts[children:]], 1).flatten()
-    counts = torch.stack([lengths[parents], lengths[children:]], 1).flatten()
-    return _ranges(first, counts)
+    children = torch.arange(len(lengths) - len(parents), len(lengths), device=lengths.device)
+    segments = torch.stack([parents, children], 1).flatten()
+    return _ranges(starts[segments], lengths[segments])
 
 
 class FlashSegments:
-    """Causal attention of packed segments on CUDA: called with q, k, v [T, heads, hd] -> [Tq, H, hd].
+    """Causal attention of packed segments on CUDA; called with q, k, v [T, heads, hd].
 
     queries, keys: how many each segment has, int64 [S]. The queries are the last ones of their
     segment: flash aligns the mask there.
     """
 
     def __init__(self, queries, keys):
-        self.cu_queries = F.pad(queries.cumsum(0), (1, 0)).int()
-        self.cu_keys = F.pad(keys.cumsum(0), (1, 0)).int()
-        self.longest = int(queries.max()), int(keys.max())
+        ends_q = F.pad(queries.cumsum(0), (1, 0))
+        ends_k = F.pad(keys.cumsum(0), (1, 0))
+        longest_q = int(queries.max())
+        longest_k = int(keys.max())
+        self.packing = (ends_q.int(), ends_k.int(), longest_q, longest_k)
 
     def __call__(self, q, k, v):
         # Here, because older versions of torch and CPU builds do not have it.
@@ -311,7 +320,7 @@ class FlashSegments:
         # torch 2.11 takes grouped queries as they are; later versions want to be told.
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
-        return varlen_attn(q, k, v, self.cu_queries, self.cu_keys, *self.longest, **options)
+        return varlen_attn(q, k, v, *self.packing, **options)
 
 
 class PaddedSegments:
@@ -324,7 +333,8 @@ class PaddedSegments:
 
     def __init__(self, queries, keys):
         self.segments = len(queries)
-        self.longest_q, self.longest_k = int(queries.max()), int(keys.max())
+        self.longest_q = int(queries.max())
+        self.longest_k = int(keys.max())
         first_q = torch.arange(self.segments) * self.longest_q
         first_k = torch.arange(self.segments) * self.longest_k
 
@@ -332,13 +342,14 @@ class PaddedSegments:
         if not torch.equal(queries, keys):
             padding = self.longest_k - keys
             first_k = first_k + padding
-            row = torch.arange(self.longest_q)[:, None]
-            column = torch.arange(self.longest_k)
-            last_seen = row + (self.longest_k - queries)[:, None, None]
-            mask = (column >= padding[:, None, None]) & (column <= last_seen)
+            # [segments, heads, rows of queries, columns of keys]
+            row = torch.arange(self.longest_q).view(1, 1, -1, 1)
+            column = torch.arange(self.longest_k).view(1, 1, 1, -1)
+            queries_there = queries.view(-1, 1, 1, 1)
+            last_seen = row + self.longest_k - queries_there
+            seen = (column >= padding.view(-1, 1, 1, 1)) & (column <= last_seen)
             # Rows of padding look at anything: their result is dropped.
-            mask = mask | (row >= queries[:, None, None])
-            self.mask = mask[:, None]
+            self.mask = seen | (row >= queries_there)
 
         # Row of each packed token in a [segments * longest] table.
         self.place_q = _ranges(first_q, queries)
@@ -353,20 +364,21 @@ class PaddedSegments:
             is_causal=self.mask is None,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        rows = out.transpose(1, 2).reshape(self.segments * self.longest_q, *q.shape[1:])
+        rows = out.transpose(1, 2).flatten(0, 1)
         return rows[self.place_q]
 
     def _padded(self, x, place, longest):
         """[T, heads, hd] -> [segments, heads, longest, hd]."""
-        rows = x.new_zeros(self.segments * longest, *x.shape[1:]).index_copy(0, place, x)
-        return rows.view(self.segments, longest, *x.shape[1:]).transpose(1, 2)
+        rows = x.new_zeros(self.segments * longest, *x.shape[1:])
+        rows = rows.index_copy(0, place, x)
+        return rows.unflatten(0, (self.segments, longest)).transpose(1, 2)
 
 
 def _ranges(first, counts):
     """first[i] .. first[i] + counts[i] - 1 for every i, one after the other."""
-    before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    within = torch.arange(int(counts.sum()), device=counts.device) - before
-    return torch.repeat_interleave(first, counts) + within
+    before = counts.cumsum(0) - counts
+    index = torch.arange(int(counts.sum()), device=counts.device)
+    return index + torch.repeat_interleave(first - before, counts)
 
 
 def random_model(config, seed=0, dtype=torch.float32, std=0.02):

@@ -22,7 +22,8 @@ from pages import PagePool, PoolSize, free_bytes
 
 # Prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB).
 PREFILL_TOKENS = 8192
-# Share of free memory for pages; the rest is for prefill, graphs and, in the same process, training.
+# Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
+# training.
 MEMORY = 0.5
 
 
@@ -228,7 +229,9 @@ class Sampler:
         groups = []
         for index, request in enumerate(requests):
             samples = list(range(request.n))
-            shares = [samples] if self.share_prefix else [[sample] for sample in samples]
+            shares = [samples]
+            if not self.share_prefix:
+                shares = [[sample] for sample in samples]
             for share in shares:
                 groups.append(Group(len(groups), index, request, share))
 
@@ -314,9 +317,9 @@ class Sampler:
     def _refuse(self, groups, need, room):
         prompt = max(len(group.request.prompt) for group in groups)
         new = max(group.request.max_new_tokens for group in groups)
-        worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g)).index
+        worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g))
         raise ValueError(
-            f"request {worst} can never fit: a prompt of {prompt} tokens and {new} new ones need "
+            f"request {worst.index} can never fit: a prompt of {prompt} tokens and {new} new ones need "
             f"{need} pages of {self.page_size} tokens and there is room for {room}: "
             "shorten it, or give the sampler more memory"
         )
@@ -328,9 +331,10 @@ class Sampler:
         """
         longest = max(group.request.max_new_tokens for group in groups)
         prompt_pages = max(self._prompt_pages(group) for group in groups)
+        own_pages = 1 if self.cpu else self.pool.size.run_pages
         widths = {
             "stop_ids": max(len(group.request.stop_ids) for group in groups),
-            "tables": prompt_pages + (1 if self.cpu else self.pool.size.run_pages),
+            "tables": prompt_pages + own_pages,
             "out_tokens": longest,
             "out_logprobs": longest,
         }
@@ -347,7 +351,7 @@ class Sampler:
     # Between two chunks of steps: who runs, and what the device knows of it.
 
     def _admit(self, queue, free_rows):
-        """Start samples from the end of the queue while rows last, prefilling new prompts -> [Row]."""
+        """Start samples from the end of the queue while rows last -> [Row]; prefills new prompts."""
         admitted = []
         fresh = []
         while queue and free_rows > 0:
@@ -363,7 +367,8 @@ class Sampler:
             started = group.samples[:free_rows]
             group.samples = group.samples[free_rows:]
             for sample in started:
-                admitted.append(Row(group, sample, self.pool.take_run(self.version)))
+                slot = self.pool.take_run(self.version)
+                admitted.append(Row(group, sample, slot))
             group.running += len(started)
             free_rows -= len(started)
             if not group.samples:
@@ -389,11 +394,12 @@ class Sampler:
         self.stats["prefill_seconds"] += time.perf_counter() - started
 
     def _copy_tails(self, admitted):
-        """Give every new sample its own copy of its prompt's last, not full page, to write on in."""
+        """Give every new sample its own copy of its prompt's last, not full page, to continue."""
         copies = []
         for row in admitted:
-            if row.group.tail:
-                copies.append((row.group.tail[0], self.pool.run(row.slot)[0]))
+            for page in row.group.tail:
+                first = self.pool.run(row.slot)[0]
+                copies.append((page, first))
         if copies:
             self.pool.copy(copies)
 
@@ -421,10 +427,12 @@ class Sampler:
         for name, dtype in COLUMNS.items():
             columns[name] = torch.tensor([value[name] for value in values], dtype=dtype)
 
-        stop_ids = [list(row.group.request.stop_ids) for row in rows]
-        tables = [row.group.prefix for row in rows]
-        if not self.cpu:  # there a row's own pages are found by its slot
-            tables = [row.group.prefix + self.pool.run(row.slot) for row in rows]
+        stop_ids = []
+        tables = []
+        for row in rows:
+            stop_ids.append(list(row.group.request.stop_ids))
+            own = [] if self.cpu else self.pool.run(row.slot)  # on CPU the slot says where
+            tables.append(row.group.prefix + own)
         columns["stop_ids"] = _filled(stop_ids, like=self.state["stop_ids"], filler=-1)
         columns["tables"] = _filled(tables, like=self.state["tables"], filler=0)
         return columns
@@ -451,7 +459,8 @@ class Sampler:
         """
         suspects = admitted if self.version == self.checked_version else rows
         for row in suspects:
-            self.pool.check(row.group.prefix + self.pool.run(row.slot), self.version)
+            pages = row.group.prefix + self.pool.run(row.slot)
+            self.pool.check(pages, self.version)
         self.checked_version = self.version
 
     def _finish(self, rows, alive, on_done):
@@ -462,23 +471,26 @@ class Sampler:
         ended = [i for i, lives in enumerate(alive) if not lives]
         index = torch.tensor(ended, device=self.device)
         # `positions` is that of the last token fed; one more was drawn.
-        counts = (self.state["positions"] + 2 - self.state["start"])[index].tolist()
+        counts = self.state["positions"] + 2 - self.state["start"]
+        counts = counts[index].tolist()
         all_tokens = self.state["out_tokens"][index].tolist()
         all_logprobs = self.state["out_logprobs"][index].tolist()
 
         for i, count, tokens, logprobs in zip(ended, counts, all_tokens, all_logprobs):
             row = rows[i]
-            request = row.group.request
+            number, request = row.group.index, row.group.request
             tokens = tokens[:count]
+            logprobs = logprobs[:count]
             reason = "stop" if tokens[-1] in request.stop_ids else "length"
-            done = self.done[row.group.index]
-            done.append(Completion(row.group.index, row.sample, tokens, logprobs[:count], reason))
+            done = self.done[number]
+            done.append(Completion(number, row.sample, tokens, logprobs, reason))
             self.stats["tokens"] += count
             self._leave(row)
             if on_done and len(done) == request.n:
-                on_done(row.group.index, _in_sample_order(done))
+                on_done(number, _in_sample_order(done))
 
-        return self._keep(rows, [i for i, lives in enumerate(alive) if lives])
+        living = [i for i, lives in enumerate(alive) if lives]
+        return self._keep(rows, living)
 
     def _leave(self, row):
         """Give back the row's pages and, after the last sample of a group, those of its prompt."""

@@ -1,7 +1,7 @@
 """The opt-in exact mode (--exact): sampler and trainer do the same arithmetic for a token.
 
 So on-policy log-probs are equal to the last bit on a GPU. What makes a token's numbers depend on
-its batch, and what this mode does instead, in the trainer's forward, in prefill and in decode steps:
+its batch, and what this mode does instead, in the trainer's forward, in prefill and in decode:
 
 - matrix products: cuBLAS picks tile and split by shape -> one Triton tile for every shape
   (kernels/linear.py);
@@ -69,34 +69,42 @@ class ExactAttention:
         device = cu_seqlens.device
         lengths = cu_seqlens.diff().long()
 
+        def count_up(count):
+            return torch.arange(int(count), device=device)
+
         # rows: which of the packed tokens are written, segment by segment.
         # query: which of `rows` are asked, so that every token is, once.
-        self.rows = torch.arange(int(cu_seqlens[-1]), device=device)
-        query = self.rows
+        self.rows = count_up(cu_seqlens[-1])
+        self.query = self.rows
         if parents is not None:
             roots = len(lengths) - len(parents)
             before = self.rows[: cu_seqlens[roots]]
             seen = seen_by_children(lengths, parents)
-            own = (seen >= len(before)).nonzero().squeeze(1)
+            is_own = seen >= len(before)
+            own = is_own.nonzero().squeeze(1)
             self.rows = torch.cat([before, seen])
-            query = torch.cat([before, len(before) + own])
-            lengths = torch.cat([lengths[:roots], lengths[roots:] + lengths[parents]])
+            self.query = torch.cat([before, own + len(before)])
+            children = lengths[roots:] + lengths[parents]
+            lengths = torch.cat([lengths[:roots], children])
 
-        segment = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        # Where each row is in its segment, and in the pages.
+        segment = count_up(len(lengths)).repeat_interleave(lengths)
         starts = lengths.cumsum(0) - lengths
-        position = torch.arange(len(self.rows), device=device) - starts[segment]
-
+        position = count_up(len(self.rows)) - starts[segment]
         size = page_size(config)
         pages = -(-lengths // size)
         first = pages.cumsum(0) - pages  # page of each segment's first token
-        tables = (first[:, None] + torch.arange(int(pages.max()), device=device)).int()
+        page = first[segment] + position // size
+        self.slots = page * size + position % size
 
-        self.slots = (first[segment] + position // size) * size + position % size
-        self.query = query
-        self.tables = tables[segment[query]]
-        self.seen = (position[query] + 1).int()  # tokens that each query sees, itself included
+        # What each query reads: its segment's pages up to itself.
+        tables = first[:, None] + count_up(pages.max())
+        self.tables = tables[segment[self.query]].int()
+        self.seen = (position[self.query] + 1).int()
+
+        # The pages of one layer at a time.
         self.shape = (int(pages.sum()), config.num_key_value_heads, size, config.head_dim)
-        self.k_pages = None  # of one layer at a time
+        self.k_pages = None
         self.v_pages = None
 
     def __call__(self, index, qkv, bias, cos, sin):
@@ -106,9 +114,10 @@ class ExactAttention:
     def through_pages(self, qkv, bias, cos, sin):
         """The values of the forward; no gradient."""
         if self.k_pages is None:
-            self.k_pages = torch.empty(self.shape, dtype=qkv.dtype, device=qkv.device)
-            self.v_pages = torch.empty(self.shape, dtype=qkv.dtype, device=qkv.device)
-        rows, pages = self.rows, (self.k_pages, self.v_pages)
+            self.k_pages = qkv.new_empty(self.shape)
+            self.v_pages = qkv.new_empty(self.shape)
+        pages = (self.k_pages, self.v_pages)
+        rows = self.rows
         heads = self.config.num_attention_heads
         q = qkv_rope_write(qkv[rows], bias, cos[rows], sin[rows], *pages, self.slots, heads)
         return attend_to_pages(q[self.query], *pages, self.tables, self.seen)

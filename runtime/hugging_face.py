@@ -1,4 +1,7 @@
-"""Hugging Face folders, read and written: config.json, safetensors, and the names that fused matrices have there."""
+"""Hugging Face folders, read and written.
+
+config.json, safetensors, and the names that the parts of fused matrices have there.
+"""
 
 import json
 import shutil

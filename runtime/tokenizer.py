@@ -6,7 +6,8 @@ And training the tiny model's own BPE.
 import json
 from pathlib import Path
 
-# Qwen2.5's turns without its default system message; for models that bring no template but know the marks.
+# Qwen2.5's turns without its default system message, for models that bring no template but know
+# the marks.
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -46,7 +47,7 @@ class ChatTokenizer:
         self.stop_ids = self._find_stop_ids(files, config)
 
     def encode(self, text):
-        """Ids of a text as it stands: marks such as <|im_end|> become their ids, nothing is added."""
+        """Ids of a text as it stands: marks such as <|im_end|> become ids, nothing is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages):

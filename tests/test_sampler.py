@@ -227,7 +227,10 @@ def test_samples_differ_among_themselves_and_by_seed(model):
 
 
 def test_first_token_frequencies_are_the_models_distribution(model):
-    """Chi square of 4,000 draws over the tokens expected more than 5 times: mean dof, variance 2 dof."""
+    """Chi square of 4,000 draws over the tokens expected more than 5 times.
+
+    Its mean is dof, its variance 2 dof.
+    """
     (request,) = make_requests(n=4000, new=1, lengths=(9,))
     (group,) = Sampler(model).generate([request])
     hidden = forward(model, request.prompt)
