@@ -216,7 +216,7 @@ class Sampler:
         self.stats["seconds"] = time.perf_counter() - started
         return [_in_sample_order(completions) for completions in self.done]
 
-    # Before the first step: groups, pages, buffers.
+    # ---- before the first step: groups, pages, buffers ----
 
     def _plan(self, requests):
         """Requests -> queue of groups, the next one last; refuses what can never fit.
@@ -319,8 +319,8 @@ class Sampler:
         new = max(group.request.max_new_tokens for group in groups)
         worst = max(groups, key=lambda g: self._prompt_pages(g) + self._own_pages(g))
         raise ValueError(
-            f"request {worst.index} can never fit: a prompt of {prompt} tokens and {new} new ones need "
-            f"{need} pages of {self.page_size} tokens and there is room for {room}: "
+            f"request {worst.index} can never fit: a prompt of {prompt} tokens and {new} new ones "
+            f"need {need} pages of {self.page_size} tokens and there is room for {room}: "
             "shorten it, or give the sampler more memory"
         )
 
@@ -348,7 +348,7 @@ class Sampler:
         self.state = new_state(self.decoder.pad(self.slots), widths, self.device)
         self.decoder.forget_graphs()
 
-    # Between two chunks of steps: who runs, and what the device knows of it.
+    # ---- between two chunks of steps: who runs, and what the device knows of it ----
 
     def _admit(self, queue, free_rows):
         """Start samples from the end of the queue while rows last -> [Row]; prefills new prompts."""
