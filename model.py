@@ -293,7 +293,8 @@ def seen_by_children(lengths, parents):
     Lengths 3, 2 and a child of length 1 whose parent is segment 1 -> rows 3, 4, 5.
     """
     starts = lengths.cumsum(0) - lengths
-    children = torch.arange(len(lengths) - len(parents), len(lengths), device=lengths.device)
+    index = torch.arange(len(lengths), device=lengths.device)
+    children = index[len(index) - len(parents) :]
     segments = torch.stack([parents, children], 1).flatten()
     return _ranges(starts[segments], lengths[segments])
 
@@ -312,15 +313,17 @@ class FlashSegments:
         longest_k = int(keys.max())
         self.packing = (ends_q.int(), ends_k.int(), longest_q, longest_k)
 
-    def __call__(self, q, k, v):
-        # Here, because older versions of torch and CPU builds do not have it.
+        # Only CUDA needs it, and it is a recent part of torch.
         from torch.nn.attention.varlen import varlen_attn
 
-        options = {"window_size": (-1, 0)}  # causal
+        self.attend = varlen_attn
+        self.options = {"window_size": (-1, 0)}  # causal
         # torch 2.11 takes grouped queries as they are; later versions want to be told.
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        return varlen_attn(q, k, v, *self.packing, **options)
+            self.options["enable_gqa"] = True
+
+    def __call__(self, q, k, v):
+        return self.attend(q, k, v, *self.packing, **self.options)
 
 
 class PaddedSegments:

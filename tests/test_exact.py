@@ -94,10 +94,11 @@ def test_logprobs_equal_the_trainers_to_the_last_bit(model):
     """
     generator = torch.Generator().manual_seed(3)
     asked = []
-    for length, n in ((1, 2), (5, 2), (300 if ON_GPU else 38, 1)):
+    long = 300 if ON_GPU else 38
+    for length, n in ((1, 2), (5, 2), (long, 1)):
         prompt = torch.randint(0, 150, (length,), generator=generator).tolist()
-        more = {"max_new_tokens": 2, "temperature": 0.8, "seed": 5, "id": len(asked)}
-        asked.append(Request(prompt, n=n, **more))
+        identity = {"seed": 5, "id": len(asked)}
+        asked.append(Request(prompt, n=n, max_new_tokens=2, temperature=0.8, **identity))
     groups = sample(model, asked, slots=4)
     drawn = []
     for group in groups:
@@ -108,8 +109,10 @@ def test_logprobs_equal_the_trainers_to_the_last_bit(model):
     exact.make_exact(model)
     assert trainer_logprobs(model, asked, groups) == drawn
 
-    alone = sample(model, [dataclasses.replace(asked[1], n=1)], slots=1)
-    assert alone == [[dataclasses.replace(groups[1][0], request=0)]]
+    one = dataclasses.replace(asked[1], n=1)
+    alone = sample(model, [one], slots=1)
+    expected = dataclasses.replace(groups[1][0], request=0)
+    assert alone == [[expected]]
 
 
 def test_the_exact_mode_samples_at_one_temperature(model):
@@ -122,10 +125,11 @@ def test_gradient_is_the_ordinary_one(model, monkeypatch):
     """Two packed segments, of 17 and 7 tokens, through the ordinary way and the exact one."""
 
     def gradient():
-        tokens = torch.arange(24, device=DEVICE)
-        positions = torch.cat([torch.arange(17), torch.arange(7)]).to(DEVICE)
-        ends = torch.tensor([0, 17, 24], dtype=torch.int32, device=DEVICE)
-        hidden = model.hidden(tokens, positions, ends)
+        tokens = torch.arange(24)
+        positions = torch.cat([torch.arange(17), torch.arange(7)])
+        ends = torch.tensor([0, 17, 24], dtype=torch.int32)
+        batch = [x.to(DEVICE) for x in (tokens, positions, ends)]
+        hidden = model.hidden(*batch)
         upstream = torch.linspace(-1, 1, hidden.numel(), device=DEVICE).view_as(hidden)
         loss = (hidden.float() * upstream).sum()
         return hidden, torch.autograd.grad(loss, list(model.parameters()))
@@ -165,6 +169,8 @@ def test_rows_of_the_product_do_not_depend_on_their_number(arch):
     x = torch.randn(150, 128).to(DEVICE, DTYPE)
     weight = torch.randn(200, 128).to(DEVICE, DTYPE)
     whole = _linear(x, weight, arch)
-    torch.testing.assert_close(whole, x @ weight.T, atol=0.3 if ON_GPU else 1e-4, rtol=1e-2)
-    for rows in (slice(0, 1), slice(7, 9), slice(20, 149)):
-        assert torch.equal(_linear(x[rows], weight, arch), whole[rows])
+    tolerance = 0.3 if ON_GPU else 1e-4
+    torch.testing.assert_close(whole, x @ weight.T, atol=tolerance, rtol=1e-2)
+    for first, last in ((0, 1), (7, 9), (20, 149)):
+        part = _linear(x[first:last], weight, arch)
+        assert torch.equal(part, whole[first:last])

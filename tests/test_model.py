@@ -60,7 +60,8 @@ def largest_gap(peer, ours, prompts):
         hidden = ours.hidden(tokens, positions, cu_seqlens)
         logits = (hidden @ ours.head_weight.T).split(lengths)
         theirs = [peer(torch.tensor([prompt])).logits[0] for prompt in prompts]
-    return max((a - b).abs().max().item() for a, b in zip(theirs, logits))
+    gaps = [(a - b).abs().max().item() for a, b in zip(theirs, logits)]
+    return max(gaps)
 
 
 def greedy(ours, prompts, **limits):

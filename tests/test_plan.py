@@ -52,7 +52,8 @@ def test_activation_estimate_bounds_what_a_step_keeps():
 def gigabytes(size, ranks, **changes):
     """The plan of a run on GPUs."""
     settings = Settings(**{"token_budget": 16384, "max_new_tokens": 1024} | changes)
-    return sum(memory.plan(memory.qwen(size), settings, ranks, cuda=True).values()) / 1e9
+    parts = memory.plan(memory.qwen(size), settings, ranks, cuda=True)
+    return sum(parts.values()) / 1e9
 
 
 def test_what_fits_an_80_gb_card():
