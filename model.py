@@ -225,7 +225,8 @@ class Model(nn.Module):
         linear: (x, weight) -> their product; the sampler gives one whose rows do not depend on the
             batch (decode.py).
         """
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.embed(tokens)
         residual = None
@@ -235,7 +236,7 @@ class Model(nn.Module):
                 x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x, residual = layer(*inputs)
-        hidden, _ = add_rms_norm(x, residual, self.norm, self.config.rms_norm_eps)
+        hidden, _ = add_rms_norm(x, residual, self.norm, config.rms_norm_eps)
         return hidden
 
 
