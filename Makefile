@@ -1,4 +1,4 @@
-# make train | make test | make test-all | make bench: each does all of its own set-up (Python environment, interpreters).
+# make train | make test | make test-all | make lint: each does all of its own set-up (Python environment, interpreters).
 VENV   ?= .venv
 PYTHON ?= python3
 PY      = $(VENV)/bin/python
@@ -10,7 +10,7 @@ TEST_PACKAGES = swi-prolog-nox sbcl lua5.4 lua-unit guile-3.0 perl libtest-deep-
 # Two workers, each with whole files (their runs are shared by a file's tests); one thread each, since two cores are what is planned for.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
-.PHONY: train test test-all lint bench environment compiler prolog sbcl interpreters
+.PHONY: train test test-all lint environment compiler prolog sbcl interpreters
 train: environment compiler prolog
 	$(PY) train.py --recipe recipes/tiny.toml --lang prolog
 
@@ -25,9 +25,6 @@ test-all: environment compiler interpreters
 lint: environment
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-
-bench: environment compiler prolog
-	$(PY) -m bench
 
 environment: $(VENV)/ready
 

@@ -30,7 +30,19 @@ def setup():
 
     if cuda:
         return torch.device("cuda", torch.cuda.current_device())
+    repeatable_sums()
     return torch.device("cpu")
+
+
+def repeatable_sums():
+    """Let the same command and seed give the same bits on a CPU, with any number of threads.
+
+    x[index] with repeated rows (a prompt's last row predicts every first token of its group) adds up
+    its gradient by atomic additions from all threads, in the order in which they come: 30 of 30
+    repetitions differed in the last bit with 2 threads. CUDA sorts the rows first.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would only cost time
 
 
 def _meeting_point():
