@@ -169,8 +169,9 @@ def landlock_restrict(ruleset):
 
 
 # ---- seccomp: system calls ----
-# A filter is a program for the kernel's packet-filter machine (BPF), 8 bytes an instruction. It reads
-# struct seccomp_data: number of the call at 0, architecture at 4, six arguments of 8 bytes from 16.
+# A filter is a program for the kernel's packet-filter machine (BPF), 8 bytes an instruction. It
+# reads struct seccomp_data: number of the call at 0, architecture at 4, six arguments of 8 bytes
+# from 16 on.
 
 LOAD, RETURN = 0x20, 0x06
 _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST = 0x15, 0x45, 0x35

@@ -1,9 +1,9 @@
-"""One launcher: a small process that runs one program at a time, locked down, and says how it ended.
+"""One launcher: a small process that runs one program at a time, locked down.
 
 pool.py starts it as `python -I -S launcher.py SETTINGS` with a socket as stdin; standard library
 only, about 11 MB. It knows no language: a job comes as one or two stages (compile, run) with
-everything resolved. It never sees a right answer. When the socket closes, the trainer is gone: the
-program is killed, the work folder removed, the launcher ends.
+everything resolved, and its reply says how it ended. It never sees a right answer. When the socket
+closes, the trainer is gone: the program is killed, the work folder removed, the launcher ends.
 
 SETTINGS (JSON): {"level", "folder": the work folder}.
 Message either way: 4 bytes of length, then JSON; bytes travel as Latin-1 text.

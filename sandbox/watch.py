@@ -16,8 +16,8 @@ import isolation
 # Of all processes of a job together; runtimes start up to about 30, a thread bomb thousands.
 THREADS = 256
 
-# Seconds between looks, for programs that may start processes and for those that may not. A fork bomb
-# makes about 2,000 processes per second.
+# Seconds between looks, for programs that may start processes and for those that may not. A fork
+# bomb makes about 2,000 processes per second.
 _TICK_MANY = 0.02
 _TICK_SINGLE = 0.1
 _TICK_BLIND = 0.005  # where nobody tells when the program ends
@@ -218,7 +218,8 @@ class Program:
 
         if now - self.started - stage["wall"] > min(self.starved, 2 * stage["wall"]):
             self._end("wall_limit")
-        # A fork bomb that is seen late also has too much memory, which is not what is wrong with it.
+        # Before memory: a fork bomb that is seen late also has too much of that, which is not what
+        # is wrong with it.
         too_many = len(tree) > stage["processes"] + 1
         if too_many or _threads(tree) > stage["processes"] + THREADS + 1:
             self._end("crash")
