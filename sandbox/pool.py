@@ -43,7 +43,9 @@ _CACHED = (
 
 
 class Pool:
-    """Runs jobs in launchers. Use it as a context manager, before CUDA and other heavy things start.
+    """Runs jobs in launchers.
+
+    Use it as a context manager, and start it before CUDA and other heavy things.
 
     workers: how many launchers; default: the cores this process may use, shared among the local
         ranks.
