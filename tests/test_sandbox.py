@@ -82,9 +82,7 @@ def test_ids_and_order(pool):
 
 def test_a_batch_has_one_deadline(pool):
     """Ten loops of 2 s on two launchers take 10 s; after 0.5 s none has ended."""
-    loops = [
-        lua(f"while {number} do end", limits=Limits(cpu=2), id=number) for number in range(10)
-    ]
+    loops = [lua(f"while {number} do end", limits=Limits(cpu=2), id=number) for number in range(10)]
     results = pool.run_all(loops, deadline=0.5)
     assert [result.id for result in results] == list(range(10))
     assert {result.status for result in results} == {"sandbox_error"}
