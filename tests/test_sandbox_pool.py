@@ -206,7 +206,7 @@ while True:
 
 
 def test_the_trainer_never_forks():
-    """A fork copies the trainer's page tables: 118 ms at 4 GiB; and half-started threads and CUDA."""
+    """A fork would copy its page tables (118 ms at 4 GiB) and half-started threads and CUDA."""
     forks = []
     # runs for os.fork and for subprocess with preexec_fn, not for vfork or spawn
     os.register_at_fork(before=lambda: forks.append(1))
