@@ -96,11 +96,12 @@ def _examine(pool, language):
     program = {language.file: language.fixtures["pass"]}
     stdin = language.fixtures.get("stdin", "").encode()
     results = pool.run_all([Job(language.name, program, stdin)] * 3)
-    if any(result.status != "ok" or result.stdout.split() != [b"42"] for result in results):
-        status = results[-1].status
-        said = results[-1].stderr.decode(errors="replace").strip().splitlines()
-        first = said[0][:150] if said else "no output"
-        return f"is here but its test program ended with {status}: {first}"
+    right = [result.status == "ok" and result.stdout.split() == [b"42"] for result in results]
+    if not all(right):
+        last = results[-1]
+        said = last.stderr.decode(errors="replace").strip() or "no output"
+        first = said.splitlines()[0][:150]
+        return f"is here but its test program ended with {last.status}: {first}"
 
     cpu = 1000 * statistics.median(result.cpu for result in results)
     wall = 1000 * statistics.median(result.wall for result in results)
@@ -112,8 +113,10 @@ def _version(pool, language):
     if not language.version:
         return "no version command"
     limits = replace(language.limits, cpu=10.0)
-    result = pool.run_all([Job(language.name, {}, limits=limits, run=language.version)])[0]
-    for line in (result.stdout + result.stderr).decode(errors="replace").splitlines():
+    job = Job(language.name, {}, limits=limits, run=language.version)
+    result = pool.submit(job).result()
+    said = (result.stdout + result.stderr).decode(errors="replace")
+    for line in said.splitlines():
         if any(character.isdigit() for character in line):
             return line.strip()[:70]
     return "unknown version"
@@ -149,8 +152,9 @@ def run_file(pool, options):
             given[name] = value
     limits = _limits(options.lang, given)
     stdin = Path(options.stdin).read_bytes() if options.stdin else b""
-    job = Job(options.lang, {load_language(options.lang).file: source}, stdin, limits)
-    print(result_line(pool.run_all([job])[0]))
+    files = {load_language(options.lang).file: source}
+    job = Job(options.lang, files, stdin, limits)
+    print(result_line(pool.submit(job).result()))
 
 
 def run_lines(pool, lines):
@@ -245,7 +249,8 @@ def main(arguments=None):
         else:
             run(options)
     except BrokenPipeError:  # who reads our output has gone; Python must not complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
     except (SandboxError, ValueError, OSError) as problem:
         sys.exit(f"python -m sandbox: {problem}")
 

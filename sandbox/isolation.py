@@ -308,7 +308,8 @@ def seccomp_load(program, ask=False):
 
     ask: returns the descriptor for `answer`, else None.
     """
-    program = program.replace(struct.pack("I", _PID), struct.pack("I", os.getpid()))
+    own_pid = struct.pack("I", os.getpid())
+    program = program.replace(struct.pack("I", _PID), own_pid)
     filter_program = _FilterProgram(len(program) // 8, program)
 
     set_mode_filter = ctypes.c_uint(1)
@@ -323,7 +324,8 @@ def ask_once():
     Some container managers do.
     """
     no_new_privs()
-    os.close(seccomp_load(seccomp_filter(may_fork=True, ask=True), ask=True))
+    program = seccomp_filter(may_fork=True, ask=True)
+    os.close(seccomp_load(program, ask=True))
 
 
 def answer(descriptor, allowed):
@@ -345,7 +347,8 @@ def answer(descriptor, allowed):
             error, go_on = 0, 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
         else:
             error, go_on = -errno.EAGAIN, 0
-        fcntl.ioctl(descriptor, send, struct.pack("QqiI", identity, 0, error, go_on))
+        reply = struct.pack("QqiI", identity, 0, error, go_on)
+        fcntl.ioctl(descriptor, send, reply)
 
 
 # ---- namespaces ----
@@ -393,7 +396,8 @@ def unmount(folder):
 def _mount(source, target, kind, flags, options):
     words = [source, target, kind, options]
     source, place, kind, options = [None if word is None else os.fsencode(word) for word in words]
-    _checked(_libc.mount(source, place, kind, ctypes.c_ulong(flags), options), f"mount {target}")
+    result = _libc.mount(source, place, kind, ctypes.c_ulong(flags), options)
+    _checked(result, f"mount {target}")
 
 
 def fork_into(flags):

@@ -57,7 +57,8 @@ class Pool:
 
     def __init__(self, workers=None, level=None, require="kernel", allow_weaker=False, cache=True):
         self.level = choose_level(level, require, allow_weaker)
-        self.workers = workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = workers or max(1, cores() // local_ranks)
         self.retries = 0
         self.replaced = 0
         self.cache_hits = 0
@@ -104,6 +105,7 @@ class Pool:
         interpreter, bad file name) raises: SandboxError or ValueError with one sentence.
         """
         wanted = request(job)
+        # without a cache no job equals another
         key = hashlib.sha256(wanted.message).digest() if self._cache.size else object()
         future = concurrent.futures.Future()
         with self._lock:
@@ -177,9 +179,10 @@ class Pool:
     # ---- one thread per worker ----
 
     def _work(self, slot):
+        launchers = self._launchers[slot]
         while (pending := self._queue.get()) is not None and not self._closed:
             if self._still_wanted(pending):
-                self._finish(pending, self._attempt(self._launchers[slot], pending.wanted))
+                self._finish(pending, self._attempt(launchers, pending.wanted))
 
     def _still_wanted(self, pending):
         """False when everybody who waited for this job has given up."""
@@ -241,7 +244,8 @@ class Pool:
         )
 
     def _error(self, reason, name=None):
-        return replace(self._result({"status": "sandbox_error", "stderr": reason}), id=name)
+        result = self._result({"status": "sandbox_error", "stderr": reason})
+        return replace(result, id=name)
 
     def _finish(self, pending, result):
         with self._lock:
@@ -395,8 +399,9 @@ class _Launcher:
     def run(self, wanted):
         """The launcher's reply to a Request; SandboxError when it died or hangs."""
         self.channel.settimeout(wanted.patience)
+        size = struct.pack("I", len(wanted.message))
         try:
-            self.channel.sendall(struct.pack("I", len(wanted.message)) + wanted.message)
+            self.channel.sendall(size + wanted.message)
             while "started" in (reply := self._receive()):
                 self.program = reply["started"]
             self.program = None

@@ -28,7 +28,10 @@ _REAP_SECONDS = 10.0
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _CLOCK = os.sysconf("SC_CLK_TCK")
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if hasattr(os, "sched_getaffinity"):
+    _CORES = len(os.sched_getaffinity(0))
+else:
+    _CORES = os.cpu_count() or 1
 _MAXRSS_UNIT = 1024 if os.uname().sysname == "Linux" else 1  # bytes, of getrusage's ru_maxrss
 
 
@@ -128,7 +131,7 @@ class Program:
         """
         tick = _TICK_SINGLE if self.stage["processes"] == 1 else _TICK_MANY
         wall_left = self.started + self.stage["wall"] - time.monotonic()
-        if wall_left <= 0:  # it is granted the time in which others had the cores
+        if wall_left <= 0:  # it runs on time that `_look` grants
             wall_left = tick
         cpu_left = self.stage["cpu"] - self.seen_cpu
         return max(0.001, min(wall_left, cpu_left, tick if pidfd else _TICK_BLIND))
@@ -216,7 +219,9 @@ class Program:
         self.seen_cpu = cpu
         self.peak_memory = max(self.peak_memory, memory)
 
-        if now - self.started - stage["wall"] > min(self.starved, 2 * stage["wall"]):
+        # It is granted the time in which others had the cores, up to twice its limit.
+        granted = min(self.starved, 2 * stage["wall"])
+        if now - self.started - stage["wall"] > granted:
             self._end("wall_limit")
         # Before memory: a fork bomb that is seen late also has too much of that, which is not what
         # is wrong with it.

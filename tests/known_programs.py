@@ -31,8 +31,13 @@ def humaneval_solutions(file):
     """{number of the task: program}."""
     known = {}
     for row in rows(file):
-        known[row["task_id"].split("/")[1]] = row["prompt"] + row["canonical_solution"]
+        number = row["task_id"].split("/")[1]
+        known[number] = _program(row)
     return known
+
+
+def _program(row):
+    return row["prompt"] + row["canonical_solution"]
 
 
 # ---- MultiPL-E ----
@@ -100,12 +105,12 @@ def humaneval_x(name):
 
 
 def _python(row):
-    program = row["prompt"] + row["canonical_solution"]
+    program = _program(row)
     return Job("python", {"main.py": f"{program}\n{row['test']}\nprint('{NONCE}')\n"})
 
 
 def _cpp(row):
-    program = row["prompt"] + row["canonical_solution"]
+    program = _program(row)
     test = re.sub(r"\}\s*\Z", f'puts("{NONCE}"); }}\n', row["test"])
     return Job("cpp", {"main.cpp": f"#include <stdio.h>\n{program}\n{test}"})
 
@@ -115,17 +120,18 @@ def _java(row):
 
     So the tests' Main goes before the solution, and the imports before both.
     """
-    program = row["prompt"] + row["canonical_solution"]
+    program = _program(row)
     imports = r"(?m)^import .*;$"
-    hoisted = "\n".join(re.findall(imports, program) + re.findall(imports, row["test"]))
+    hoisted = re.findall(imports, program) + re.findall(imports, row["test"])
     program = re.sub(imports, "", program)
     test = re.sub(imports, "", row["test"])
     test = re.sub(r"\}\s*\}\s*\Z", f'System.out.println("{NONCE}"); }} }}\n', test)
+    hoisted = "\n".join(hoisted)
     return Job("java", {"Main.java": f"{hoisted}\n{test}\n{program}"})
 
 
 def _javascript(row):
-    program = row["prompt"] + row["canonical_solution"]
+    program = _program(row)
     return Job("javascript", {"main.js": f"{program}\n{row['test']}\nconsole.log('{NONCE}')\n"})
 
 
@@ -158,7 +164,7 @@ GO_STANDARD = {"testing", "reflect", "os", "math", "sort", "strings"}
 
 def _go(row):
     imports = r"(?m)^import\s*\([^)]*\)|^import .*$"
-    program = f"{row['prompt']}{row['canonical_solution']}\n{row['test']}"
+    program = f"{_program(row)}\n{row['test']}"
     program = re.sub(imports, "", program) + GO_ASSERT
     # runs last
     program += f'\nfunc TestZzz(t *testing.T) {{ os.Stdout.WriteString("{NONCE}\\n") }}\n'
@@ -190,7 +196,8 @@ def exercism(track):
         if track == "julia":  # an option of @testset that Julia 1.5 does not have
             for name, text in files.items():
                 files[name] = text.replace("@testset verbose = true ", "@testset ")
-        yield row["slug"], Job(track, files, limits=limits, run=_test_command(track, row)), _is_ok
+        job = Job(track, files, limits=limits, run=_test_command(track, row))
+        yield row["slug"], job, _is_ok
 
 
 def _is_ok(result):

@@ -20,6 +20,10 @@ def lua(source, **more):
     return Job("lua", {"main.lua": source}, **more)
 
 
+def bash(source, **more):
+    return Job("bash", {"main.sh": source}, **more)
+
+
 @pytest.mark.parametrize("name", language_names())
 def test_fixtures_of_every_language(pool, name):
     if sentence := load_language(name).missing():
@@ -39,7 +43,8 @@ def check_language(pool, name):
     jobs = []
     for kind in ("pass", "wrong", "error", "loop"):
         files = {language.file: language.fixtures[kind]}
-        jobs.append(Job(name, files, stdin, short if kind == "loop" else None))
+        limits = short if kind == "loop" else None
+        jobs.append(Job(name, files, stdin, limits))
     passed, wrong, error, loop = pool.run_all(jobs)
 
     assert passed.status == "ok", passed
@@ -48,7 +53,8 @@ def check_language(pool, name):
     assert wrong.stdout.split() != [b"42"], wrong
     assert error.status in ("error", "compile_error"), error
     assert loop.status == "cpu_limit", loop
-    assert loop.cpu < language.limits.cpu + language.compile_limits.cpu, loop
+    at_most = language.limits.cpu + language.compile_limits.cpu
+    assert loop.cpu < at_most, loop
 
 
 def test_an_unknown_language_is_one_sentence(pool):
@@ -75,18 +81,24 @@ def test_a_missing_interpreter_is_one_sentence(pool, monkeypatch, variable, valu
 def test_ids_and_order(pool):
     jobs = [lua(f"print({number})", id=f"job {number}") for number in range(20)]
     results = pool.run_all(jobs)
-    assert [result.id for result in results] == [job.id for job in jobs]
+    ids = [job.id for job in jobs]
+    assert [result.id for result in results] == ids
     assert [int(result.stdout) for result in results] == list(range(20))
-    assert sorted(result.id for result in pool.run(jobs)) == sorted(job.id for job in jobs)
+
+    as_they_end = [result.id for result in pool.run(jobs)]
+    assert sorted(as_they_end) == sorted(ids)
 
 
 def test_a_batch_has_one_deadline(pool):
     """Ten loops of 2 s on two launchers take 10 s; after 0.5 s none has ended."""
-    loops = [lua(f"while {number} do end", limits=Limits(cpu=2), id=number) for number in range(10)]
+    loops = []
+    for number in range(10):
+        source = f"while {number} do end"
+        loops.append(lua(source, limits=Limits(cpu=2), id=number))
     results = pool.run_all(loops, deadline=0.5)
     assert [result.id for result in results] == list(range(10))
     assert {result.status for result in results} == {"sandbox_error"}
-    assert pool.run_all([lua("print(1)")])[0].status == "ok"
+    assert pool.submit(lua("print(1)")).result().status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +115,8 @@ def test_system_call_numbers_are_those_of_the_kernels_headers(column, header):
     right = {name: int(number) for name, number in defined}
 
     known = 0
-    for name, numbers in (syscalls.DENIED_NUMBERS | syscalls.OTHER_NUMBERS).items():
+    table = syscalls.DENIED_NUMBERS | syscalls.OTHER_NUMBERS
+    for name, numbers in table.items():
         if name in right:
             assert numbers[column] == right[name], name
             known += 1

@@ -25,7 +25,7 @@ REFUSE = str(HOSTILE / "refuse.py")
 LANGUAGES = sorted(path.stem for path in HOSTILE.glob("*.toml"))
 # What holds a program is the same for all languages: Python's attacks are bare system calls, and
 # Prolog's run warm. Of the others those that take less than 3 s are always run.
-SLOW = ("bash", "c", "javascript", "lisp", "lua", "r")
+SLOW = ("bash", "c", "javascript", "lisp", "lua", "r", "racket")
 SLOW_ELSEWHERE = ("python", "bash", "c")
 FULL = bool(os.environ.get("SANDBOX_FULL"))
 IS_ROOT = os.geteuid() == 0

@@ -5,7 +5,6 @@ Right programs of GSM8K, and programs that forge a verdict.
 
 import re
 import textwrap
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -181,7 +180,17 @@ def test_no_program_forges_a_verdict(name, pool):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not here")
-@pytest.mark.parametrize("name", ["racket", "lua", "julia", "r", "ocaml", "scheme"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lua",
+        "ocaml",
+        "scheme",
+        pytest.param("racket", marks=pytest.mark.slow),  # these take 0.2 s to start, 14 times
+        pytest.param("julia", marks=pytest.mark.slow),
+        pytest.param("r", marks=pytest.mark.slow),
+    ],
+)
 def test_rendered_gsm8k_programs_score_full_and_wrong_ones_nothing(name, pool):
     """As tests/test_rewards.py does for Prolog and Lisp.
 

@@ -157,14 +157,16 @@ class Language:
         """
         if not self.warm:
             return None
-        texts = [
-            content if isinstance(content, str) else content.decode("latin-1")
-            for content in files.values()
-        ]
-        text = "\n".join(texts)
-        alone = next((name for name in self.warm.get("when_mentioned", ()) if name in text), "")
-        libraries = [*self.warm["always"], alone] if alone else [*self.warm["always"]]
-        return {"libraries": libraries, "alone": alone}
+        text = ""
+        for content in files.values():
+            text += content if isinstance(content, str) else content.decode("latin-1")
+            text += "\n"
+
+        libraries = list(self.warm["always"])
+        for name in self.warm.get("when_mentioned", ()):
+            if name in text:
+                return {"libraries": [*libraries, name], "alone": name}
+        return {"libraries": libraries, "alone": ""}
 
 
 # ---- what the launcher is told ----
@@ -178,7 +180,7 @@ def _stage(language, command, limits):
     found = {}
     for program, candidates in language.programs.items():
         found[program] = find_program(program, tuple(candidates))
-    name, *arguments = command
+    name, *words = command
     if name not in found and not name.startswith("./"):
         raise SandboxError(
             f"a command of {language.name} must start with one of {', '.join(found)}, ./FILE; "
@@ -193,13 +195,15 @@ def _stage(language, command, limits):
         read += _home(real)
         execute += [real, *_script(real)]
 
+    argv = [found.get(name, name)]
+    argv += [_fill(word, found) for word in words]
     environment = dict(ENVIRONMENT)
     for key, text in isolation.get("environment", {}).items():
         environment[key] = _fill(text, found)
 
     return {
         "program": os.path.realpath(found[name]) if name in found else name,
-        "argv": [found.get(name, name), *(_fill(word, found) for word in arguments)],
+        "argv": argv,
         "environment": environment,
         "read": read,
         "execute": execute,
@@ -341,4 +345,5 @@ def _size(value):
     if not isinstance(value, str):
         return value
     number, unit = value.split()
-    return int(number) << {"KiB": 10, "MiB": 20, "GiB": 30}[unit]
+    bits = {"KiB": 10, "MiB": 20, "GiB": 30}
+    return int(number) << bits[unit]

@@ -229,7 +229,8 @@ def run_attacks(level, languages, only, scale):
                 found.append(f"the launcher was lost: {result.stderr[:300]}")
                 retries = pool.retries
 
-            after = pool.run_all([honest_job(honest[number % len(honest)])])[0]
+            language = honest[number % len(honest)]
+            after = pool.submit(honest_job(language)).result()
             if not is_right(after):
                 found.append(f"the next honest program failed: {after}")
             if found:
@@ -244,7 +245,7 @@ def run_attack(attack, pool, world, stalls):
     job = hostile_job(attack, world.words())
     others = busy() - own(pool)
     stood = stalls.seconds
-    result = pool.run_all([job])[0]
+    result = pool.submit(job).result()
     stood = stalls.seconds - stood
     others = max(0.0, busy() - own(pool) - others) + stood
 
