@@ -186,7 +186,7 @@ def test_no_program_forges_a_verdict(name, pool):
         "lua",
         "ocaml",
         "scheme",
-        pytest.param("racket", marks=pytest.mark.slow),  # these take 0.2 s to start, 14 times
+        pytest.param("racket", marks=pytest.mark.slow),  # these start slowly, 14 times
         pytest.param("julia", marks=pytest.mark.slow),
         pytest.param("r", marks=pytest.mark.slow),
     ],
