@@ -187,11 +187,12 @@ class Pool:
     def _still_wanted(self, pending):
         """False when everybody who waited for this job has given up."""
         with self._lock:
-            waiters = [waiter for waiter in pending.waiters if not waiter[0].cancelled()]
-            pending.waiters = waiters
-            if not waiters:
+            pending.waiters = [
+                (future, name) for future, name in pending.waiters if not future.cancelled()
+            ]
+            if not pending.waiters:
                 del self._pending[pending.key]
-            return bool(waiters)
+            return bool(pending.waiters)
 
     def _attempt(self, launchers, wanted):
         """Run a job; when the sandbox fails, again, on a fresh launcher."""
