@@ -1,6 +1,7 @@
-"""The trainer's side: a pool of launchers, each fed by one thread, with retries, replacement of dead launchers and a cache.
+"""The trainer's side: a pool of launchers, each fed by one thread.
 
-The trainer never forks: launchers are started by vfork + exec (0.6 ms from a parent of any size) as early as possible.
+With retries, replacement of dead launchers and a cache. The trainer never forks: launchers are
+started by vfork + exec (0.6 ms from a parent of any size) as early as possible.
 """
 
 import concurrent.futures
@@ -29,7 +30,7 @@ from sandbox.probe import LEVELS, available_level, probe
 _LAUNCHER = os.path.join(os.path.dirname(__file__), "launcher.py")
 _ATTEMPTS = 3
 _CACHE_BYTES = 64 << 20
-# These depend on the program alone; a wall limit or a sandbox error depends on how busy the machine was.
+# These depend on the program alone, a wall limit or a sandbox error on how busy the machine was.
 _CACHED = (
     "ok",
     "error",
@@ -42,29 +43,39 @@ _CACHED = (
 
 
 class Pool:
-    """Runs jobs in `workers` launchers (default: the cores this process may use, shared among the local ranks).
+    """Runs jobs in launchers.
 
-    level: "portable", "kernel" or "namespaces"; default: what is required. require: the weakest level that will do; when the machine
-    cannot give it, SandboxError says what is missing, unless allow_weaker. cache: equal jobs (language, files, stdin, limits, command) run
-    once. Use it as a context manager, and start it before CUDA and other heavy things.
+    Use it as a context manager, and start it before CUDA and other heavy things.
+
+    workers: how many launchers; default: the cores this process may use, shared among the local
+        ranks.
+    level: "portable", "kernel" or "namespaces"; default: what is required.
+    require: the weakest level that will do. When the machine cannot give it, SandboxError says what
+        is missing, unless allow_weaker.
+    cache: equal jobs (language, files, stdin, limits, command) run once.
     """
 
     def __init__(self, workers=None, level=None, require="kernel", allow_weaker=False, cache=True):
         self.level = choose_level(level, require, allow_weaker)
-        self.workers = workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        self.retries = self.replaced = self.cache_hits = 0
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.workers = workers or max(1, cores() // local_ranks)
+        self.retries = 0
+        self.replaced = 0
+        self.cache_hits = 0
         self.launcher_pids = []  # of all launchers there ever were
-        self._folder = tempfile.mkdtemp(prefix="rarecode-")
-        os.chmod(self._folder, 0o711)
+        self.folder = tempfile.mkdtemp(prefix="rarecode-")
+        os.chmod(self.folder, 0o711)
+
         self._queue = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._pending = {}  # key -> _Pending, so that an equal job waits for the first instead of running again
+        # key -> _Pending, so that an equal job waits for the first instead of running again
+        self._pending = {}
         self._cache = _Cache(_CACHE_BYTES if cache else 0)
         self._closed = False
         self._threads = []
-        self._launchers = [
-            {} for _ in range(self.workers)
-        ]  # per worker {kind: launcher}; "" is the general kind
+
+        # per worker {kind: launcher}; "" is the general kind
+        self._launchers = [{} for _ in range(self.workers)]
         try:
             for launchers in self._launchers:
                 launchers[""] = self._launch()
@@ -74,10 +85,10 @@ class Pool:
             self.close()
             raise
         self.bounded = all(launchers[""].bounded for launchers in self._launchers)
-        self._threads = [
-            threading.Thread(target=self._work, args=(slot,), daemon=True)
-            for slot in range(self.workers)
-        ]
+
+        for slot in range(self.workers):
+            thread = threading.Thread(target=self._work, args=(slot,), daemon=True)
+            self._threads.append(thread)
         for thread in self._threads:
             thread.start()
 
@@ -88,10 +99,14 @@ class Pool:
         self.close()
 
     def submit(self, job):
-        """Future of the Result of a job, which starts as soon as a launcher is free. A program's faults are in the Result; only a wrong
-        call (unknown language, missing interpreter, bad file name) raises, SandboxError or ValueError with one sentence."""
-        message, kind, patience = request(job)
-        key = hashlib.sha256(message).digest() if self._cache.size else object()
+        """Future of the Result of a job, which starts as soon as a launcher is free.
+
+        A program's faults are in the Result. Only a wrong call (unknown language, missing
+        interpreter, bad file name) raises: SandboxError or ValueError with one sentence.
+        """
+        wanted = request(job)
+        # without a cache no job equals another
+        key = hashlib.sha256(wanted.message).digest() if self._cache.size else object()
         future = concurrent.futures.Future()
         with self._lock:
             if self._closed:
@@ -103,12 +118,15 @@ class Pool:
                 self.cache_hits += 1
                 self._pending[key].waiters.append((future, job.id))
             else:
-                self._pending[key] = _Pending(key, message, kind, patience, [(future, job.id)])
+                self._pending[key] = _Pending(key, wanted, [(future, job.id)])
                 self._queue.put(self._pending[key])
         return future
 
     def run(self, jobs, deadline=None):
-        """Results as they come. `deadline` seconds after the call everything that is not done comes back as a sandbox_error."""
+        """Results as they come.
+
+        `deadline` seconds after the call everything that is not done comes back as a sandbox_error.
+        """
         futures = {self.submit(job): job for job in jobs}
         return self._collect(futures, deadline)
 
@@ -119,46 +137,54 @@ class Pool:
                 yield future.result()
         except TimeoutError:
             for future, job in futures.items():
-                cancelled = future.cancel()
-                yield (
-                    self._error(f"not done {deadline} s after the start of the batch", job.id)
-                    if cancelled
-                    else future.result()
-                )
+                if future.cancel():
+                    late = f"not done {deadline} s after the start of the batch"
+                    yield self._error(late, job.id)
+                else:  # it was done just now
+                    yield future.result()
 
     def run_all(self, jobs, deadline=None):
         """Results in the order of the jobs."""
-        jobs = [replace(job, id=(number, job.id)) for number, job in enumerate(jobs)]
-        results = sorted(self.run(jobs, deadline), key=lambda result: result.id[0])
-        return [replace(result, id=result.id[1]) for result in results]
+        numbered = [replace(job, id=(number, job.id)) for number, job in enumerate(jobs)]
+        results = [None] * len(numbered)
+        for result in self.run(numbered, deadline):
+            number, name = result.id
+            results[number] = replace(result, id=name)
+        return results
 
     def close(self):
-        """End all launchers and their programs, and remove the work folders. Jobs that are not done come back as sandbox errors."""
+        """End all launchers and their programs, and remove the work folders.
+
+        Jobs that are not done come back as sandbox errors.
+        """
         with self._lock:
             self._closed = True
         for _ in self._threads:
             self._queue.put(None)
-        self._each_launcher(lambda launcher: launcher.hang_up())
+        for launcher in self._all_launchers():
+            launcher.hang_up()
         for thread in self._threads:
             thread.join(timeout=10)
-        self._each_launcher(lambda launcher: launcher.stop())
+        for launcher in self._all_launchers():
+            launcher.stop()
         for pending in list(self._pending.values()):
             self._finish(pending, self._error("the sandbox pool was closed"))
-        remove(self._folder)
+        remove(self.folder)
 
-    def _each_launcher(self, action):
+    def _all_launchers(self):
+        """Each launcher that there is when its turn comes; the threads replace some meanwhile."""
         for launchers in self._launchers:
-            for launcher in list(launchers.values()):
-                action(launcher)
+            yield from list(launchers.values())
 
     # ---- one thread per worker ----
 
     def _work(self, slot):
+        launchers = self._launchers[slot]
         while (pending := self._queue.get()) is not None and not self._closed:
-            if self._wanted(pending):
-                self._finish(pending, self._attempt(self._launchers[slot], pending))
+            if self._still_wanted(pending):
+                self._finish(pending, self._attempt(launchers, pending.wanted))
 
-    def _wanted(self, pending):
+    def _still_wanted(self, pending):
         """False when everybody who waited for this job has given up."""
         with self._lock:
             pending.waiters = [
@@ -168,8 +194,9 @@ class Pool:
                 del self._pending[pending.key]
             return bool(pending.waiters)
 
-    def _attempt(self, launchers, pending):
+    def _attempt(self, launchers, wanted):
         """Run a job; when the sandbox fails, again, on a fresh launcher."""
+        kind = wanted.kind
         reason = ""
         for attempt in range(_ATTEMPTS):
             if self._closed:
@@ -177,35 +204,39 @@ class Pool:
             if attempt:
                 self.retries += 1
                 time.sleep(0.05 * attempt)
+
             try:
-                if pending.kind not in launchers:
+                if kind not in launchers:
                     self.replaced += attempt > 0
-                    launchers[pending.kind] = self._launch()
-                    launchers[pending.kind].wait_until_ready()
-                result = self._result(launchers[pending.kind].run(pending))
+                    launchers[kind] = self._launch()
+                    launchers[kind].wait_until_ready()
+                result = self._result(launchers[kind].run(wanted))
                 if result.status != "sandbox_error":
                     return result
                 reason = result.stderr.decode(errors="replace")
             except (SandboxError, OSError) as error:
                 reason = str(error)
-            if pending.kind in launchers:
-                launchers.pop(pending.kind).stop()
+            if kind in launchers:
+                launchers.pop(kind).stop()
         return self._error(reason)
 
     def _launch(self):
-        launcher = _Launcher(self._folder, self.level)
+        launcher = _Launcher(self.folder, self.level)
         self.launcher_pids.append(launcher.process.pid)
         return launcher
 
     def _result(self, reply):
         """Result of a launcher's reply."""
-        code = reply.get("returncode")
+        exit_code = reply.get("returncode")
+        by_signal = None
+        if exit_code is not None and exit_code < 0:
+            exit_code, by_signal = None, -exit_code
         return Result(
             status=reply["status"],
             stdout=reply.get("stdout", "").encode("latin-1"),
             stderr=reply.get("stderr", "").encode("latin-1", "replace"),
-            exit_code=code if code is not None and code >= 0 else None,
-            signal=-code if code is not None and code < 0 else None,
+            exit_code=exit_code,
+            signal=by_signal,
             cpu=reply.get("cpu", 0.0),
             wall=reply.get("wall", 0.0),
             peak_memory=reply.get("peak_memory", 0),
@@ -214,7 +245,8 @@ class Pool:
         )
 
     def _error(self, reason, name=None):
-        return replace(self._result({"status": "sandbox_error", "stderr": reason}), id=name)
+        result = self._result({"status": "sandbox_error", "stderr": reason})
+        return replace(result, id=name)
 
     def _finish(self, pending, result):
         with self._lock:
@@ -227,22 +259,99 @@ class Pool:
                 future.set_result(replace(result, id=name))
 
 
+def cores():
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_level(level, require, allow_weaker):
+    """The level to run at.
+
+    SandboxError when the machine gives less than `require` and the user did not say that weaker is
+    fine.
+    """
+    for name in (level, require):
+        if name is not None and name not in LEVELS:
+            choices = ", ".join(LEVELS)
+            raise SandboxError(f"unknown isolation level {name!r}: choose one of {choices}")
+
+    wanted = level or require
+    if LEVELS.index(wanted) < LEVELS.index(require) and not allow_weaker:
+        raise SandboxError(
+            f"level {level} is weaker than the required {require}; allow_weaker=True accepts that"
+        )
+    if wanted == "portable":
+        return wanted
+
+    best, lacking = available_level(probe())
+    if LEVELS.index(best) >= LEVELS.index(wanted):
+        return wanted
+    if allow_weaker:
+        return best
+    raise SandboxError(
+        f"the sandbox cannot give {wanted} isolation here: {lacking}; "
+        "python -m sandbox doctor shows more"
+    )
+
+
+@dataclass
+class Request:
+    """What a launcher is sent for a job."""
+
+    message: bytes  # equal jobs give equal ones
+    kind: str  # of launcher
+    patience: float  # seconds after which the launcher must be broken
+
+
+def request(job):
+    """The Request for a Job; SandboxError or ValueError when it cannot be run."""
+    language = load_language(job.lang)
+    stages = language.stages(job.limits, job.run, job.files)
+    files = {}
+    for path, content in job.files.items():
+        if not _is_plain(path):
+            raise SandboxError(
+                f"file name {path!r} must be a plain relative path inside the work folder"
+            )
+        if isinstance(content, str):
+            content = content.encode("utf-8", "replace")
+        files[path] = content.decode("latin-1")
+
+    body = {"stages": stages, "files": files, "stdin": job.stdin.decode("latin-1")}
+    warm = stages[-1]["warm"]
+    return Request(
+        message=json.dumps(body, sort_keys=True).encode(),
+        kind=warm["alone"] if warm else "",
+        patience=30 + 3 * sum(stage["wall"] for stage in stages),
+    )
+
+
+def _is_plain(path):
+    """Is this a relative path that names the same place however it is read?"""
+    if not path or path.startswith("/") or "\0" in path:
+        return False
+    plain = PurePosixPath(path)
+    return bool(plain.parts) and ".." not in plain.parts and str(plain) == path
+
+
 @dataclass
 class _Pending:
     """A job that waits or runs, and those who wait for it."""
 
     key: object
-    message: bytes
-    kind: str  # of launcher
-    patience: float  # seconds after which the launcher must be broken
-    waiters: list
+    wanted: Request
+    waiters: list  # [(future, id)]
 
 
 class _Cache:
     """The most recently used results, up to `size` bytes of output."""
 
     def __init__(self, size):
-        self.size, self.used, self.results = size, 0, OrderedDict()
+        self.size = size
+        self.used = 0
+        self.results = OrderedDict()
 
     def get(self, key):
         if key in self.results:
@@ -253,7 +362,8 @@ class _Cache:
         self.results[key] = result
         self.used += self._weight(result)
         while self.used > self.size:
-            self.used -= self._weight(self.results.popitem(last=False)[1])
+            _, oldest = self.results.popitem(last=False)
+            self.used -= self._weight(oldest)
 
     def _weight(self, result):
         return len(result.stdout) + len(result.stderr) + 1000
@@ -265,16 +375,14 @@ class _Launcher:
     def __init__(self, parent, level):
         self.folder = tempfile.mkdtemp(dir=parent)
         self.program = None  # process id of what it runs
+        self.bounded = False  # known once it is ready: is its work folder a file system of its own?
         self.channel, other = socket.socketpair()
-        command = [
-            sys.executable,
-            "-I",
-            "-S",
-            _LAUNCHER,
-            json.dumps({"level": level, "folder": self.folder}),
-        ]
+        settings = json.dumps({"level": level, "folder": self.folder})
+        command = [sys.executable, "-I", "-S", _LAUNCHER, settings]
         try:
-            with other:  # a session of its own: Ctrl-C in the trainer's terminal must not reach it before the trainer has ended it
+            # A session of its own: Ctrl-C in the trainer's terminal must not reach it before the
+            # trainer has ended it.
+            with other:
                 self.process = subprocess.Popen(
                     command, stdin=other, stdout=subprocess.DEVNULL, start_new_session=True, env={}
                 )
@@ -289,11 +397,12 @@ class _Launcher:
         except (OSError, SandboxError) as error:
             raise SandboxError(f"a sandbox launcher did not start: {error}") from None
 
-    def run(self, pending):
-        """The launcher's reply to a request; SandboxError when it died or hangs."""
-        self.channel.settimeout(pending.patience)
+    def run(self, wanted):
+        """The launcher's reply to a Request; SandboxError when it died or hangs."""
+        self.channel.settimeout(wanted.patience)
+        size = struct.pack("I", len(wanted.message))
         try:
-            self.channel.sendall(struct.pack("I", len(pending.message)) + pending.message)
+            self.channel.sendall(size + wanted.message)
             while "started" in (reply := self._receive()):
                 self.program = reply["started"]
             self.program = None
@@ -301,7 +410,7 @@ class _Launcher:
         except TimeoutError:
             self.process.kill()
             raise SandboxError(
-                f"a sandbox launcher gave no answer for {pending.patience:.0f} s"
+                f"a sandbox launcher gave no answer for {wanted.patience:.0f} s"
             ) from None
 
     def _receive(self):
@@ -330,9 +439,8 @@ class _Launcher:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        if (
-            self.program and self.process.returncode
-        ):  # killed: the program died with it, but not the program's children
+        # killed: the program died with it, but not the program's children
+        if self.program and self.process.returncode:
             with contextlib.suppress(OSError):
                 os.killpg(self.program, signal.SIGKILL)
         self.channel.close()
@@ -344,65 +452,5 @@ def remove(folder):
     with contextlib.suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.isdir(folder):
-        subprocess.run(
-            ["chmod", "-R", "u+rwX", "--", folder], stderr=subprocess.DEVNULL, check=False
-        )
-        subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL, check=False)
-
-
-def choose_level(level, require, allow_weaker):
-    """The level to run at; SandboxError when the machine gives less than `require` and the user did not say that weaker is fine."""
-    for name in (level, require):
-        if name is not None and name not in LEVELS:
-            raise SandboxError(
-                f"unknown isolation level {name!r}: choose one of {', '.join(LEVELS)}"
-            )
-    wanted = level or require
-    if LEVELS.index(wanted) < LEVELS.index(require) and not allow_weaker:
-        raise SandboxError(
-            f"level {level} is weaker than the required {require}; allow_weaker=True accepts that"
-        )
-    if wanted == "portable":
-        return wanted
-    best, lacking = available_level(probe())
-    if LEVELS.index(best) >= LEVELS.index(wanted):
-        return wanted
-    if allow_weaker:
-        return best
-    raise SandboxError(
-        f"the sandbox cannot give {wanted} isolation here: {lacking}; python -m sandbox doctor shows more"
-    )
-
-
-def request(job):
-    """(bytes to send for a job, kind of launcher, seconds to wait at most). Equal jobs give equal bytes."""
-    language = load_language(job.lang)
-    stages = language.stages(job.limits, job.run, job.files)
-    files = {}
-    for path, content in job.files.items():
-        parts = PurePosixPath(path).parts
-        if (
-            not parts
-            or path.startswith("/")
-            or ".." in parts
-            or "\0" in path
-            or str(PurePosixPath(path)) != path
-        ):
-            raise SandboxError(
-                f"file name {path!r} must be a plain relative path inside the work folder"
-            )
-        files[path] = (
-            content if isinstance(content, bytes) else content.encode("utf-8", "replace")
-        ).decode("latin-1")
-    body = {"stages": stages, "files": files, "stdin": job.stdin.decode("latin-1")}
-    kind = (stages[-1]["warm"] or {}).get("alone", "")
-    return (
-        json.dumps(body, sort_keys=True).encode(),
-        kind,
-        30 + 3 * sum(stage["wall"] for stage in stages),
-    )
-
-
-def cores():
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, check=False)

@@ -1,6 +1,7 @@
-"""What this machine lets an unprivileged sandbox do: each means is tried once, in a child of a process of its own.
+"""What this machine lets an unprivileged sandbox do.
 
-Run as `python -I -S probe.py`; prints one JSON object {means: null when it works, else why not}. Called through `probe()`.
+Run as `python -I -S probe.py` it tries each means once, in a child of its own, and prints one JSON
+object {means: null when it works, else why not}. Everybody else calls `probe()`.
 """
 
 import functools
@@ -11,17 +12,22 @@ import sys
 
 LEVELS = ("portable", "kernel", "namespaces")  # weakest first
 
+# What every level needs beyond the one before it.
+_NEEDS = {
+    "kernel": ("no_new_privs", "landlock", "seccomp"),
+    "namespaces": ("pid namespace",),
+}
+
 
 @functools.cache
 def probe():
-    """{"landlock": reason or None, "seccomp": ..., "pid namespace": ..., "user": ids programs can run as or None, "abi": ...}."""
-    ran = subprocess.run(
-        [sys.executable, "-I", "-S", __file__],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    """{means: None when it works, else the reason}, found out once.
+
+    Besides: "abi", the version of Landlock's interface, and "separate user", whether programs can
+    run as a user of their own.
+    """
+    command = [sys.executable, "-I", "-S", __file__]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if ran.returncode:
         return {
             "seccomp": f"the probe failed: {ran.stderr.strip()[-300:]}",
@@ -33,15 +39,34 @@ def probe():
 
 
 def available_level(found):
-    """Strongest level for which everything works, and a sentence about what the next one lacks (or None)."""
-    for level, needs in (
-        ("portable", ("no_new_privs", "landlock", "seccomp")),
-        ("kernel", ("pid namespace",)),
-    ):
+    """Strongest level for which everything works, and what the next one lacks.
+
+    found: from `probe`. The latter is a sentence, or None at the strongest level.
+    """
+    best = "portable"
+    for level, needs in _NEEDS.items():
         lacking = [f"{need} ({found[need]})" for need in needs if found.get(need)]
         if lacking:
-            return level, f"{LEVELS[LEVELS.index(level) + 1]} isolation needs {', '.join(lacking)}"
-    return "namespaces", None
+            return best, f"{level} isolation needs {', '.join(lacking)}"
+        best = level
+    return best, None
+
+
+# ---- in the process of its own ----
+
+
+def main():
+    found = {
+        "no_new_privs": isolation.attempt(isolation.no_new_privs),
+        "landlock": isolation.attempt(_landlock),
+        "seccomp": isolation.attempt(_seccomp),
+        "pid namespace": isolation.attempt(_pid_namespace),
+        "process guard": isolation.attempt(isolation.ask_once),
+        "private tmpfs": isolation.attempt(_private_tmpfs),
+        "abi": isolation.landlock_abi(),
+        "separate user": isolation.program_user() is not None,
+    }
+    print(json.dumps(found))
 
 
 def _landlock():
@@ -65,9 +90,8 @@ def _seccomp():
 
 
 def _pid_namespace():
-    if os.geteuid() != 0 or isolation.attempt(
-        lambda: isolation.unshare(isolation.CLONE_NEWNS | isolation.CLONE_NEWPID)
-    ):
+    # Root may do without a user namespace, but for containers that took the capability from it.
+    if os.geteuid() != 0 or isolation.attempt(_unshare_as_root) is not None:
         isolation.enter_user_namespace(isolation.CLONE_NEWNS)
     pid = isolation.fork_into(isolation.CLONE_NEWPID | isolation.CLONE_NEWIPC)
     if pid == 0:
@@ -76,32 +100,16 @@ def _pid_namespace():
         raise OSError("the child did not become process 1")
 
 
+def _unshare_as_root():
+    isolation.unshare(isolation.CLONE_NEWNS | isolation.CLONE_NEWPID)
+
+
 def _private_tmpfs():
     if os.geteuid() != 0:
         isolation.enter_user_namespace(isolation.CLONE_NEWNS)
     else:
         isolation.unshare(isolation.CLONE_NEWNS)
     isolation.private_tmpfs("/tmp", 1 << 20, 16)
-
-
-def main():
-    reasons = {
-        "no_new_privs": isolation.attempt(isolation.no_new_privs),
-        "landlock": isolation.attempt(_landlock),
-        "seccomp": isolation.attempt(_seccomp),
-        "pid namespace": isolation.attempt(_pid_namespace),
-        "process guard": isolation.attempt(isolation.ask_once),
-        "private tmpfs": isolation.attempt(_private_tmpfs),
-    }
-    print(
-        json.dumps(
-            reasons
-            | {
-                "abi": isolation.landlock_abi(),
-                "separate user": isolation.program_user() is not None,
-            }
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox import Job, Limits, Pool
-from sandbox.languages import _find, load_language
+from sandbox.languages import find_program, load_language
 from tasks import ir_mutations
 from tasks.data import read_jsonl
 
@@ -275,7 +275,7 @@ def tool(name):
     language = load_language("llvm-ir")
     if sentence := language.missing():
         raise ValueError(f"the IR groups need clang and LLVM's tools: {sentence}")
-    return _find(name, tuple(language.programs[name]))
+    return find_program(name, tuple(language.programs[name]))
 
 
 def _run_tool(command, text):

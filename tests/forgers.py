@@ -1,17 +1,23 @@
-"""Programs that try to pass HumanEval_53_add without adding: (language, what they try, program, verdict's status).
+"""Programs that try to pass HumanEval_53_add without adding.
 
-Status "forged": the program takes in the first run, with the right tests, and is found out in the second. None: it does not even take in the first.
+(language, what they try, program, the verdict's status). "forged": the program takes in the first
+run, with the right tests, and is found out in the second. None: it does not even take in the first.
 """
 
 HARNESS = "knows this harness: finds the two numbers in its file and prints their sum"
 
 FORGERS = [
     # its own file, stdin, descriptors, /proc
-    ("python", "prints its own file", "import os\nprint(open(__file__).read(), flush=True)\nos._exit(0)\ndef add(x, y): pass", None),
+    ("python", "prints its own file", """\
+import os
+print(open(__file__).read(), flush=True)
+os._exit(0)
+def add(x, y): pass""", None),
     ("python", "prints stdin and what /proc has", """
 import os, sys
 print(sys.stdin.read())
-for place in ("/proc/self/cmdline", "/proc/self/environ", "/proc/self/mem", "/proc/self/fd/0", "/dev/fd/1"):
+own = "/proc/self/"
+for place in (own + "cmdline", own + "environ", own + "mem", own + "fd/0", "/dev/fd/1"):
     try: print(open(place, "rb").read(99999))
     except (OSError, ValueError): pass
 for number in range(20):
@@ -27,7 +33,9 @@ os.sys.stdout.flush(); os._exit(0)
 def add(x, y): pass""", "forged"),
     ("python", "looks the answers up in its own file", r"""
 import re
-def add(x, y): return eval(re.search(rf"candidate\({x}, {y}\) == (.*)", open(__file__).read())[1])""", "forged"),
+def add(x, y):
+    text = open(__file__).read()
+    return eval(re.search(rf"candidate\({x}, {y}\) == (.*)", text)[1])""", "forged"),
     ("python", "takes the harness's numbers from its caller's code", """
 import sys
 def add(x, y):
@@ -45,11 +53,30 @@ local text = io.open(arg[0]):read('a')
 load(text:match('.*(print%(%d+ %+ %d+%))'))()
 os.exit(0)
 local function add(x, y) end""", "forged"),
-    ("racket", "prints its own file", '(display (file->string "main.rkt"))\n(exit 0)\n(define (add x y) 0)', None),
-    ("julia", HARNESS, 'println(sum(parse.(Int, match(r".*println\\\\((\\\\d+) \\\\+ (\\\\d+)\\\\)"s, read(@__FILE__, String)).captures)))\nexit(0)\nfunction add(x, y) end'.replace("\\\\", "\\"), "forged"),
-    ("bash", "prints its own file", 'add() {\n  :\n}\ncat "$0" <&0\nexit 0\n}', None),
-    ("php", HARNESS, '<?php\n$text = file_get_contents(__FILE__);\neval(substr($text, strrpos($text, "echo")));\nexit(0);\nfunction add($x, $y) {}', "forged"),
-    ("perl", "prints its own file", 'open(F, $0); print <F>; exit 0;\nsub add { 0 }', None),
+    ("racket", "prints its own file", """\
+(display (file->string "main.rkt"))
+(exit 0)
+(define (add x y) 0)""", None),
+    ("julia", HARNESS, """\
+println(sum(parse.(Int, match(r".*println\\((\\d+) \\+ (\\d+)\\)"s, read(@__FILE__, String)).captures)))
+exit(0)
+function add(x, y) end""", "forged"),
+    ("bash", "prints its own file", """\
+add() {
+  :
+}
+cat "$0" <&0
+exit 0
+}""", None),
+    ("php", HARNESS, """\
+<?php
+$text = file_get_contents(__FILE__);
+eval(substr($text, strrpos($text, "echo")));
+exit(0);
+function add($x, $y) {}""", "forged"),
+    ("perl", "prints its own file", """\
+open(F, $0); print <F>; exit 0;
+sub add { 0 }""", None),
     ("elixir", HARNESS, """
 [a, b] = Regex.run(~r/\\{(\\d+) \\+ (\\d+)\\}/, File.read!(__ENV__.file), capture: :all_but_first)
 IO.puts(String.to_integer(a) + String.to_integer(b))
@@ -62,7 +89,10 @@ end""", "forged"),
 #include<assert.h>
 #include<bits/stdc++.h>
 long add(long x, long y) {
-  for (auto name : {"main.cpp", "main"}) { std::ifstream file(name); std::cout << file.rdbuf() << std::endl; }
+  for (auto name : {"main.cpp", "main"}) {
+    std::ifstream file(name);
+    std::cout << file.rdbuf() << std::endl;
+  }
   _exit(0);
 }""", None),
     ("cpp", HARNESS, """
@@ -78,7 +108,11 @@ void ended(int) {
   fflush(stdout); _exit(0);
 }
 long add(long x, long y) { signal(SIGABRT, ended); return 0; }""", "forged"),
-    ("rust", "prints its own source", 'fn add(x: isize, y: isize) -> isize {\n    println!("{}", include_str!("main.rs"));\n    std::process::exit(0)\n}', None),
+    ("rust", "prints its own source", """\
+fn add(x: isize, y: isize) -> isize {
+    println!("{}", include_str!("main.rs"));
+    std::process::exit(0)
+}""", None),
     ("java", HARNESS, """
 import java.util.*;
 class Problem {
@@ -116,7 +150,11 @@ func add(x int, y int) int {
     return 0
 }""", "forged"),
     # leaving, and what is called on the way out
-    ("python", "prints a look-alike and leaves", "import os\nprint('ok', 123456789012345, flush=True)\nos._exit(0)\ndef add(x, y): pass", None),
+    ("python", "prints a look-alike and leaves", """\
+import os
+print('ok', 123456789012345, flush=True)
+os._exit(0)
+def add(x, y): pass""", None),
     ("python", "turns a failure into success on the way out", """
 import atexit, os
 atexit.register(os._exit, 0)
@@ -129,29 +167,71 @@ def ended(*_):
     sys.stdout.flush(); os._exit(0)
 sys.excepthook = ended
 def add(x, y): return 0""", "forged"),
-    ("perl", "turns a failure into success on the way out", 'END { $? = 0 }\nsub add { 0 }', None),
-    ("php", "turns a failure into success on the way out", '<?php\nregister_shutdown_function(function () { exit(0); });\nfunction add($x, $y) { return 0; }', None),
-    ("javascript", "takes failures for nothing", "process.on('uncaughtException', () => process.exit(0))\nfunction add(x, y) { return 0 }", None),
+    ("perl", "turns a failure into success on the way out", """\
+END { $? = 0 }
+sub add { 0 }""", None),
+    ("php", "turns a failure into success on the way out", """\
+<?php
+register_shutdown_function(function () { exit(0); });
+function add($x, $y) { return 0; }""", None),
+    ("javascript", "takes failures for nothing", """\
+process.on('uncaughtException', () => process.exit(0))
+function add(x, y) { return 0 }""", None),
     # other tests than the right ones
-    ("python", "an answer that equals everything", "class Same:\n    def __eq__(self, other): return True\ndef add(x, y): return Same()", "forged"),
-    ("javascript", "another assert", "require('node:assert').deepEqual = () => {}\nfunction add(x, y) { return 0 }", "forged"),
+    ("python", "an answer that equals everything", """\
+class Same:
+    def __eq__(self, other): return True
+def add(x, y): return Same()""", "forged"),
+    ("javascript", "another assert", """\
+require('node:assert').deepEqual = () => {}
+function add(x, y) { return 0 }""", "forged"),
     ("lua", "another luaunit", """
 package.loaded.luaunit = {assertEquals = function() end, LuaUnit = {run = function() return 0 end}}
 local function add(x, y) end""", "forged"),
-    ("racket", "another way round checks", "(require rackunit)\n(current-check-around void)\n(define (add x y) 0)", "forged"),
-    ("bash", "another set", "set() { :; }\nadd() {\n  echo 0\n}", "forged"),
-    ("perl", "another exit", "BEGIN { *CORE::GLOBAL::exit = sub {} }\nsub add { 0 }", "forged"),
-    ("ruby", "another assert_equal", "require 'test/unit'\nclass Test::Unit::TestCase\n  def assert_equal(*) end\nend\ndef add(x, y) end", "forged"),
-    ("r", "another stopifnot", "stopifnot <- function(...) NULL\nadd <- function(x, y) 0", "forged"),
-    ("ocaml", "another equality", "let (=) _ _ = true\nlet add x y = 0", "forged"),
+    ("racket", "another way round checks", """\
+(require rackunit)
+(current-check-around void)
+(define (add x y) 0)""", "forged"),
+    ("bash", "another set", """\
+set() { :; }
+add() {
+  echo 0
+}""", "forged"),
+    ("perl", "another exit", """\
+BEGIN { *CORE::GLOBAL::exit = sub {} }
+sub add { 0 }""", "forged"),
+    ("ruby", "another assert_equal", """\
+require 'test/unit'
+class Test::Unit::TestCase
+  def assert_equal(*) end
+end
+def add(x, y) end""", "forged"),
+    ("r", "another stopifnot", """\
+stopifnot <- function(...) NULL
+add <- function(x, y) 0""", "forged"),
+    ("ocaml", "another equality", """\
+let (=) _ _ = true
+let add x y = 0""", "forged"),
     ("haskell", "numbers that equal everything", """
 data Same = Same
 instance Eq Same where _ == _ = True
-instance Num Same where { fromInteger _ = Same; (+) = const; (*) = const; abs = id; signum = id; negate = id }
+instance Num Same where
+  { fromInteger _ = Same; (+) = const; (*) = const; abs = id; signum = id; negate = id }
 add :: Int -> Int -> Same
 add _ _ = Same""", "forged"),
-    ("cpp", "another assert", "#include<assert.h>\n#include<bits/stdc++.h>\n#undef assert\n#define assert(x)\nlong add(long x, long y) {\n  return 0;\n}", "forged"),
-    ("rust", "another assert_eq", "macro_rules! assert_eq { ($($t:tt)*) => {} }\nfn add(x: isize, y: isize) -> isize {\n    0\n}", "forged"),
+    ("cpp", "another assert", """\
+#include<assert.h>
+#include<bits/stdc++.h>
+#undef assert
+#define assert(x)
+long add(long x, long y) {
+  return 0;
+}""", "forged"),
+    ("rust", "another assert_eq", """\
+macro_rules! assert_eq { ($($t:tt)*) => {} }
+fn add(x: isize, y: isize) -> isize {
+    0
+}""", "forged"),
     ("clojure", "another way to report", """
 (require 'clojure.test)
 (defmethod clojure.test/assert-expr '= [_ _] '(clojure.test/do-report {:type :pass}))

@@ -1,6 +1,7 @@
 """Programs whose verdict is known, as sandbox jobs: they test the harness itself (test_eval.py).
 
-Each function yields (name, Job, passed) where passed(result) says whether the program was found right.
+humaneval_x and exercism yield (name, Job, passed) where passed(result) says whether the program was
+found right; multipl_e and carried_over give (row, completion).
 """
 
 import gzip
@@ -14,6 +15,7 @@ from tasks.multipl_e import TestJudge, load_benchmark
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 NONCE = "known5a0f3c"
+CPU = 15.0  # seconds for a program
 
 
 def rows(name):
@@ -21,122 +23,130 @@ def rows(name):
         return [json.loads(line) for line in lines]
 
 
+def with_more_time(limits):
+    return Limits(**{**vars(limits), "cpu": CPU})
+
+
+def humaneval_solutions(file):
+    """{number of the task: program}."""
+    known = {}
+    for row in rows(file):
+        number = row["task_id"].split("/")[1]
+        known[number] = _program(row)
+    return known
+
+
+def _program(row):
+    return row["prompt"] + row["canonical_solution"]
+
+
+# ---- MultiPL-E ----
+
+
 def multipl_e(bench, pool):
-    """Canonical Python solutions of HumanEval and (sanitized) MBPP in MultiPL-E's Python rows: (row, completion)."""
+    """Canonical Python solutions of HumanEval and (sanitized) MBPP in MultiPL-E's Python rows."""
     if bench == "humaneval":
-        known = {
-            r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"]
-            for r in rows("humaneval/HumanEval.jsonl.gz")
-        }
+        known = humaneval_solutions("humaneval/HumanEval.jsonl.gz")
     else:
-        known = {str(r["task_id"]): r["code"] for r in rows("mbpp/sanitized-mbpp.jsonl.gz")}
-    number = re.compile(r"_(\d+)_")
-    return [
-        (row, f"```python\n{known[number.search(row.id)[1]]}\n```")
-        for row in load_benchmark(bench, "python")
-    ]
+        mbpp = rows("mbpp/sanitized-mbpp.jsonl.gz")
+        known = {str(row["task_id"]): row["code"] for row in mbpp}
+
+    pairs = []
+    for row in load_benchmark(bench, "python"):
+        number = re.search(r"_(\d+)_", row.id)[1]
+        pairs.append((row, f"```python\n{known[number]}\n```"))
+    return pairs
 
 
 def carried_over(name):
-    """HumanEval-X solutions as answers to MultiPL-E's rows: (row, completion). Only types and names are adapted, so not all of them fit."""
+    """HumanEval-X solutions as answers to MultiPL-E's rows.
+
+    Only types and names are adapted, so not all of them fit.
+    """
     code = {"cpp": "cpp", "javascript": "js"}[name]
-    known = {
-        r["task_id"].split("/")[1]: r["prompt"] + r["canonical_solution"]
-        for r in rows(f"humaneval_x/humaneval_{code}.jsonl.gz")
-    }
+    known = humaneval_solutions(f"humaneval_x/humaneval_{code}.jsonl.gz")
     for row in load_benchmark("humaneval", name):
         number, function = re.search(r"_(\d+)_(\w+)", row.id).groups()
         text = known[number]
         if name == "cpp":
             text = re.sub(r"\bint\b", "long", text.replace("#include", "\n#include"))
-        elif (names := re.findall(r"(?m)^const (\w+) = ", text)) and function not in names:
-            text += f"\nconst {function} = {names[-1]}"
+        else:
+            names = re.findall(r"(?m)^const (\w+) = ", text)
+            if names and function not in names:
+                text += f"\nconst {function} = {names[-1]}"
         yield row, f"```{load_language(name).fence[0]}\n{text}\n```"
+
+
+# ---- HumanEval-X ----
 
 
 def humaneval_x(name):
     """Canonical solutions of HumanEval-X under its own tests."""
+    code, build = {
+        "python": ("python", _python),
+        "cpp": ("cpp", _cpp),
+        "java": ("java", _java),
+        "javascript": ("js", _javascript),
+        "go": ("go", _go),
+        "rust": ("rust", _rust),
+    }[name]
     language = load_language(name)
-    code = {
-        "python": "python",
-        "cpp": "cpp",
-        "java": "java",
-        "javascript": "js",
-        "go": "go",
-        "rust": "rust",
-    }[name]
-    build = {
-        "cpp": _cpp,
-        "java": _java,
-        "javascript": _javascript,
-        "go": _go,
-        "rust": _rust,
-        "python": _python,
-    }[name]
     judge = TestJudge(None, language)
+
+    def passed(result):
+        if result.status != "ok" or b"Assertion failed" in result.stderr:
+            return False
+        return judge.passes(result, NONCE)
+
     for row in rows(f"humaneval_x/humaneval_{code}.jsonl.gz"):
         job = build(row)
-        job.limits = job.limits or Limits(**{**vars(language.limits), "cpu": 15.0})
-        yield (
-            row["task_id"],
-            job,
-            lambda result: (
-                result.status == "ok"
-                and judge.passes(result, NONCE)
-                and b"Assertion failed" not in result.stderr
-            ),
-        )
+        job.limits = job.limits or with_more_time(language.limits)
+        yield row["task_id"], job, passed
 
 
 def _python(row):
-    return Job(
-        "python",
-        {
-            "main.py": f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\nprint('{NONCE}')\n"
-        },
-    )
+    program = _program(row)
+    return Job("python", {"main.py": f"{program}\n{row['test']}\nprint('{NONCE}')\n"})
 
 
 def _cpp(row):
+    program = _program(row)
     test = re.sub(r"\}\s*\Z", f'puts("{NONCE}"); }}\n', row["test"])
-    return Job(
-        "cpp",
-        {"main.cpp": f"#include <stdio.h>\n{row['prompt']}{row['canonical_solution']}\n{test}"},
-    )
+    return Job("cpp", {"main.cpp": f"#include <stdio.h>\n{program}\n{test}"})
 
 
 def _java(row):
-    """Java runs the first class of a source file, so the tests' Main goes before the solution, and the imports before both."""
-    program, imports = row["prompt"] + row["canonical_solution"], r"(?m)^import .*;$"
-    hoisted = "\n".join(re.findall(imports, program) + re.findall(imports, row["test"]))
-    test = re.sub(
-        r"\}\s*\}\s*\Z", f'System.out.println("{NONCE}"); }} }}\n', re.sub(imports, "", row["test"])
-    )
-    return Job("java", {"Main.java": f"{hoisted}\n{test}\n{re.sub(imports, '', program)}"})
+    """Java runs the first class of a source file.
+
+    So the tests' Main goes before the solution, and the imports before both.
+    """
+    program = _program(row)
+    imports = r"(?m)^import .*;$"
+    hoisted = re.findall(imports, program) + re.findall(imports, row["test"])
+    program = re.sub(imports, "", program)
+    test = re.sub(imports, "", row["test"])
+    test = re.sub(r"\}\s*\}\s*\Z", f'System.out.println("{NONCE}"); }} }}\n', test)
+    hoisted = "\n".join(hoisted)
+    return Job("java", {"Main.java": f"{hoisted}\n{test}\n{program}"})
 
 
 def _javascript(row):
-    return Job(
-        "javascript",
-        {
-            "main.js": f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\nconsole.log('{NONCE}')\n"
-        },
-    )
+    program = _program(row)
+    return Job("javascript", {"main.js": f"{program}\n{row['test']}\nconsole.log('{NONCE}')\n"})
 
 
 def _rust(row):
-    """The #[test] functions are called from main; the crates that the data imports everywhere are not here."""
+    """The #[test] functions are called from main.
+
+    The crates that the data imports everywhere are not here.
+    """
     declaration = re.sub(r"(?m)^\s*use (rand|regex|md5)\b.*;$", "", row["declaration"])
-    test = re.sub(r"#\[(cfg\(test\)|test)\]", "", row["test"]).replace(
-        "    fn test_", "    pub fn test_"
-    )
+    program = declaration + row["canonical_solution"]
+    test = re.sub(r"#\[(cfg\(test\)|test)\]", "", row["test"])
+    test = test.replace("    fn test_", "    pub fn test_")
     calls = "".join(f"tests::{name}(); " for name in re.findall(r"fn (test_\w+)", test))
-    return Job(
-        "rust",
-        {
-            "main.rs": f'{declaration}{row["canonical_solution"]}\n{test}\nfn main() {{ {calls}println!("{NONCE}"); }}\n'
-        },
-    )
+    main = f'fn main() {{ {calls}println!("{NONCE}"); }}'
+    return Job("rust", {"main.rs": f"{program}\n{test}\n{main}\n"})
 
 
 # What testify's assert does, in the standard library.
@@ -149,93 +159,64 @@ func (c checker) True(a bool) { c.Equal(a, true) }
 func (c checker) False(a bool) { c.Equal(a, false) }
 var assert checker
 """
+GO_STANDARD = {"testing", "reflect", "os", "math", "sort", "strings"}
 
 
 def _go(row):
     imports = r"(?m)^import\s*\([^)]*\)|^import .*$"
-    program = (
-        re.sub(imports, "", f"{row['prompt']}{row['canonical_solution']}\n{row['test']}")
-        + GO_ASSERT
-    )
-    program += (
-        f'\nfunc TestZzz(t *testing.T) {{ os.Stdout.WriteString("{NONCE}\\n") }}\n'  # runs last
-    )
-    known = set(re.findall(r'"([\w/]+)"', row["import"] + row["prompt"] + row["test_setup"])) | {
-        "testing",
-        "reflect",
-        "os",
-        "math",
-        "sort",
-        "strings",
-    }
-    used = sorted(
-        name
-        for name in known
-        if name[0].islower() and re.search(rf"\b{name.rpartition('/')[2]}\.\w", program)
-    )
-    source = "package main\n" + "".join(f'import "{name}"\n' for name in used) + program
-    limits = Limits(**{**vars(load_language("go").compile_limits), "cpu": 15.0})
+    program = f"{_program(row)}\n{row['test']}"
+    program = re.sub(imports, "", program) + GO_ASSERT
+    # runs last
+    program += f'\nfunc TestZzz(t *testing.T) {{ os.Stdout.WriteString("{NONCE}\\n") }}\n'
+
+    # Go refuses an import that is not used.
+    imported = re.findall(r'"([\w/]+)"', row["import"] + row["prompt"] + row["test_setup"])
+    lines = ""
+    for name in sorted(GO_STANDARD | set(imported)):
+        package = name.rpartition("/")[2]
+        if name[0].islower() and re.search(rf"\b{package}\.\w", program):
+            lines += f'import "{name}"\n'
     return Job(
         "go",
-        {"main_test.go": source},
-        limits=limits,
+        {"main_test.go": f"package main\n{lines}{program}"},
+        limits=with_more_time(load_language("go").compile_limits),
         run=["go", "test", "-vet=off", "-v", "main_test.go"],
     )
 
 
+# ---- Exercism ----
+
+
 def exercism(track):
     """Example solutions of Exercism under the exercise's own tests."""
-    command = {
-        "prolog": _prolog_test,
-        "racket": _racket_test,
-        "python": _python_test,
-        "scheme": _scheme_test,
-        "julia": _julia_test,
-    }[track]
+    limits = with_more_time(load_language(track).limits)
     for row in rows(f"exercism/{track}.jsonl.gz"):
         files = {**row["support"], **row["editor"], **row["tests"]}
         files |= dict(zip(row["stub"], row["example"].values()))
         if track == "julia":  # an option of @testset that Julia 1.5 does not have
-            files = {
-                name: text.replace("@testset verbose = true ", "@testset ")
-                for name, text in files.items()
-            }
-        limits = Limits(**{**vars(load_language(track).limits), "cpu": 15.0})
-        yield (
-            row["slug"],
-            Job(track, files, limits=limits, run=command(row)),
-            lambda result: result.status == "ok",
-        )
+            for name, text in files.items():
+                files[name] = text.replace("@testset verbose = true ", "@testset ")
+        job = Job(track, files, limits=limits, run=_test_command(track, row))
+        yield row["slug"], job, _is_ok
 
 
-def _prolog_test(row):
-    stub, tests = list(row["stub"])[0], list(row["tests"])[0]
-    return [
-        "swipl",
-        "-f",
-        stub,
-        "-s",
-        tests,
-        "-g",
-        "run_tests,halt",
-        "-t",
-        "halt(1)",
-        "--",
-        "--all",
-    ]
+def _is_ok(result):
+    return result.status == "ok"
 
 
-def _racket_test(row):
-    return ["racket", "-N", "raco", "-l-", "raco", "test", *row["tests"]]
-
-
-def _python_test(row):
-    return ["python3", "-B", "-m", "unittest", *(Path(name).stem for name in row["tests"])]
-
-
-def _scheme_test(row):
-    return ["guile", "--no-auto-compile", "-s", "test.scm"]
-
-
-def _julia_test(row):
-    return ["julia", "--startup-file=no", "--history-file=no", *row["tests"]]
+def _test_command(track, row):
+    tests = list(row["tests"])
+    if track == "prolog":
+        stub = list(row["stub"])[0]
+        load = ["swipl", "-f", stub, "-s", tests[0]]
+        return [*load, "-g", "run_tests,halt", "-t", "halt(1)", "--", "--all"]
+    if track == "racket":
+        return ["racket", "-N", "raco", "-l-", "raco", "test", *tests]
+    if track == "python":
+        modules = [Path(name).stem for name in tests]
+        return ["python3", "-B", "-m", "unittest", *modules]
+    if track == "scheme":
+        return ["guile", "--no-auto-compile", "-s", "test.scm"]
+    if track == "julia":
+        return ["julia", "--startup-file=no", "--history-file=no", *tests]
+    raise ValueError(track)

@@ -313,13 +313,13 @@ def test_bad_sources_have_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not exist"):
         ir_groups.read_units([tmp_path / "gone.c"])
     monkeypatch.setenv("RARECODE_CLANG", str(tmp_path / "clang"))
-    ir_groups._find.cache_clear()
+    ir_groups.find_program.cache_clear()
     try:
         with pytest.raises(ValueError, match="need clang and LLVM's tools: RARECODE_CLANG"):
             ir_groups.build([tmp_path], tmp_path / "out.jsonl")
     finally:
         monkeypatch.undo()
-        ir_groups._find.cache_clear()
+        ir_groups.find_program.cache_clear()
 
 
 class Letters:

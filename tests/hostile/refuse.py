@@ -1,22 +1,29 @@
-"""refuse.py landlock|namespaces COMMAND...: run a command on a kernel that has no Landlock (ENOSYS), or that refuses namespaces and
-mounts as Docker's default profile does (EPERM)."""
+"""refuse.py landlock|namespaces COMMAND...: run a command on a kernel that offers less.
+
+landlock: as without Landlock (ENOSYS). namespaces: as under Docker's default profile, which refuses
+namespaces and mounts (EPERM).
+"""
 
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "sandbox"))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "sandbox"))
 
-import isolation  # noqa: E402
+import isolation
 
-program = [isolation._op(isolation._LOAD, 0)]
+program = [isolation.instruction(isolation.LOAD, 0)]
 if sys.argv[1] == "landlock":
     for name in ("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"):
-        program += isolation._refuse(name, isolation._ENOSYS)
+        program += isolation.refuse(name, isolation.ENOSYS)
 else:
     for name in ("unshare", "mount", "setns", "pivot_root"):
-        program += isolation._refuse(name)
-    program += isolation._refuse("clone3", isolation._ENOSYS) + isolation._clone(may_fork=True)
+        program += isolation.refuse(name)
+    program += isolation.refuse("clone3", isolation.ENOSYS)
+    program += isolation.allow_clone(may_fork=True)
+program.append(isolation.instruction(isolation.RETURN, isolation.ALLOW))
+
 isolation.no_new_privs()
-isolation.seccomp_load(b"".join([*program, isolation._op(isolation._RETURN, isolation._ALLOW)]))
+isolation.seccomp_load(b"".join(program))
 os.execv(sys.argv[2], sys.argv[2:])

@@ -1,4 +1,7 @@
-"""What a hostile program could harm: files, a process, sockets, shared memory of the same user. `damage()` says what it did harm."""
+"""What a hostile program could harm: files, a process, sockets, shared memory of the same user.
+
+`World.damage()` says what it did harm.
+"""
 
 import contextlib
 import ctypes
@@ -17,9 +20,15 @@ from pathlib import Path
 
 libc = ctypes.CDLL(None, use_errno=True)
 
+IPC_KEY = 0x4242  # of the SysV objects that hostile programs make
+STRAY_FILES = ("/dev/shm/hostile", "/tmp/hostile", "/var/tmp/hostile", "/usr/lib/hostile")
+
 
 class World:
-    """A folder with an answer file, a victim process and listeners, all of this user. Use as a context manager."""
+    """A folder with an answer file, a victim process and listeners, all of this user.
+
+    Use as a context manager.
+    """
 
     def __init__(self):
         self.secret = "SECRET-" + secrets.token_hex(8)
@@ -29,35 +38,37 @@ class World:
         (self.outside / "empty").mkdir()
         with contextlib.suppress(OSError):
             os.setxattr(self.answer, "user.mark", b"1")
-        # the strongest target: every program that runs as this user may do to it what it likes, but for the sandbox
+        # The strongest target: every program that runs as this user may do to it what it likes, but
+        # for the sandbox.
         self.outside.chmod(0o777)
         self.answer.chmod(0o666)
+
         self.victim = subprocess.Popen(
             ["sleep", "100000"], start_new_session=True, env={"ANSWER": self.secret}
         )
-        self.heard, self.closing = [], False
+        self.heard = []
+        self.closing = False
         self._listen()
         self.memory = libc.shmget(0, 4096, 0o1666)
         self.before = self._picture()
 
     def _listen(self):
-        self.tcp, self.udp, self.unix = (
-            socket.socket(),
-            socket.socket(type=socket.SOCK_DGRAM),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
-        )
+        self.tcp = socket.socket()
         self.tcp.bind(("127.0.0.1", 0))
         self.tcp.listen()
+        self.udp = socket.socket(type=socket.SOCK_DGRAM)
         self.udp.bind(("127.0.0.1", 0))
+        self.unix = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.unix_path = tempfile.mktemp(prefix="hostile-socket-")
         self.unix.bind(self.unix_path)
         os.chmod(self.unix_path, 0o777)
-        for listener, wait in (
-            (self.tcp, self.tcp.accept),
-            (self.udp, lambda: self.udp.recv(10)),
-            (self.unix, lambda: self.unix.recv(10)),
-        ):
-            threading.Thread(target=self._hear, args=(listener, wait), daemon=True).start()
+
+        self._listen_on(self.tcp, self.tcp.accept)
+        self._listen_on(self.udp, lambda: self.udp.recv(10))
+        self._listen_on(self.unix, lambda: self.unix.recv(10))
+
+    def _listen_on(self, listener, wait):
+        threading.Thread(target=self._hear, args=(listener, wait), daemon=True).start()
 
     def _hear(self, listener, wait):
         place = listener.getsockname()
@@ -82,56 +93,33 @@ class World:
             "@SHMID@": str(self.memory),
         }
 
+    def damage(self):
+        """Sentences, empty when nothing was touched."""
+        found = []
+        for what, now in self._picture().items():
+            if now != self.before[what]:
+                found.append(f"{what} changed: {self.before[what]} -> {now}")
+        return found + self.heard
+
     def _picture(self):
         """Everything that must stay as it is."""
         files = {}
         for path in [self.outside, *sorted(self.outside.rglob("*"))]:
-            info = path.lstat()
-            content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-            marks = sorted(os.listxattr(path)) if path.exists() else []
-            files[str(path)] = (
-                info.st_mode,
-                info.st_uid,
-                info.st_size,
-                info.st_mtime_ns,
-                content,
-                marks,
-            )
+            files[str(path)] = picture_of_file(path)
+
+        state = Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2]
         pids = (self.victim.pid, os.getpid())
+        shared = Path("/proc/sysvipc/shm")
         return {
             "files": files,
-            "stray files": self._stray_files(),
-            "victim": Path(f"/proc/{self.victim.pid}/stat").read_text().split()[2] in "SRD"
-            and self.victim.poll() is None,
+            "stray files": stray_files(),
+            "victim": state in "SRD" and self.victim.poll() is None,
             "priorities": [os.getpriority(os.PRIO_PROCESS, pid) for pid in pids],
             "affinity": [sorted(os.sched_getaffinity(pid)) for pid in pids],
             "limits": [resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids],
             "IPC objects": ipc_objects(),
-            "shared memory": os.path.exists("/proc/sysvipc/shm")
-            and f" {self.memory} " in Path("/proc/sysvipc/shm").read_text(),
+            "shared memory": shared.exists() and f" {self.memory} " in shared.read_text(),
         }
-
-    def _stray_files(self):
-        return [
-            place
-            for place in (
-                "/dev/shm/hostile",
-                "/tmp/hostile",
-                "/var/tmp/hostile",
-                "/usr/lib/hostile",
-            )
-            if os.path.lexists(place)
-        ]
-
-    def damage(self):
-        """Sentences, empty when nothing was touched."""
-        after = self._picture()
-        found = [
-            f"{what} changed: {self.before[what]} -> {after[what]}"
-            for what in after
-            if after[what] != self.before[what]
-        ]
-        return found + self.heard
 
     def __enter__(self):
         return self
@@ -147,29 +135,46 @@ class World:
         os.unlink(self.unix_path)
         libc.shmctl(self.memory, 0, None)
         shutil.rmtree(self.outside, ignore_errors=True)
-        for place in set(self._stray_files()) - set(
-            self.before["stray files"]
-        ):  # the portable level keeps nobody from this
+        # the portable level keeps nobody from leaving some
+        for place in set(stray_files()) - set(self.before["stray files"]):
             os.unlink(place)
 
 
-def users(pool):
-    """Ids of the users that programs of this pool run as: this user, or one of its own for each launcher of root."""
-    return (
-        {2_000_000_000 + pid for pid in pool.launcher_pids} if os.getuid() == 0 else {os.getuid()}
-    )
+def picture_of_file(path):
+    """Everything about it that a program could change."""
+    info = path.lstat()
+    content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    marks = sorted(os.listxattr(path)) if path.exists() else []
+    return (info.st_mode, info.st_uid, info.st_size, info.st_mtime_ns, content, marks)
 
 
-def ipc_objects(owners=()):
-    """(kind, key, id) of SysV objects with the key that hostile programs use, or of `owners`."""
+def stray_files():
+    return [place for place in STRAY_FILES if os.path.lexists(place)]
+
+
+def ipc_objects():
+    """(kind, key, id) of SysV objects with the key that hostile programs use."""
     found = []
     for kind in ("shm", "sem", "msg"):
         with contextlib.suppress(OSError):
             for row in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
-                fields = row.split()
-                if fields[0] == str(0x4242) or {int(field) for field in fields[4:]} & set(owners):
-                    found.append((kind, fields[0], fields[1]))
+                key, number, *_ = row.split()
+                if key == str(IPC_KEY):
+                    found.append((kind, key, number))
     return found
+
+
+# ---- processes ----
+
+
+def users(pool):
+    """Ids of the users that programs of this pool run as.
+
+    This user, or one of its own for each launcher of root.
+    """
+    if os.getuid() == 0:
+        return {2_000_000_000 + pid for pid in pool.launcher_pids}
+    return {os.getuid()}
 
 
 def processes(owners):
@@ -177,40 +182,36 @@ def processes(owners):
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, IndexError):
-            user = int(
-                Path(f"/proc/{entry}/status").read_text().partition("\nUid:\t")[2].split()[0]
-            )
+            status = Path(f"/proc/{entry}/status").read_text()
+            user = int(status.partition("\nUid:\t")[2].split()[0])
             if user in owners:
-                found[int(entry)] = (
-                    Path(f"/proc/{entry}/cmdline")
-                    .read_bytes()
-                    .replace(b"\0", b" ")
-                    .decode(errors="replace")
-                )
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(entry)] = command.decode(errors="replace")
     return found
 
 
 def strays(owners, known):
     """{pid: command} of processes that jobs left. Waits a little for dying ones."""
     for _ in range(20):
-        left = {
-            pid: command
-            for pid, command in processes(owners).items()
-            if pid not in known and _of_a_job(pid)
-        }
+        left = {}
+        for pid, command in processes(owners).items():
+            if pid not in known and is_of_a_job(pid):
+                left[pid] = command
         if not left:
             return {}
         time.sleep(0.02)
     return left
 
 
-def _of_a_job(pid):
-    """Is this a program's process, and not one that the user of this machine has just started? A program's HOME is its work folder."""
+def is_of_a_job(pid):
+    """Is this a program's process, and not one that the user of this machine has just started?
+
+    A program's HOME is its work folder.
+    """
     try:
         return b"rarecode-" in Path(f"/proc/{pid}/environ").read_bytes()
-    except (
-        PermissionError
-    ):  # a warm Prolog, or another user's: of interest when nobody but process 1 waits for it
+    except PermissionError:
+        # a warm Prolog, or another user's: of interest when nobody but process 1 waits for it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
     except OSError:
         return False
