@@ -25,7 +25,8 @@ class Settings:
 
     task: str = setting(
         "gsm8k",
-        "sums (built in), gsm8k, translate or selfplay (the model makes its own problems)",
+        "problems to train on: sums (built in), gsm8k, translate or selfplay (the model makes its "
+        "own)",
         section="what is trained on what",
     )
     lang: str = setting(
