@@ -1,4 +1,4 @@
-"""The proof's stages are commands that this repository still takes, and its table compares pairs."""
+"""The proof's stages are commands this repository still takes, and its table compares pairs."""
 
 import argparse
 import json
