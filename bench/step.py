@@ -47,7 +47,7 @@ from tasks.problems import load_problems, program_messages
 from tasks.render import solution
 from train import train_step
 
-PHASES = ("generate", "reward", "logprob", "update", "weights", "step")
+PHASES = ("generate", "reward", "logprob", "advantages", "update", "weights", "step")
 
 
 @dataclass(frozen=True)
