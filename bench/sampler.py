@@ -31,6 +31,7 @@ import resource
 import tempfile
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -48,16 +49,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine can do, measured."""
+class Ceilings(NamedTuple):
+    """bandwidth: bytes per second of a copy, read plus written. rate: operations per second."""
 
-    bandwidth: float  # bytes per second of a copy
-    rate: float  # operations per second of a matrix product
-
-    def seconds(self, weights, rows):
-        """Of a product of `rows` rows with so many weights."""
-        return max(weights * DTYPE.itemsize / self.bandwidth, 2 * weights * rows / self.rate)
+    bandwidth: float
+    rate: float
 
 
 @dataclass
@@ -381,10 +377,16 @@ def step_floor(config, rows, cached, ceilings):
     head = config.vocab_size * hidden
     token_bytes = 2 * config.num_hidden_layers * kv_heads * config.head_dim * DTYPE.itemsize
     return (
-        ceilings.seconds(body, rows)
-        + ceilings.seconds(head, rows)
+        product_seconds(body, rows, ceilings)
+        + product_seconds(head, rows, ceilings)
         + cached * token_bytes / ceilings.bandwidth
     )
+
+
+def product_seconds(weights, rows, ceilings):
+    """Floor of a product of `rows` rows with so many weights: reading them, or the arithmetic."""
+    reading = weights * DTYPE.itemsize / ceilings.bandwidth
+    return max(reading, 2 * weights * rows / ceilings.rate)
 
 
 def bench_step(model, batch, n, context, ceilings, rounds):
