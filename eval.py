@@ -60,7 +60,7 @@ MODES = ("completion", "chat", "think")
 class EvalSettings:
     """Settings of one evaluation."""
 
-    model: str = setting("", "checkpoint folder or hub id")
+    model: str = setting("", "checkpoint folder or hub id", section="what is evaluated")
     bench: str = setting("gsm8k", f"gsm8k, sums, crux, {', '.join(BENCHMARKS)}")
     lang: str = setting("prolog", "language, or several with commas")
     source: str = setting(
@@ -75,7 +75,8 @@ class EvalSettings:
         "", "folder for samples.jsonl and results.json (default: runs/eval/MODEL-BENCH)"
     )
     problems: int = setting(0, "judge a random subset of so many problems; 0 = all")
-    samples: int = setting(1, "completions per problem")
+
+    samples: int = setting(1, "completions per problem", section="sampling")
     temperature: float = setting(
         0.0,
         "0 = greedy; published practice: 0.2 with 20 samples (MultiPL-E), "
@@ -84,7 +85,10 @@ class EvalSettings:
     top_p: float = setting(1.0, "nucleus; published practice: 0.95")
     top_k: int = setting(0, "0 = all")
     max_new_tokens: int = setting(512, "longest completion")
-    examples: int = setting(1, "gsm8k: worked examples in the prompt: 0, 1 or 5")
+
+    examples: int = setting(
+        1, "gsm8k: worked examples in the prompt: 0, 1 or 5", section="the prompt and its data"
+    )
     short_prompt: bool = setting(
         False, "gsm8k, crux: leave the long instructions out (for models trained without them)"
     )
@@ -99,7 +103,8 @@ class EvalSettings:
         "(default: cruxeval for Python, else built-in triples)",
     )
     version: str = setting("v3", "MultiPL-E's data: v3 or v0.4")
-    seed: int = setting(0, "decides every sampled token, and the subset")
+
+    seed: int = setting(0, "decides every sampled token, and the subset", section="the run")
     slots: int = setting(256, "sequences sampled at once")
     sandbox: str = setting(
         "kernel", "weakest sandbox level that is accepted: portable, kernel or namespaces"

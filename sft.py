@@ -50,6 +50,7 @@ class WarmStart:
     task: str = setting(
         "gsm8k_steps",
         "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts)",
+        section="what is learnt",
     )
     lang: str = setting("prolog", "language to render programs in")
     model: str = setting(
@@ -66,7 +67,8 @@ class WarmStart:
         1024, "problems with a longer prompt are dropped, and counted at the start"
     )
     references: int = setting(6, "selfplay: most earlier programs in a proposer's prompt")
-    steps: int = setting(300, "optimizer steps")
+
+    steps: int = setting(300, "optimizer steps", section="training")
     batch: int = setting(64, "problems per step, over all ranks")
     lr: float = setting(1e-5, "peak learning rate (cosine to 0 after the warm-up)")
     warmup: int = setting(20, "steps of linear warm-up")

@@ -70,7 +70,10 @@ class Running:
 
 def bench_checkpoint(options):
     """Both sides on GSM8K questions, then how far the trainer is from the sampler -> rows."""
-    from transformers import AutoModelForCausalLM
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SystemExit("--model compares with transformers: pip install transformers") from None
 
     model = hugging_face.load_model(options.model, DTYPE, DEVICE).requires_grad_(False)
     sampler = Sampler(model, slots=64)
