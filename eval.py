@@ -130,7 +130,8 @@ class InJudgement:
     submissions: list[Submission]
 
     def is_done(self):
-        return all(s.future is None or s.future.done() for s in self.submissions)
+        futures = [submission.future for submission in self.submissions if submission.future]
+        return all(future.done() for future in futures)
 
 
 # ---- in the loop ----

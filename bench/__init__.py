@@ -1,1 +1,1 @@
-"""Measurements: python -m bench kernels|sampler|step|sandbox; python -m bench.proof, bench.plot, bench.aot."""
+"""Measurements: python -m bench kernels|sampler|step|sandbox; bench.proof, bench.plot, bench.aot."""

@@ -22,6 +22,7 @@ from forgers import FORGERS
 
 import eval as evaluation
 import sft
+from batches import make_optimizer
 from rewards import Judge
 from runtime import hugging_face
 from runtime.tokenizer import ChatTokenizer
@@ -579,7 +580,7 @@ def tiny(tmp_path_factory):
     problems = load_problems("sums", "test", count=4)
     sequences = sft.encode(problems, language, tokenizer, ask, mistakes=0.0, seed=0)
     settings = sft.WarmStart(steps=60, batch=4, lr=3e-3, warmup=5)
-    optimizer = sft.make_optimizer(model)
+    optimizer = make_optimizer(model)
     device = torch.device("cpu")
     sft.train_supervised(model, optimizer, sequences, settings, device, lambda text: None)
     weights = dict(model.named_parameters())
