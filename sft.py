@@ -1,9 +1,10 @@
-"""Supervised warm start on programs rendered from known steps: full fine-tuning, packed, the prompt masked.
+"""Supervised warm start on programs rendered from known steps: all weights, packed, prompt masked.
 
-    python sft.py --task gsm8k_steps --lang prolog --model DIR --out DIR          from a checkpoint
-    python sft.py --task sums --lang lisp --model tiny --out DIR                  from scratch, with a BPE of its own
+    python sft.py --task gsm8k_steps --lang prolog --model DIR --out DIR    from a checkpoint
+    python sft.py --task sums --lang lisp --model tiny --out DIR            from scratch, own BPE
 
-Reinforcement learning needs a model that is right sometimes; this makes one from a model that never is.
+Reinforcement learning needs a model that is right sometimes; this makes one from a model that
+never is.
 """
 
 import runtime.cpu  # noqa: F401 (before torch)
@@ -15,7 +16,6 @@ import random
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,6 +38,10 @@ from settings import add_flags, setting
 from tasks.problems import load_problems, program_messages
 from tasks.render import solution
 
+# The tiny model's BPE learns from the texts of so many problems, to so many tokens.
+BPE_PROBLEMS = 4000
+BPE_TOKENS = 768
+
 
 @dataclass
 class WarmStart:
@@ -46,6 +50,7 @@ class WarmStart:
     task: str = setting(
         "gsm8k_steps",
         "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts)",
+        section="what is learnt",
     )
     lang: str = setting("prolog", "language to render programs in")
     model: str = setting(
@@ -62,7 +67,8 @@ class WarmStart:
         1024, "problems with a longer prompt are dropped, and counted at the start"
     )
     references: int = setting(6, "selfplay: most earlier programs in a proposer's prompt")
-    steps: int = setting(300, "optimizer steps")
+
+    steps: int = setting(300, "optimizer steps", section="training")
     batch: int = setting(64, "problems per step, over all ranks")
     lr: float = setting(1e-5, "peak learning rate (cosine to 0 after the warm-up)")
     warmup: int = setting(20, "steps of linear warm-up")
@@ -72,66 +78,136 @@ class WarmStart:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
     mistakes: float = setting(
         0.0,
-        "share of demonstrations with a typical mistake (its language's TOML): a teacher that barely knows the language",
+        "share of demonstrations with a typical mistake (its language's TOML): "
+        "a teacher that barely knows the language",
     )
     seed: int = setting(0, "decides data order, mistakes and random weights")
 
 
+def run(settings, problems, language, device, report=print):
+    """Warm-start settings.model on the problems and write the checkpoint to settings.out.
+
+    problems: with steps to render; selfplay makes its own and needs none. A collective.
+    """
+    selfplay = settings.task == "selfplay"
+    if selfplay:
+        demonstrations = triples.demonstrations(
+            language,
+            settings.problems or 6000,
+            settings.seed,
+            settings.references,
+            settings.short_prompt,
+        )
+
+    def prompt(problem):
+        return program_messages(
+            problem, language, examples=settings.examples, system=not settings.short_prompt
+        )
+
+    # The checkpoint to start from: the user's, or the tiny model, made by rank 0.
+    out = Path(settings.out)
+    if settings.model == "tiny":
+        source = out.with_name(out.name + ".init")
+        if distributed.rank() == 0 and selfplay:
+            texts = [text for pair in demonstrations[:BPE_PROBLEMS] for text in pair]
+            make_tiny_from(texts, source, settings.seed)
+        elif distributed.rank() == 0:
+            make_tiny(problems, language, prompt, source, settings.seed)
+        distributed.mirror(source)
+    else:
+        source = hugging_face.find_checkpoint(settings.model)
+
+    tokenizer = ChatTokenizer(source)
+    model = hugging_face.load_model(source)
+    config = model.config
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    model = distributed.shard(model, device)
+
+    if selfplay:
+        sequences = []
+        for text, answer in demonstrations:
+            tokens = [*tokenizer.encode(answer), tokenizer.stop_ids[0]]
+            sequences.append(Sequence(tokenizer.encode(text), tokens))
+    else:
+        sequences = encode(problems, language, tokenizer, prompt, settings.mistakes, settings.seed)
+    sequences = short_enough(sequences, settings.max_prompt_tokens, report)
+
+    optimizer = make_optimizer(model, beta2=settings.beta2)
+    train_supervised(model, optimizer, sequences, settings, device, report)
+
+    # Written beside its place and renamed, so that `out` is whole or not there.
+    weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
+    if distributed.rank() == 0:
+        unfinished = out.with_name(out.name + ".tmp")
+        hugging_face.save_model(
+            weights, config, unfinished, dtype=torch.float32, tokenizer_from=source
+        )
+        unfinished.rename(out)
+    distributed.barrier()
+
+
+# ---- the tiny model ----
+
+
+def make_tiny(problems, language, prompt, folder, seed):
+    """A random tiny model and a byte-level BPE of the task's own text, written to `folder`."""
+    texts = []
+    for problem in problems[:BPE_PROBLEMS]:
+        texts += [problem.question, solution(problem, language)]
+        texts += [message["content"] for message in prompt(problem)]
+    make_tiny_from(texts, folder, seed)
+
+
+def make_tiny_from(texts, folder, seed):
+    """make_tiny of any texts."""
+    train_bpe(texts, BPE_TOKENS, folder)
+    config = tiny_config(ChatTokenizer(folder).vocab_size)
+    # Random weights of deviation 0.02, right for large models, are too small at width 128: after
+    # 400 steps the loss was 0.27, with 0.08 it was 0.16.
+    model = model_file.random_model(config, seed, std=0.08)
+    hugging_face.save_model(dict(model.named_parameters()), config, folder, dtype=torch.float32)
+
+
 def tiny_config(vocab_size):
-    """About one million parameters: 5 layers of 128, 4 query and 2 key-value heads of 32, tied embeddings."""
-    shapes = dict(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    """About one million parameters: 5 layers of 128, 4 query and 2 key-value heads, tied."""
     return model_file.Config.from_dict(
         {
             "model_type": "qwen2",
             "rope_theta": 1e4,
             "tie_word_embeddings": True,
             "max_position_embeddings": 1024,
-            **shapes,
+            "vocab_size": vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
         }
     )
 
 
-def make_tiny(problems, language, prompt, folder, seed):
-    """A random tiny model and a byte-level BPE trained on the task's own text, written to `folder`."""
-    texts = [
-        text
-        for p in problems[:4000]
-        for text in (p.question, solution(p, language), *(m["content"] for m in prompt(p)))
-    ]
-    make_tiny_from(texts, folder, seed)
-
-
-def make_tiny_from(texts, folder, seed):
-    train_bpe(texts, 768, folder)
-    config = tiny_config(ChatTokenizer(folder).vocab_size)
-    # Random weights of deviation 0.02, right for large models, are too small at width 128: after 400 steps the loss was 0.27, with 0.08 0.16.
-    model = model_file.random_model(config, seed, std=0.08)
-    hugging_face.save_model(dict(model.named_parameters()), config, folder, dtype=torch.float32)
+# ---- demonstrations ----
 
 
 def encode(problems, language, tokenizer, prompt, mistakes, seed):
-    """Problems with steps -> list[Sequence] with the rendered solution and the stop token as completion."""
-    texts = [
-        imperfect(solution(p, language), language, mistakes, random.Random(f"{seed}/{p.id}"))
-        for p in problems
-    ]
-    return [
-        Sequence(tokenizer.encode_chat(prompt(p)), [*tokenizer.encode(text), tokenizer.stop_ids[0]])
-        for p, text in zip(problems, texts)
-    ]
+    """Problems with steps -> list[Sequence]: the rendered solution and the stop token to learn.
+
+    mistakes: the share of them that gets one of the language's mistakes.
+    """
+    sequences = []
+    for problem in problems:
+        rng = random.Random(f"{seed}/{problem.id}")
+        text = imperfect(solution(problem, language), language, mistakes, rng)
+        tokens = [*tokenizer.encode(text), tokenizer.stop_ids[0]]
+        sequences.append(Sequence(tokenizer.encode_chat(prompt(problem)), tokens))
+    return sequences
 
 
 def imperfect(text, language, share, rng):
-    """With chance `share`, make one of the mistakes of the language's [render] table: [what is right, what stands there instead].
+    """With chance `share`, make one mistake of the language's [render] table.
 
-    Prolog: " is " becomes " = ", which compares instead of computing. Only running the program shows the difference.
+    The table holds pairs of what is right and what stands there instead. Prolog: " is " becomes
+    " = ", which compares instead of computing. Only running the program shows the difference.
     """
     kinds = language.render.get("mistakes", [])
     if not kinds or rng.random() >= share:
@@ -142,89 +218,62 @@ def imperfect(text, language, share, rng):
 
 def short_enough(sequences, limit, report):
     """Drop sequences whose prompt is longer than the limit; say how many, as train.py does."""
-    kept = [q for q in sequences if len(q.prompt) <= limit]
+    kept = [sequence for sequence in sequences if len(sequence.prompt) <= limit]
     if not kept:
         raise ValueError(
-            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; raise it, or lower --examples"
+            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; "
+            "raise it, or lower --examples"
         )
-    if len(kept) < len(sequences):
+    dropped = len(sequences) - len(kept)
+    if dropped:
         report(
-            f"{len(sequences) - len(kept)} of {len(sequences)} problems dropped: their prompt is longer than --max_prompt_tokens {limit}"
+            f"{dropped} of {len(sequences)} problems dropped: "
+            f"their prompt is longer than --max_prompt_tokens {limit}"
         )
     return kept
 
 
-def train_supervised(model, optimizer, sequences, s, device, report=print):
-    """Minimise the mean -log p per completion token for s.steps steps of s.batch sequences -> the last loss."""
-    order, started, loss = [], time.perf_counter(), float("nan")
-    for step in range(1, s.steps + 1):
-        while len(order) < s.batch:
+# ---- training ----
+
+
+def train_supervised(model, optimizer, sequences, settings, device, report=print):
+    """Minimise the mean -log p per completion token -> the last step's loss.
+
+    settings: steps, batch (sequences of a step, over all ranks), lr, warmup, max_norm, token_budget
+    and seed of a WarmStart.
+    """
+    started = time.perf_counter()
+    order = []  # of the sequences still to come in this pass
+    loss = float("nan")
+    for step in range(1, settings.steps + 1):
+        # The step's sequences: the next of a pass, and of a new pass where one ends.
+        while len(order) < settings.batch:
             fresh = list(range(len(sequences)))
-            random.Random(f"{s.seed}/{step}").shuffle(fresh)
+            random.Random(f"{settings.seed}/{step}").shuffle(fresh)
             order += fresh
-        picked, order = [sequences[i] for i in order[: s.batch]], order[s.batch :]
-        tokens = sum(len(q.tokens) for q in picked)
-        for q in picked:
-            q.weight = 1 / tokens
+        picked = [sequences[i] for i in order[: settings.batch]]
+        order = order[settings.batch :]
+
+        # One denominator for the whole step, whatever the micro-batches and ranks.
+        tokens = sum(len(sequence.tokens) for sequence in picked)
+        for sequence in picked:
+            sequence.weight = 1 / tokens
+
         losses = []
-        parts = micro_batches(distributed.share(picked), s.token_budget)
+        parts = micro_batches(distributed.share(picked), settings.token_budget)
         for batch in packed_batches(parts, device):
             logprobs, _ = model(batch)
             part_loss = -(batch.weights * logprobs).sum()
             backward(part_loss)
             losses.append(float(part_loss.detach()))  # a filler's is 0
-        rate = learning_rate(step, s.steps, s.lr, s.warmup, "cosine")
-        take_step(model, optimizer, rate, s.max_norm)
+
+        rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, "cosine")
+        take_step(model, optimizer, rate, settings.max_norm)
         loss = sum(distributed.gather(losses))
-        if step % 10 == 0 or step == s.steps:
-            report(
-                f"warm start {step}/{s.steps}  loss {loss:.3f}  {time.perf_counter() - started:.0f}s"
-            )
+        if step % 10 == 0 or step == settings.steps:
+            seconds = time.perf_counter() - started
+            report(f"warm start {step}/{settings.steps}  loss {loss:.3f}  {seconds:.0f}s")
     return loss
-
-
-def run(s, problems, language, device, report=print):
-    """Warm-start s.model on the problems (selfplay: none are needed) and write the checkpoint to s.out (a collective)."""
-    if s.task == "selfplay":
-        problems = triples.demonstrations(
-            language, s.problems or 6000, s.seed, s.references, s.short_prompt
-        )
-    out = Path(s.out)
-    prompt = lambda p: program_messages(p, language, examples=s.examples, system=not s.short_prompt)
-    source = (
-        out.with_name(out.name + ".init")
-        if s.model == "tiny"
-        else hugging_face.find_checkpoint(s.model)
-    )
-    if s.model == "tiny" and distributed.rank() == 0:
-        if s.task == "selfplay":
-            make_tiny_from([text for pair in problems[:4000] for text in pair], source, s.seed)
-        else:
-            make_tiny(problems, language, prompt, source, s.seed)
-    if s.model == "tiny":
-        distributed.mirror(source)
-    tokenizer = ChatTokenizer(source)
-    model = hugging_face.load_model(source)
-    config = model.config
-    model.gradient_checkpointing = s.gradient_checkpointing
-    model = distributed.shard(model, device)
-    if s.task == "selfplay":
-        sequences = [
-            Sequence(tokenizer.encode(text), [*tokenizer.encode(answer), tokenizer.stop_ids[0]])
-            for text, answer in problems
-        ]
-    else:
-        sequences = encode(problems, language, tokenizer, prompt, s.mistakes, s.seed)
-    sequences = short_enough(sequences, s.max_prompt_tokens, report)
-    train_supervised(model, make_optimizer(model, beta2=s.beta2), sequences, s, device, report)
-    weights = {name: distributed.full(p).cpu() for name, p in model.named_parameters()}
-    if distributed.rank() == 0:
-        partial = out.with_name(out.name + ".tmp")
-        hugging_face.save_model(
-            weights, config, partial, dtype=torch.float32, tokenizer_from=source
-        )
-        partial.rename(out)
-    distributed.barrier()
 
 
 def main():
@@ -234,21 +283,28 @@ def main():
         allow_abbrev=False,
     )
     add_flags(parser, WarmStart)
-    s = WarmStart(**vars(parser.parse_args()))
-    if Path(s.out).exists():
-        raise SystemExit(f"{s.out} exists: give another --out, or remove it")
-    language = load_language(s.lang)
+    settings = WarmStart(**vars(parser.parse_args()))
+    if Path(settings.out).exists():
+        raise SystemExit(f"{settings.out} exists: give another --out, or remove it")
+
+    language = load_language(settings.lang)
     device = distributed.setup()
-    problems = (
-        []
-        if s.task == "selfplay"
-        else load_problems(
-            s.task, "train", data=s.data or None, count=s.problems or None, seed=s.seed
+    problems = []
+    if settings.task != "selfplay":
+        problems = load_problems(
+            settings.task,
+            "train",
+            data=settings.data or None,
+            count=settings.problems or None,
+            seed=settings.seed,
         )
-    )
-    report = partial(print, flush=True) if distributed.rank() == 0 else lambda *_: None
-    run(s, problems, language, device, report)
-    report(f"wrote {s.out}")
+
+    def report(text):
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
+    run(settings, problems, language, device, report)
+    report(f"wrote {settings.out}")
     distributed.finish()
 
 

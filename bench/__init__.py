@@ -1,1 +1,1 @@
-"""Measurements: python -m bench kernels|sampler|step|sandbox; python -m bench.proof, bench.plot, bench.aot, bench.memory."""
+"""Measurements: python -m bench kernels|sampler|step|sandbox; bench.proof, plot, aot, memory."""

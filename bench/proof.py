@@ -1,29 +1,58 @@
-"""Does a real pretrained model get better at Prolog and Lisp? Warm start, evaluation, GRPO on GSM8K, evaluation, the control; one command.
+"""Does a real pretrained model get better at Prolog and Lisp?
 
-    python -m bench.proof --model DIR                     one GPU: both languages, two seeds and the random-reward control
-    python -m bench.proof --model DIR --minutes 9         stop in time; the same command goes on where it was
-    python -m bench.proof --model DIR --scale cpu --lang prolog --seeds 0       two cores, some hours: GSM8K's short questions
-    python -m bench.proof --model DIR --scale smoke       a few questions and steps: shows that every stage runs
+Warm start, evaluation, GRPO on GSM8K, evaluation, the control; one command.
 
-Stages are commands of this repository, printed before they run; each leaves its folder under runs/proof/ and is skipped once it is done. The table
-at the end compares the same held-out test questions before and after, and is printed alone by --table.
+    python -m bench.proof --model DIR                  one GPU: both languages, two seeds and the
+                                                       random-reward control
+    python -m bench.proof --model DIR --minutes 9      stop in time; the same command continues
+    python -m bench.proof --model DIR --scale cpu --lang prolog --seeds 0
+                                                       two cores, some hours: short questions
+    python -m bench.proof --model DIR --scale smoke    a few questions and steps: every stage runs
+
+Stages are commands of this repository, printed before they run; each leaves its folder under
+runs/proof/ and is skipped once it is done. The table at the end compares the same held-out test
+questions before and after, and is printed alone by --table.
 """
 
 import argparse
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval import print_gained
 from tasks.statistics import compare
 
 ROOT = Path(__file__).resolve().parent.parent
-# Held-out questions are GSM8K's test split (1,319), those with a prompt of at most `prompt_tokens`; at 70 there are 210 of them, and 1,145 to learn from.
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the stages are. Held-out questions are GSM8K's test split (1,319)."""
+
+    prompt_tokens: int  # longest prompt
+    warm_steps: int
+    batch: int  # demonstrations of a warm-start step
+    warm_lr: float
+    new: int  # longest completion
+    token_budget: int
+    checkpointing: str  # true or false
+    steps: int
+    prompts: int
+    samples: int
+    lr: float
+    eval_problems: int
+    eval_samples: int
+    temperature: int  # of evaluation
+    evaluations: int  # after the one before training
+
+
 SCALES = {
-    "gpu": dict(
+    "gpu": Scale(
         prompt_tokens=1024,
         warm_steps=400,
         batch=64,
@@ -40,7 +69,8 @@ SCALES = {
         temperature=0,
         evaluations=4,
     ),
-    "cpu": dict(
+    # Prompts of at most 70 tokens leave 210 held-out questions, and 1,145 to learn from.
+    "cpu": Scale(
         prompt_tokens=70,
         warm_steps=200,
         batch=8,
@@ -57,7 +87,7 @@ SCALES = {
         temperature=1,
         evaluations=3,
     ),
-    "smoke": dict(
+    "smoke": Scale(
         prompt_tokens=70,
         warm_steps=10,
         batch=8,
@@ -77,49 +107,71 @@ SCALES = {
 }
 
 
-def stages(model, languages, seeds, n):
-    """(name, command, file that shows it is done, run folder to resume or None) in the order in which they run."""
-    asked = f"--short_prompt true --examples 0 --max_prompt_tokens {n['prompt_tokens']}"
+@dataclass(frozen=True)
+class Stage:
+    """One command of the proof."""
+
+    name: str
+    command: str
+    done: str  # the file that shows that it is done
+    run_folder: str | None = None  # what train.py resumes
+
+
+def stages(model, languages, seeds, scale):
+    """The stages in the order in which they run."""
+    asked = f"--short_prompt true --examples 0 --max_prompt_tokens {scale.prompt_tokens}"
     for language in languages:
         warm = f"runs/proof/{language}-warm"
-        supervised = (
-            f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} {asked}"
+        command = (
+            f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} {asked} "
+            f"--steps {scale.warm_steps} --batch {scale.batch} --lr {scale.warm_lr}"
         )
-        yield (
-            f"{language} warm start",
-            f"{supervised} --steps {n['warm_steps']} --batch {n['batch']} --lr {n['warm_lr']}",
-            f"{warm}/config.json",
-            None,
-        )
+        yield Stage(f"{language} warm start", command, f"{warm}/config.json")
+
     for seed in seeds:
         for language in languages:
-            yield training(language, seed, "", asked, n)
-        if (
-            seed == seeds[0]
-        ):  # before the other seeds: where time ends, a control is worth more than a second seed
-            yield training(languages[0], seed, " --reward random", asked, n)
+            yield training(language, seed, "correct", asked, scale)
+        # Before the other seeds: where time ends, a control is worth more than a second seed.
+        if seed == seeds[0]:
+            yield training(languages[0], seed, "random", asked, scale)
 
 
-def training(language, seed, extra, asked, n):
-    name = f"proof/{language}-{'random' if extra else 'seed'}-{seed}"
-    command = (
-        f"train.py --task gsm8k --lang {language} --model runs/proof/{language}-warm {asked} --name {name} --seed {seed}{extra} "
-        f"--steps {n['steps']} --prompts {n['prompts']} --samples {n['samples']} --max_new_tokens {n['new']} --lr {n['lr']} --warmup 5 --schedule constant "
-        f"--token_budget {n['token_budget']} --gradient_checkpointing {n['checkpointing']} "
-        f"--eval_problems {n['eval_problems']} --eval_samples {n['eval_samples']} --eval_temperature {n['temperature']} "
-        f"--eval_every {-(-n['steps'] // n['evaluations'])} --save_every 10 --wandb off"
-    )
-    return name, command, f"runs/{name}/eval/step_{n['steps']}.jsonl", f"runs/{name}"
+def training(language, seed, reward, asked, scale):
+    """GRPO from the language's warm start; reward: correct, or random for the control."""
+    name = f"proof/{language}-{'random' if reward == 'random' else 'seed'}-{seed}"
+    words = [
+        f"train.py --task gsm8k --lang {language} --model runs/proof/{language}-warm {asked}",
+        f"--name {name} --seed {seed}",
+    ]
+    if reward == "random":
+        words.append("--reward random")
+    words += [
+        f"--steps {scale.steps} --prompts {scale.prompts} --samples {scale.samples}",
+        f"--max_new_tokens {scale.new} --lr {scale.lr} --warmup 5 --schedule constant",
+        f"--token_budget {scale.token_budget} --gradient_checkpointing {scale.checkpointing}",
+        f"--eval_problems {scale.eval_problems} --eval_samples {scale.eval_samples}",
+        f"--eval_temperature {scale.temperature}",
+        f"--eval_every {math.ceil(scale.steps / scale.evaluations)}",
+        "--save_every 10 --wandb off",
+    ]
+    folder = f"runs/{name}"
+    return Stage(name, " ".join(words), f"{folder}/eval/step_{scale.steps}.jsonl", folder)
 
 
 def run(command, deadline):
-    """One stage -> True when it ended well; at the deadline, and when this process gets one, it gets Ctrl-C, which loses nothing."""
-    heard = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background jobs ignore Ctrl-C, and their children inherit that
-    process = subprocess.Popen([sys.executable, *command.split()], preexec_fn=heard)
+    """Run one stage -> True when it ended well.
+
+    At the deadline, and when this process gets one, it gets Ctrl-C, which loses nothing.
+    """
+
+    def hear_interrupts():
+        # A shell's background jobs ignore Ctrl-C, and their children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen([sys.executable, *command.split()], preexec_fn=hear_interrupts)
+    seconds = None if deadline is None else max(1, deadline - time.monotonic())
     try:
-        code = process.wait(None if deadline is None else max(1, deadline - time.monotonic()))
+        code = process.wait(seconds)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -130,42 +182,57 @@ def run(command, deadline):
 
 
 def table():
-    """Held-out pass@1 before and after of every run that has both, with the 95 % interval of the paired difference over problems; programs of the first."""
-    shown = None
+    """Print held-out pass@1 before and after of every run that has both, and what one run gained.
+
+    The gain is the paired difference over problems with its 95 % interval.
+    """
     print(
-        "\n| run | steps | pass@1 before | after | gain | problems gained, lost | constant programs before, after | hours |\n"
-        + "| --- " * 8
-        + "|"
+        "\n| run | steps | pass@1 before | after | gain | problems gained, lost "
+        "| constant programs before, after | hours |\n" + "| --- " * 8 + "|"
     )
+    shown = None
     for folder in sorted(Path("runs/proof").glob("*-*-*")):
-        files = {
-            int(p.stem.removeprefix("step_")): p for p in (folder / "eval").glob("step_*.jsonl")
-        }
-        if len(files) > 1:
-            last = max(files)
-            before, after = (
-                [json.loads(line) for line in files[step].read_text().splitlines()]
-                for step in (0, last)
-            )
-            c, constant = (
-                compare(before, after),
-                [sum(r["constant"] for r in rows) / len(rows) for rows in (before, after)],
-            )
-            hours = (
-                sum(
-                    json.loads(line).get("time/step", 0.0)
-                    for line in (folder / "times.jsonl").read_text().splitlines()
-                )
-                / 3600
-            )
-            gain = f"{100 * c['difference']:+.1f} ({100 * c['difference_low']:+.1f} to {100 * c['difference_high']:+.1f})"
-            rates = f"{c['pass@1_a']:.3f} | {c['pass@1_b']:.3f} | {gain} | {len(c['gained'])}, {len(c['lost'])} of {c['problems']}"
-            print(
-                f"| {folder.name} | {last} | {rates} | {constant[0]:.3f}, {constant[1]:.3f} | {hours:.2f} |"
-            )
-            shown = shown or (before, after)
+        files = {}
+        for path in (folder / "eval").glob("step_*.jsonl"):
+            files[int(path.stem.removeprefix("step_"))] = path
+        if len(files) < 2:
+            continue
+
+        last = max(files)
+        before, after = read_rows(files[0]), read_rows(files[last])
+        print_row(folder, last, before, after)
+        shown = shown or (before, after)
     if shown:
         print_gained(*shown)
+
+
+def print_row(folder, steps, before, after):
+    """One run of the table."""
+    found = compare(before, after)
+    difference, low, high = (
+        100 * found[name] for name in ("difference", "difference_low", "difference_high")
+    )
+    seconds = sum(row.get("time/step", 0.0) for row in read_rows(folder / "times.jsonl"))
+    cells = [
+        folder.name,
+        str(steps),
+        f"{found['pass@1_a']:.3f}",
+        f"{found['pass@1_b']:.3f}",
+        f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
+        f"{len(found['gained'])}, {len(found['lost'])} of {found['problems']}",
+        f"{constant_share(before):.3f}, {constant_share(after):.3f}",
+        f"{seconds / 3600:.2f}",
+    ]
+    print(f"| {' | '.join(cells)} |")
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def constant_share(rows):
+    """Share of programs that compute nothing: the model did the sum itself."""
+    return sum(row["constant"] for row in rows) / len(rows)
 
 
 def main():
@@ -185,19 +252,21 @@ def main():
         return table()
     if not options.model:
         parser.error("--model is needed: a checkpoint folder or a hub id")
+
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
+    languages = options.lang.split(",")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    for name, command, done, folder in stages(
-        options.model, options.lang.split(","), seeds, SCALES[options.scale]
-    ):
-        if Path(done).exists():
+    for stage in stages(options.model, languages, seeds, SCALES[options.scale]):
+        if Path(stage.done).exists():
             continue
-        if folder and (Path(folder) / "config.json").exists():
-            command = f"train.py --resume {folder}"
-        script, rest = command.split(" ", 1)
-        print(f"== {name}: python {command}", flush=True)
-        if not run(f"{ROOT / script} {rest}", deadline):
-            print("stopped in time: the same command goes on from here")
+        command = stage.command
+        if stage.run_folder and Path(stage.run_folder, "config.json").exists():
+            command = f"train.py --resume {stage.run_folder}"
+
+        script, words = command.split(" ", 1)
+        print(f"== {stage.name}: python {command}", flush=True)
+        if not run(f"{ROOT / script} {words}", deadline):
+            print("stopped in time: the same command continues from here")
             break
     table()
 

@@ -1,12 +1,17 @@
-"""One GRPO step, split into its parts, through train.py's own functions.
+"""One GRPO step, split into its phases, through train.py's own functions.
 
-    python -m bench step                                                       one GPU: 64 prompts x 16 samples, prompt 512, response 256, 0.5B and 1.5B
-                                                                               (random weights); without a GPU the built-in tiny shape, 32 x 8
-    python -m bench step --model DIR --prompts 4 --samples 8 --response 64     a real checkpoint on GSM8K questions
-    python -m bench step --model DIR ... --trl                                 the same work with TRL's GRPOTrainer in the same run, when it is installed
+    python -m bench step                    one GPU: 64 prompts x 16 samples, prompt 512, response
+                                            256, 0.5B and 1.5B (random weights); without a GPU the
+                                            built-in tiny shape, 32 x 8
+    python -m bench step --model DIR --prompts 4 --samples 8 --response 64
+                                            a real checkpoint on GSM8K questions
+    python -m bench step --model DIR ... --trl
+                                            the same work with TRL's GRPOTrainer, when installed
 
-Each shape runs with prompts computed once per group and with every sequence whole. No sequence stops early, rewards are a fair coin, so that every
-step has a gradient; a rendered right program per sample runs in SWI-Prolog beside it, so that "reward" is a real wait.
+Each shape runs with prompts computed once per group and with every sequence whole. The first step
+stands apart (cold); warm is the median of --steps more, with their spread. No sequence stops early,
+rewards are a fair coin, so that every step has a gradient; a rendered right program per sample runs
+in SWI-Prolog beside it, so that "reward" is a real wait.
 """
 
 import runtime.cpu  # noqa: F401 (before torch)
@@ -15,12 +20,13 @@ import runtime.cpu  # noqa: F401 (before torch)
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +34,7 @@ import torch
 import model as model_file
 import sft
 from batches import make_optimizer
+from bench.clock import Timing, device_name
 from build import Run
 from rewards import Judge
 from runtime import distributed, hugging_face, memory
@@ -36,23 +43,39 @@ from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import Settings
-from tasks.problems import load_problems
+from tasks.problems import load_problems, program_messages
 from tasks.render import solution
 from train import train_step
 
-PHASES = ("generate", "reward", "logprob", "update", "weights", "step")
+PHASES = ("generate", "reward", "logprob", "advantages", "update", "weights", "step")
+
+
+@dataclass(frozen=True)
+class Work:
+    """How large a step is."""
+
+    prompts: int = 64
+    samples: int = 16
+    prompt: int = 512  # tokens of a random prompt; a real one is as long as it is
+    response: int = 256
+
+
+TINY_WORK = Work(prompts=32, samples=8, prompt=45, response=85)  # about the built-in run's
+
+
+# ---- what stands in for parts of a run ----
 
 
 class FixedPrompts:
-    """In place of a tokenizer: a prompt of exactly `length` random tokens per question, and no stop token."""
+    """In place of a tokenizer: `length` random tokens per question, and no stop token."""
 
     stop_ids = ()
 
     def __init__(self, length, vocabulary):
         self.length, self.vocabulary = length, vocabulary
 
-    def encode_chat(self, program_messages):
-        chance = random.Random(program_messages[-1]["content"])
+    def encode_chat(self, messages):
+        chance = random.Random(messages[-1]["content"])
         return [chance.randrange(self.vocabulary) for _ in range(self.length)]
 
     def decode(self, ids):
@@ -68,184 +91,196 @@ class NoStop(ChatTokenizer):
 
 
 class RightPrograms(Judge):
-    """Runs the problem's own right program for every sample, as a program of its own (the cache would know it), and rewards a coin."""
+    """Runs the problem's own right program for every sample, and rewards a coin."""
 
     def submit(self, problem, text, sample=0):
-        right = solution(problem, self.language)
-        return super().submit(
-            problem,
-            right.replace(
-                "<code>\n", f"<code>\n{self.language.comment} sample {sample} {id(text)}\n"
-            ),
-            sample,
-        )
+        # A comment makes each a program of its own: the pool's cache would know it.
+        mark = f"{self.language.comment} sample {sample} {id(text)}"
+        right = solution(problem, self.language).replace("<code>\n", f"<code>\n{mark}\n")
+        return super().submit(problem, right, sample)
 
 
-def make_run(model, tokenizer, s, pool, device):
+def make_run(model, tokenizer, problems, settings, pool, device):
     """A Run without folder, evaluation or warm start."""
+    memory.check(model.config, settings, device, print)
     language = load_language("prolog")
-    config = model.config
-    memory.check(config, s, device, print)
     sampler_model = model
     if device.type == "cuda":
-        sampler_model = (
-            model_file.random_model(config, dtype=torch.bfloat16).to(device).requires_grad_(False)
-        )
-    model.gradient_checkpointing = s.gradient_checkpointing
+        sampler_model = model_file.random_model(model.config, dtype=torch.bfloat16).to(device)
+        sampler_model.requires_grad_(False)
+    model.gradient_checkpointing = settings.gradient_checkpointing
     model = distributed.shard(model, device)
-    problems = (
-        load_problems("sums", "train", count=512)
-        if isinstance(tokenizer, FixedPrompts)
-        else load_problems("gsm8k_steps", "train", count=512)
-    )
-    judge = RightPrograms(pool, language, random_reward=True)
-    sampler = Sampler(sampler_model, slots=s.slots)
     return Run(
-        s,
-        device,
-        None,
-        language,
-        tokenizer,
-        None,
-        model,
-        make_optimizer(model),
-        sampler,
-        judge,
-        problems,
-        [],
+        settings=settings,
+        device=device,
+        folder=None,
+        language=language,
+        tokenizer=tokenizer,
+        tokenizer_folder=None,
+        model=model,
+        optimizer=make_optimizer(model),
+        sampler=Sampler(sampler_model, slots=settings.slots),
+        judge=RightPrograms(pool, language, random_reward=True),
+        problems=problems,
+        held_out=[],
         peak_flops=memory.peak_flops(device),
     )
 
 
-def bench(name, load, tokenizer, s, pool, device, steps):
-    """Median seconds of each phase over `steps` steps after one to warm up, for both ways to treat prompts -> rows."""
+# ---- measuring ----
+
+
+def bench(name, load, tokenizer, problems, settings, pool, device, steps):
+    """Time a cold step and `steps` warm ones, for both ways to treat prompts -> rows."""
     rows = []
     for share in (True, False):
-        run = make_run(load(), tokenizer, s, pool, device)
-        run.settings.share_prompts = share
-        measured = []
+        settings = replace(settings, share_prompts=share)
+        run = make_run(load(), tokenizer, problems, settings, pool, device)
+        times = []
         for step in range(1, steps + 2):
-            measured.append(train_step(run, step)[:2])
-        times = [t for _, t in measured[1:]]
-        middle = lambda key: statistics.median(t[key] for t in times)
+            metrics, step_times, _ = train_step(run, step)
+            times.append(step_times)
+        del run  # its memory, before the next is built
+
+        phases = {phase: Timing([t[f"time/{phase}"] for t in times]) for phase in PHASES}
         row = {
             "shape": name,
             "share_prompts": share,
-            **{phase: round(middle(f"time/{phase}"), 3) for phase in PHASES},
-        }
-        row |= {
-            "step_spread": round(
-                max(t["time/step"] for t in times) - min(t["time/step"] for t in times), 3
-            )
-        }
-        row |= {
-            "train_tokens": measured[-1][0]["num_train_tokens"],
-            "mfu": round(middle("perf/mfu"), 3),
-            "peak_gb": round(middle("perf/peak_mem_gb"), 2),
+            **phase_columns(phases),
+            "train_tokens": metrics["num_train_tokens"],
+            "mfu": round(statistics.median(t["perf/mfu"] for t in times[1:]), 3),
+            "peak_gb": round(statistics.median(t["perf/peak_mem_gb"] for t in times[1:]), 2),
         }
         rows.append(row)
-        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        del run
+        print_phases(f"{name}, prompts {'shared' if share else 'not shared'}", phases)
+        print(
+            f"{row['train_tokens']:,.0f} tokens trained, MFU {row['mfu']}, "
+            f"peak {row['peak_gb']} GB",
+            flush=True,
+        )
     return rows
 
 
-def bench_trl(folder, prompts, s, steps):
-    """TRL's GRPOTrainer with the same model, prompts, samples and length, fp32 on a CPU, coin rewards without a sandbox -> row."""
+def phase_columns(phases):
+    """{cold, warm, spread: {phase: seconds}} for the last line of JSON."""
+    return {
+        "cold": {phase: round(timing.cold, 3) for phase, timing in phases.items()},
+        "warm": {phase: round(timing.warm, 3) for phase, timing in phases.items()},
+        "spread": {phase: round(timing.spread, 3) for phase, timing in phases.items()},
+    }
+
+
+def print_phases(title, phases):
+    print(f"\n{title}\n{'seconds':<12}{'cold':>10}{'warm':>10}{'spread':>10}")
+    for phase, timing in phases.items():
+        print(f"{phase:<12}{timing.cold:>10.3f}{timing.warm:>10.3f}{timing.spread:>10.3f}")
+
+
+def bench_trl(folder, prompts, settings, steps):
+    """TRL's GRPOTrainer with the same model, prompts, samples and length -> row.
+
+    fp32 on a CPU; coin rewards without a sandbox.
+    """
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
-        marks = []
+        def __init__(self):
+            self.started = 0.0
+            self.seconds = []
 
         def on_step_begin(self, *arguments, **more):
-            self.marks.append(time.perf_counter())
+            self.started = time.perf_counter()
 
         def on_step_end(self, *arguments, **more):
-            self.marks.append(time.perf_counter())
+            self.seconds.append(time.perf_counter() - self.started)
 
-    chance, data = (
-        random.Random(0),
-        Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts"),
-    )
+    chance = random.Random(0)
+
+    def reward(completions, **_):
+        return [float(chance.random() < 0.5) for _ in completions]
+
+    cuda = torch.cuda.is_available()
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=steps + 1,
-        per_device_train_batch_size=s.samples,
-        gradient_accumulation_steps=s.prompts,
-        num_generations=s.samples,
-        max_completion_length=s.max_new_tokens,
-        generation_kwargs={"min_new_tokens": s.max_new_tokens},
+        per_device_train_batch_size=settings.samples,
+        gradient_accumulation_steps=settings.prompts,
+        num_generations=settings.samples,
+        max_completion_length=settings.max_new_tokens,
+        generation_kwargs={"min_new_tokens": settings.max_new_tokens},
         beta=0.0,
         temperature=1.0,
-        learning_rate=s.lr,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
-        gradient_checkpointing=s.gradient_checkpointing,
+        learning_rate=settings.lr,
+        use_cpu=not cuda,
+        bf16=cuda,
+        gradient_checkpointing=settings.gradient_checkpointing,
         report_to=[],
         save_strategy="no",
         logging_steps=1000,
         model_init_kwargs={"dtype": "float32"},
     )
-    reward = lambda completions, **_: [float(chance.random() < 0.5) for _ in completions]
+    table = InMemoryTable.from_pydict({"prompt": prompts})
+    clock = Clock()
     trainer = GRPOTrainer(
-        model=str(folder), reward_funcs=reward, args=config, train_dataset=data, callbacks=[Clock()]
+        model=str(folder),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset(table, fingerprint="prompts"),
+        callbacks=[clock],
     )
     trainer.train()
-    steps_taken = [b - a for a, b in zip(Clock.marks[::2], Clock.marks[1::2])][1:]
-    row = {
-        "shape": "TRL GRPOTrainer",
-        "step": round(statistics.median(steps_taken), 2),
-        "step_spread": round(max(steps_taken) - min(steps_taken), 2),
-    }
-    print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-    return row
+
+    phases = {"step": Timing(clock.seconds)}
+    print_phases("TRL GRPOTrainer", phases)
+    return {"shape": "TRL GRPOTrainer", **phase_columns(phases)}
+
+
+# ---- the two benches ----
 
 
 def bench_checkpoint(options, pool, device):
     """A real checkpoint on GSM8K questions, and TRL beside it."""
-    tokenizer = NoStop(options.model)
-    s = settings(options, short_prompt=True, examples=0)
+    settings = replace(step_settings(options, Work()), short_prompt=True, examples=0)
+    problems = load_problems("gsm8k_steps", "train", count=512)
     rows = bench(
         Path(options.model).name,
-        lambda: hugging_face.load_model(options.model),
-        tokenizer,
-        s,
+        partial(hugging_face.load_model, options.model),
+        NoStop(options.model),
+        problems,
+        settings,
         pool,
         device,
         options.steps,
     )
     if options.trl:
-        from tasks.problems import program_messages
-
-        problems = load_problems("gsm8k_steps", "train", count=512)
-        prompts = [
-            program_messages(p, load_language("prolog"), examples=0, system=False) for p in problems
-        ]
-        rows.append(bench_trl(options.model, prompts, s, options.steps))
-        print(f"{rows[-1]['step'] / rows[0]['step']:.2f} times as fast as TRL")
+        prompts = [program_messages(p, "prolog", examples=0, system=False) for p in problems]
+        rows.append(bench_trl(options.model, prompts, settings, options.steps))
+        faster = rows[-1]["warm"]["step"] / rows[0]["warm"]["step"]
+        print(f"{faster:.2f} times as fast as TRL")
     return rows
 
 
 def bench_random(options, pool, device):
     """Random weights of the Qwen2.5-Coder shapes on a GPU, the built-in tiny shape on a CPU."""
-    if device.type == "cpu":
-        options.prompts, options.samples, options.prompt, options.response = (
-            options.prompts or 32,
-            options.samples or 8,
-            options.prompt or 45,
-            options.response or 85,
-        )
-    s, rows = settings(options), []
-    for size in options.shapes.split(",") if device.type == "cuda" else ["tiny"]:
-        config = memory.qwen(size) if size != "tiny" else sft.tiny_config(768)
-        load = lambda: model_file.random_model(config, std=0.02 if size != "tiny" else 0.08)
+    cuda = device.type == "cuda"
+    work = Work() if cuda else TINY_WORK
+    settings = step_settings(options, work)
+    problems = load_problems("sums", "train", count=512)
+    rows = []
+    for size in options.shapes.split(",") if cuda else ["tiny"]:
+        if size == "tiny":
+            config, std = sft.tiny_config(sft.BPE_TOKENS), 0.08
+        else:
+            config, std = memory.qwen(size), 0.02
         rows += bench(
             size,
-            load,
-            FixedPrompts(options.prompt or 512, config.vocab_size),
-            s,
+            partial(model_file.random_model, config, std=std),
+            FixedPrompts(options.prompt or work.prompt, config.vocab_size),
+            problems,
+            settings,
             pool,
             device,
             options.steps,
@@ -253,20 +288,15 @@ def bench_random(options, pool, device):
     return rows
 
 
-def settings(options, **more):
-    prompts, samples, response = (
-        options.prompts or 64,
-        options.samples or 16,
-        options.response or 256,
-    )
+def step_settings(options, work):
+    """Settings of a run whose steps are `work`, where the command line does not say otherwise."""
     return Settings(
-        prompts=prompts,
-        samples=samples,
-        max_new_tokens=response,
+        prompts=options.prompts or work.prompts,
+        samples=options.samples or work.samples,
+        max_new_tokens=options.response or work.response,
         token_budget=options.token_budget,
         slots=512,
         gradient_checkpointing=torch.cuda.is_available(),
-        **more,
     )
 
 
@@ -281,21 +311,20 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--shapes", default="0.5B,1.5B")
     parser.add_argument("--token_budget", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="warm steps, after the cold one")
     parser.add_argument("--trl", action="store_true", help="TRL's GRPOTrainer on the same work")
     options = parser.parse_args(arguments)
-    if load_language("prolog").missing():
-        sys.exit(load_language("prolog").missing())
+
+    if sentence := load_language("prolog").missing():
+        sys.exit(sentence)
     with Pool() as pool:
         device = distributed.setup()
-        name = (
-            torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
-        )
-        print(f"{name}, torch {torch.__version__}")
-        rows = (bench_checkpoint if options.model else bench_random)(options, pool, device)
-    print(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}))
+        print(f"{device_name()}, torch {torch.__version__}")
+        if options.model:
+            rows = bench_checkpoint(options, pool, device)
+        else:
+            rows = bench_random(options, pool, device)
+    print(json.dumps({"device": device_name(), "torch": torch.__version__, "rows": rows}))
     distributed.finish()
 
 

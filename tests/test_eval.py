@@ -1,6 +1,7 @@
-"""Evaluation: figures by hand, benchmark rows, a harness tested with programs whose verdict is known, resume and ranks.
+"""Evaluation: figures by hand, benchmark rows, known programs, and the command with a real model.
 
-RARECODE_FULL=1 judges every known program instead of a sample and prints the counts of BENCHMARKS.md.
+The harness is tested with programs whose verdict is known. RARECODE_FULL=1 judges every one of them
+instead of a sample and prints the counts of BENCHMARKS.md.
 """
 
 import json
@@ -21,6 +22,7 @@ from forgers import FORGERS
 
 import eval as evaluation
 import sft
+from batches import make_optimizer
 from rewards import Judge
 from runtime import hugging_face
 from runtime.tokenizer import ChatTokenizer
@@ -37,19 +39,25 @@ from tasks.multipl_e import (
 )
 from tasks.problems import load_problems, program_messages
 from tasks.render import solution
+from tasks.statistics import compare, interval, pass_at_k, summary
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("RARECODE_FULL"))
+MULTIPL_E = [name for name in language_names() if "tests" in load_language(name).answer]
 needs_data = pytest.mark.skipif(
     not known_programs.DATA.is_dir(), reason="../shared/data is not here"
 )
-MULTIPL_E = [name for name in language_names() if "tests" in load_language(name).answer]
 
 
 @pytest.fixture(scope="module")
 def pool():
     with Pool(workers=2) as started:
         yield started
+
+
+def slow(names, some):
+    """Parameters, of which `some` are marked slow: their compilers or interpreters take seconds."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in some else name for name in names]
 
 
 def installed(name):
@@ -59,7 +67,7 @@ def installed(name):
     return language
 
 
-def test_judge(pool, language, mode="completion"):
+def make_test_judge(pool, language, mode="completion"):
     """A TestJudge; skips where the language's test library is not installed."""
     try:
         return TestJudge(pool, language, mode)
@@ -67,158 +75,207 @@ def test_judge(pool, language, mode="completion"):
         pytest.skip(str(error))
 
 
-test_judge.__test__ = False  # not a test
+def add_row(language):
+    """The problem that most tests use: add(x, y)."""
+    rows = load_benchmark("humaneval", language)
+    return next(row for row in rows if "HumanEval_53_add" in row.id)
 
 
 # ---- figures ----
 
 
+def test_pass_at_k_by_hand():
+    assert pass_at_k(4, 1, 2) == 0.5  # 3 of the 6 pairs hold the right one
+    assert pass_at_k(5, 5, 3) == 1.0
+    assert pass_at_k(5, 0, 3) == 0.0
+
+
 def test_pass_at_k_is_unbiased():
-    assert (
-        evaluation.pass_at_k(4, 1, 2) == 0.5
-        and evaluation.pass_at_k(5, 5, 3) == 1.0
-        and evaluation.pass_at_k(5, 0, 3) == 0.0
-    )
-    rng, draws = random.Random(0), 20000
+    rng = random.Random(0)
     outcomes = [True] * 3 + [False] * 7
-    estimate = sum(any(rng.sample(outcomes, 4)) for _ in range(draws)) / draws
-    assert evaluation.pass_at_k(10, 3, 4) == pytest.approx(estimate, abs=0.01)
+    draws = 20_000
+    hits = sum(any(rng.sample(outcomes, 4)) for _ in range(draws))
+    assert pass_at_k(10, 3, 4) == pytest.approx(hits / draws, abs=0.01)
 
 
-def test_intervals():
-    low, high = evaluation.interval([1, 0, 1, 1])
-    assert (low, high) == (
-        pytest.approx(0.301, abs=1e-3),
-        pytest.approx(0.954, abs=1e-3),
-    )  # Wilson, p = 0.75, n = 4
-    low, high = evaluation.interval([0.0] * 10)
-    assert low == 0.0 and high == pytest.approx(0.278, abs=1e-3)
-    rng, inside = random.Random(1), 0
-    for _ in range(
-        300
-    ):  # 40 problems of 4 samples each with their own difficulty: 95 % of the intervals hold the true mean
-        rates = [
-            sum(rng.random() < d for _ in range(4)) / 4
-            for d in (rng.betavariate(0.5, 1.5) for _ in range(40))
-        ]
-        low, high = evaluation.interval(rates)
+def test_interval_is_wilsons():
+    # p = 0.75, n = 4
+    assert interval([1, 0, 1, 1]) == pytest.approx((0.301, 0.954), abs=1e-3)
+    # No success in 10: the lower end is 0, the upper one is not.
+    low, high = interval([0.0] * 10)
+    assert low == 0.0
+    assert high == pytest.approx(0.278, abs=1e-3)
+
+
+def test_interval_holds_the_mean_of_problems_with_several_samples():
+    """40 problems of 4 samples each with their own difficulty, whose mean is 0.5 / 2 = 0.25."""
+    rng = random.Random(1)
+    inside = 0
+    for _ in range(300):
+        difficulties = [rng.betavariate(0.5, 1.5) for _ in range(40)]
+        rates = [sum(rng.random() < d for _ in range(4)) / 4 for d in difficulties]
+        low, high = interval(rates)
         inside += low <= 0.25 <= high
-    assert 0.90 <= inside / 300 <= 0.99
+    assert 0.90 <= inside / 300 <= 0.99  # of 95 %
 
 
 def rows_of(outcomes):
+    """samples.jsonl of {problem id: outcome of each sample}; None: the sandbox could not judge."""
     found = []
     for id, corrects in outcomes.items():
         for sample, correct in enumerate(corrects):
-            status = "sandbox_error" if correct is None else "ok"
-            found.append(
-                dict(
-                    id=id,
-                    sample=sample,
-                    correct=bool(correct),
-                    status=status,
-                    program=f"{id}{sample}",
-                    tokens=10,
-                    finish_reason="stop",
-                    format_ok=True,
-                    constant=False,
-                    leaked=False,
-                )
-            )
+            row = {
+                "id": id,
+                "sample": sample,
+                "correct": bool(correct),
+                "status": "sandbox_error" if correct is None else "ok",
+                "program": f"{id}{sample}",
+                "tokens": 10,
+                "finish_reason": "stop",
+                "format_ok": True,
+                "constant": False,
+                "leaked": False,
+            }
+            found.append(row)
     return found
 
 
 def test_summary_by_hand():
-    found = evaluation.summary(
-        rows_of({"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [None] * 4})
-    )
-    assert (
-        found["pass@1"] == 0.5
-        and found["any_of_n"] == pytest.approx(2 / 3)
-        and found["all_of_n"] == pytest.approx(1 / 3)
-    )
-    assert found["pass@2"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3) and found[
-        "pass@4"
-    ] == pytest.approx(2 / 3)
-    assert found["sandbox/sandbox_error_frac"] == 0.25
+    outcomes = {"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [None] * 4}
+    found = summary(rows_of(outcomes))
+    assert found["pass@1"] == 0.5  # of a, b and c: (1/2 + 0 + 1) / 3
+    assert found["pass@2"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3)
+    assert found["pass@4"] == pytest.approx(2 / 3)
+    assert found["any_of_n"] == pytest.approx(2 / 3)
+    assert found["all_of_n"] == pytest.approx(1 / 3)
+    assert found["sandbox/sandbox_error_frac"] == 0.25  # d
+
+
+def test_nothing_judged_has_no_figures():
     with pytest.raises(ValueError, match="nothing could be judged"):
-        evaluation.summary(rows_of({"a": [None]}))
+        summary(rows_of({"a": [None]}))
 
 
 def test_comparison_is_paired(tmp_path, capsys):
+    """Of 40 problems every other one is right in A; B is right on the first 10 as well."""
     a = {f"p{n}": [n % 2] for n in range(40)}
-    b = {
-        id: [1] if n < 10 else outcome for n, (id, outcome) in enumerate(a.items())
-    }  # 5 problems gained, none lost
-    for name, outcomes in (("a", a), ("b", b | {"only": [1]})):
+    b = a | {f"p{n}": [1] for n in range(10)} | {"only": [1]}
+    for name, outcomes in (("a", a), ("b", b)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "samples.jsonl").write_text(
-            "".join(json.dumps(r) + "\n" for r in rows_of(outcomes))
-        )
+        lines = [json.dumps(row) + "\n" for row in rows_of(outcomes)]
+        (tmp_path / name / "samples.jsonl").write_text("".join(lines))
+
     evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
     found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (found["gained"], found["lost"], found["unchanged"], found["only_in_b"]) == (5, 0, 35, 1)
-    assert (
-        found["difference"] == 0.125
-        and 0 < found["difference_low"] < 0.125 < found["difference_high"]
-        and found["p"] < 0.05
-    )
+    assert found["difference"] == 0.125  # 5 of 40
+    assert 0 < found["difference_low"] < 0.125 < found["difference_high"]
+    assert found["p"] < 0.05
+
+
+def test_comparison_needs_two_evaluations_of_the_same_problems(tmp_path):
     with pytest.raises(ValueError, match="no problem in common"):
-        evaluation.compare(rows_of(a), rows_of({"x": [1]}))
+        compare(rows_of({"a": [1]}), rows_of({"x": [1]}))
     with pytest.raises(ValueError, match="does not exist"):
-        evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "nothing")])
+        evaluation.main(["--compare", str(tmp_path), str(tmp_path / "nothing")])
 
 
 # ---- the harness, with programs whose verdict is known ----
 
 ADD = {  # HumanEval_53_add
-    "racket": "\n  (+ x y))", "julia": "\n    return x + y\nend", "lua": "\n  return x + y\nend", "ocaml": " x + y", "r": "\n  x + y\n}",
-    "perl": "\n    return $x + $y;\n}", "haskell": " x + y", "clojure": "\n  (+ x y))", "elixir": "\n    x + y\n  end\nend",
-    "javascript": "\n  return x + y;\n}", "python": "\n    return x + y", "bash": "\n  echo $(($1 + $2))", "php": "\n  return $x + $y;\n}",
-    "ruby": "\n  x + y\nend", "cpp": "\n  return x + y;", "java": "\n        return x + y;", "rust": "\n    x + y", "go": "\n\treturn x + y\n}",
-}  # fmt: skip
-QUIT = {  # leaves before the tests, with exit code 0 (a Haskell or Go function without imports cannot)
-    "racket": "\n  (exit 0))", "julia": "\n    exit(0)\nend", "lua": "\n  os.exit(0)\nend", "ocaml": " exit 0", "r": "\n  quit('no', 0)\n}",
-    "perl": "\n    exit 0;\n}", "clojure": "\n  (System/exit 0))", "elixir": "\n    System.halt(0)\n  end\nend",
-    "javascript": "\n  process.exit(0);\n}", "python": "\n    raise SystemExit", "bash": "\n  echo 1\n}\nexit 0\nf() {", "php": "\n  exit(0);\n}",
-    "ruby": "\n  exit!(0)\nend", "cpp": "\n  exit(0);", "java": "\n        System.exit(0); return 0;", "rust": "\n    std::process::exit(0)",
-}  # fmt: skip
+    "racket": "\n  (+ x y))",
+    "julia": "\n    return x + y\nend",
+    "lua": "\n  return x + y\nend",
+    "ocaml": " x + y",
+    "r": "\n  x + y\n}",
+    "perl": "\n    return $x + $y;\n}",
+    "haskell": " x + y",
+    "clojure": "\n  (+ x y))",
+    "elixir": "\n    x + y\n  end\nend",
+    "javascript": "\n  return x + y;\n}",
+    "python": "\n    return x + y",
+    "bash": "\n  echo $(($1 + $2))",
+    "php": "\n  return $x + $y;\n}",
+    "ruby": "\n  x + y\nend",
+    "cpp": "\n  return x + y;",
+    "java": "\n        return x + y;",
+    "rust": "\n    x + y",
+    "go": "\n\treturn x + y\n}",
+}
+# Leaves before the tests, with exit code 0 (a Haskell or Go function without imports cannot).
+QUIT = {
+    "racket": "\n  (exit 0))",
+    "julia": "\n    exit(0)\nend",
+    "lua": "\n  os.exit(0)\nend",
+    "ocaml": " exit 0",
+    "r": "\n  quit('no', 0)\n}",
+    "perl": "\n    exit 0;\n}",
+    "clojure": "\n  (System/exit 0))",
+    "elixir": "\n    System.halt(0)\n  end\nend",
+    "javascript": "\n  process.exit(0);\n}",
+    "python": "\n    raise SystemExit",
+    "bash": "\n  echo 1\n}\nexit 0\nf() {",
+    "php": "\n  exit(0);\n}",
+    "ruby": "\n  exit!(0)\nend",
+    "cpp": "\n  exit(0);",
+    "java": "\n        System.exit(0); return 0;",
+    "rust": "\n    std::process::exit(0)",
+}
 
 
 @needs_data
-@pytest.mark.parametrize("name", MULTIPL_E)
+@pytest.mark.parametrize("name", slow(MULTIPL_E, ("cpp", "java")))
 def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
     language = installed(name)
-    row = next(r for r in load_benchmark("humaneval", language) if "HumanEval_53_add" in r.id)
-    right, wrong = ADD[language.name], ADD[language.name].replace("+", "-", 1)
-    judge, chat = test_judge(pool, language), test_judge(pool, language, "chat")
-    whole = f"<think>x</think><answer>```{language.fence[0]}\n{row.prompt}{right}\n{closing(row)}\n```</answer>"
-    texts = [right + row.stop_tokens[0] + " never seen (", wrong, QUIT.get(language.name, wrong)]
-    submissions = [judge.submit(row, text) for text in texts] + [
-        chat.submit(row, text) for text in (whole, "no code")
+    row = add_row(language)
+    judge = make_test_judge(pool, language)
+    chat = make_test_judge(pool, language, "chat")
+    right = ADD[language.name]
+    wrong = right.replace("+", "-", 1)
+    whole = f"{row.prompt}{right}\n{closing(row)}"
+    answer = f"<think>x</think><answer>```{language.fence[0]}\n{whole}\n```</answer>"
+
+    submissions = [
+        judge.submit(row, right + row.stop_tokens[0] + " never seen ("),
+        judge.submit(row, wrong),
+        judge.submit(row, QUIT.get(language.name, wrong)),
+        chat.submit(row, answer),
+        chat.submit(row, "no code"),
     ]
     verdicts = judge.collect(submissions, 300)
-    assert [v.correct for v in verdicts] == [True, False, False, True, False], [
-        v.status for v in verdicts
-    ]
+    correct = [verdict.correct for verdict in verdicts]
+    assert correct == [True, False, False, True, False], [v.status for v in verdicts]
+
+
+def closing(row):
+    """What MultiPL-E leaves for the tests to close, and a whole program closes itself."""
+    if not row.tests.lstrip().startswith("}"):
+        return ""
+    return "}\n}" if "class Problem" in row.prompt else "}"
 
 
 @needs_data
-@pytest.mark.parametrize("name", sorted({name for name, *_ in FORGERS}))
+@pytest.mark.parametrize("name", slow(sorted({name for name, *_ in FORGERS}), ("cpp",)))
 def test_forgers_do_not_pass(name, pool):
-    """Neither by reading, leaving or printing, nor by other tests; where the status says so, the second run was needed to find out."""
+    """Neither by reading, leaving or printing, nor by other tests.
+
+    Where the status says "forged", the second run was needed to find out.
+    """
     language = installed(name)
-    row = next(r for r in load_benchmark("humaneval", language) if "HumanEval_53_add" in r.id)
-    judge, mine = (
-        test_judge(pool, language, "chat"),
-        [forger[1:] for forger in FORGERS if forger[0] == name],
-    )
-    verdicts = judge.collect(
-        [judge.submit(row, f"```{language.fence[0]}\n{code}\n```") for _, code, _ in mine], 120
-    )
-    assert [(kind, v.correct, v.status == "forged") for (kind, _, _), v in zip(mine, verdicts)] == [
-        (kind, False, status == "forged") for kind, _, status in mine
-    ]
+    row = add_row(language)
+    judge = make_test_judge(pool, language, "chat")
+    kinds = []
+    submissions = []
+    expected = []
+    for forger_language, kind, code, status in FORGERS:
+        if forger_language == name:
+            kinds.append(kind)
+            submissions.append(judge.submit(row, f"```{language.fence[0]}\n{code}\n```"))
+            expected.append((kind, False, status == "forged"))
+
+    verdicts = judge.collect(submissions, 120)
+    found = [(kind, v.correct, v.status == "forged") for kind, v in zip(kinds, verdicts)]
+    assert found == expected
 
 
 @needs_data
@@ -229,9 +286,8 @@ def test_answers_can_be_exchanged_in_every_row(name):
     for row in load_benchmark("humaneval", language) + load_benchmark("mbpp", language):
         tests = exchange_answers(row, language.answer["tests"]["test"], random.Random(0))
         assert tests and tests != row.tests, row.id
-        if (
-            "_34_unique" not in row.id and "_432_median" not in row.id
-        ):  # these have one test, or one answer
+        # The same tests in another order, but for these two, which have one test or one answer.
+        if "_34_unique" not in row.id and "_432_median" not in row.id:
             assert sorted(tests) == sorted(row.tests), row.id
 
 
@@ -245,33 +301,36 @@ FAIL = {
 
 
 @needs_data
-@pytest.mark.parametrize("name", FAIL)
+@pytest.mark.parametrize("name", slow(FAIL, ("cpp",)))
 def test_exchanged_tests_compile(name, pool):
     """Else a forger would seem honest: its second run would not even begin."""
     language = installed(name)
-    judge, rows = test_judge(pool, language), load_benchmark("humaneval", language)
-    rows = rows if FULL else rows[3 :: len(rows) // 2]
-    exchanged = [
-        replace(row, tests=exchange_answers(row, judge.table["test"], random.Random(row.id)))
-        for row in rows
-    ]
-    results = pool.run_all(
-        [judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in exchanged]
-    )
-    plain = (
-        pool.run_all(
-            [judge.job(program(row, FAIL[name], language, "completion"), (1, 2)) for row in rows]
-        )
-        if FULL
-        else results
-    )
-    silent = [
-        row.id
-        for row, r, p in zip(rows, results, plain)
-        if b"it ran" not in r.stderr + r.stdout and (not FULL or b"it ran" in p.stderr + p.stdout)
-    ]
+    judge = make_test_judge(pool, language)
+    rows = load_benchmark("humaneval", language)
+    if not FULL:
+        rows = rows[3 :: len(rows) // 2]
+
+    def ran(rows):
+        """Which rows' programs compile and get as far as their exception."""
+        jobs = []
+        for row in rows:
+            jobs.append(judge.job(program(row, FAIL[name], language, "completion"), (1, 2)))
+        return [b"it ran" in result.stderr + result.stdout for result in pool.run_all(jobs)]
+
+    exchanged = []
+    for row in rows:
+        tests = exchange_answers(row, judge.table["test"], random.Random(row.id))
+        exchanged.append(replace(row, tests=tests))
+    # In a full run some rows do not compile with their own tests either.
+    own = ran(rows) if FULL else [True] * len(rows)
+
+    silent = []
+    for row, exchanged_ran, own_ran in zip(rows, ran(exchanged), own):
+        if own_ran and not exchanged_ran:
+            silent.append(row.id)
     print(
-        f"{name}: {len(rows) - len(silent)} of {len(rows)} rows' exchanged tests compile as the row's own do; not: {silent}"
+        f"{name}: {len(rows) - len(silent)} of {len(rows)} rows' exchanged tests compile "
+        f"as the row's own do; not: {silent}"
     )
     assert not silent
 
@@ -279,44 +338,47 @@ def test_exchanged_tests_compile(name, pool):
 def test_a_missing_test_library_is_named(pool):
     language = installed("lua")
     tests = language.answer["tests"] | {"probe": "require('no_such_library')"}
-    with pytest.raises(
-        ValueError,
-        match=r"^MultiPL-E's Lua tests need luaunit, which is not here: apt-get install lua-unit",
-    ):
+    sentence = "^MultiPL-E's Lua tests need luaunit, which is not here: apt-get install lua-unit"
+    with pytest.raises(ValueError, match=sentence):
         TestJudge(pool, replace(language, answer=language.answer | {"tests": tests}))
 
 
-def closing(row):
-    """What MultiPL-E leaves for the tests to close, and a whole program closes itself."""
-    if not row.tests.lstrip().startswith("}"):
-        return ""
-    return "}\n}" if "class Problem" in row.prompt else "}"
+def judged(judge, cases):
+    """Verdicts of (row, completion) pairs."""
+    submissions = [judge.submit(row, text) for row, text in cases]
+    return judge.collect(submissions, None)
 
 
 @needs_data
-@pytest.mark.parametrize("bench,right,total", [("humaneval", 160, 161), ("mbpp", 382, 397)])
+@pytest.mark.parametrize(
+    "bench, right, total",
+    [("humaneval", 160, 161), pytest.param("mbpp", 382, 397, marks=pytest.mark.slow)],
+)
 def test_canonical_python_solutions(bench, right, total, pool):
     installed("python")
     known = known_programs.multipl_e(bench, pool)
     assert len(known) == total
     chosen = known if FULL else known[::4]
     judge = TestJudge(pool, "python", "chat")
-    verdicts = judge.collect([judge.submit(row, text) for row, text in chosen], None)
-    wrong = [v.problem for v in verdicts if not v.correct]
+
+    verdicts = judged(judge, chosen)
+    wrong = [verdict.problem for verdict in verdicts if not verdict.correct]
     print(
-        f"{bench}: {len(verdicts) - len(wrong)} of {len(verdicts)} canonical Python solutions pass; not: {wrong}"
+        f"{bench}: {len(verdicts) - len(wrong)} of {len(verdicts)} canonical Python solutions "
+        f"pass; not: {wrong}"
     )
-    assert len(wrong) <= total - right if FULL else len(wrong) <= 6
     if FULL:
         assert len(verdicts) - len(wrong) == right
-    # the same programs with their first return spoilt do not pass
-    spoilt = [
-        (row, re.sub(r"return ", "return 'spoilt', ", text))
-        for row, text in chosen
-        if "return " in text.split('"""')[-1]
-    ]
-    verdicts = judge.collect([judge.submit(row, text) for row, text in spoilt], None)
-    passed = [v.problem for v in verdicts if v.correct]
+    else:
+        assert len(wrong) <= 6
+
+    # The same programs with their first return spoilt do not pass.
+    spoilt = []
+    for row, text in chosen:
+        if "return " in text.split('"""')[-1]:
+            spoilt.append((row, text.replace("return ", "return 'spoilt', ")))
+    verdicts = judged(judge, spoilt)
+    passed = [verdict.problem for verdict in verdicts if verdict.correct]
     print(f"{bench}: {len(passed)} of {len(verdicts)} spoilt programs pass: {passed}")
     assert not passed
 
@@ -358,106 +420,132 @@ EXPLAINED_EXERCISM = {
 
 
 @needs_data
-@pytest.mark.parametrize("name", EXPLAINED_X)
+@pytest.mark.parametrize("name", slow(EXPLAINED_X, ("cpp", "java")))
 def test_canonical_humaneval_x_solutions(name, pool):
     installed(name)
     check_known(f"HumanEval-X {name}", known_programs.humaneval_x(name), EXPLAINED_X[name], 5, pool)
 
 
 @needs_data
-@pytest.mark.parametrize("track", EXPLAINED_EXERCISM)
+@pytest.mark.parametrize("track", slow(EXPLAINED_EXERCISM, ("racket",)))
 def test_exercism_examples(track, pool):
     installed(track)
-    check_known(
-        f"Exercism {track}", known_programs.exercism(track), EXPLAINED_EXERCISM[track], 6, pool
-    )
+    cases = known_programs.exercism(track)
+    check_known(f"Exercism {track}", cases, EXPLAINED_EXERCISM[track], 6, pool)
 
 
 def check_known(title, cases, explained, sample, pool):
+    """Known right programs pass, but for the explained ones."""
     cases = list(cases)
-    chosen = cases if FULL else cases[:: len(cases) // sample]
-    results = pool.run_all([job for _, job, _ in chosen])
-    failed = {name: r.status for (name, _, passed), r in zip(chosen, results) if not passed(r)}
+    if not FULL:
+        cases = cases[:: len(cases) // sample]
+    results = pool.run_all([job for _, job, _ in cases])
+    failed = {}
+    for (name, _, passed), result in zip(cases, results):
+        if not passed(result):
+            failed[name] = result.status
     print(
-        f"{title}: {len(chosen) - len(failed)} of {len(chosen)} known right programs pass; not: {failed}"
+        f"{title}: {len(cases) - len(failed)} of {len(cases)} known right programs pass; "
+        f"not: {failed}"
     )
     assert {name.rpartition("/")[2] for name in failed} <= set(explained)
 
 
 @needs_data
-@pytest.mark.parametrize("name,at_least", [("javascript", 140), ("cpp", 100)])
+@pytest.mark.parametrize(
+    "name, at_least", [("javascript", 140), pytest.param("cpp", 100, marks=pytest.mark.slow)]
+)
 def test_right_programs_are_not_taken_for_forgers(name, at_least, pool):
-    """HumanEval-X solutions under MultiPL-E's tests, which judge them by type as well: not all pass, but none may be called forged."""
+    """HumanEval-X solutions under MultiPL-E's tests, which judge them by type as well.
+
+    Not all pass, but none may be called forged.
+    """
     installed(name)
     known = list(known_programs.carried_over(name))
     chosen = known if FULL else known[:: len(known) // 5]
-    judge = test_judge(pool, name, "chat")
-    verdicts = judge.collect([judge.submit(row, text) for row, text in chosen], None)
-    passed = sum(v.correct for v in verdicts)
+    verdicts = judged(make_test_judge(pool, name, "chat"), chosen)
+    passed = sum(verdict.correct for verdict in verdicts)
+    forged = [verdict.problem for verdict in verdicts if verdict.status == "forged"]
     print(
-        f"{name}: {passed} of {len(chosen)} HumanEval-X solutions pass MultiPL-E's tests, {sum(v.status == 'forged' for v in verdicts)} taken for forged"
+        f"{name}: {passed} of {len(chosen)} HumanEval-X solutions pass MultiPL-E's tests, "
+        f"{len(forged)} taken for forged"
     )
-    assert not [v.problem for v in verdicts if v.status == "forged"] and passed >= (
-        at_least if FULL else 3
-    )
+    assert not forged
+    assert passed >= (at_least if FULL else 3)
 
 
 # ---- benchmark rows and prompts ----
 
 
 @needs_data
-def test_rows_and_prompts():
-    rows = load_benchmark("humaneval", "racket")
-    assert (
-        len(rows) == 161
-        and len(load_benchmark("mbpp", "lua")) == 397
-        and len(load_benchmark("humaneval", "racket", version="v0.4")) == 161
-    )
-    assert (
-        load_benchmark("mbpp", "lua", count=20, seed=1)
-        == load_benchmark("mbpp", "lua", count=20, seed=1)
-        != load_benchmark("mbpp", "lua", count=20, seed=2)
-    )
-    row = next(r for r in rows if "HumanEval_53_add" in r.id)
+def test_rows_and_their_subset():
+    assert len(load_benchmark("humaneval", "racket")) == 161
+    assert len(load_benchmark("humaneval", "racket", version="v0.4")) == 161
+    assert len(load_benchmark("mbpp", "lua")) == 397
+
+    some = load_benchmark("mbpp", "lua", count=20, seed=1)
+    assert len(some) == 20
+    assert some == load_benchmark("mbpp", "lua", count=20, seed=1)
+    assert some != load_benchmark("mbpp", "lua", count=20, seed=2)
+
+
+@needs_data
+def test_a_completion_is_cut_where_the_next_definition_begins():
+    row = add_row("racket")
     text = program(row, "\n  (+ x y))\n(define (g) 1)", "racket", "completion")
     assert text == row.prompt.rstrip() + "\n  (+ x y))\n" + row.tests
+
+
+@needs_data
+def test_prompts_of_the_modes():
+    row = add_row("racket")
+    assert [message["role"] for message in benchmark_prompt(row, "racket", "chat")] == ["user"]
+
     listing = benchmark_prompt(row, "racket", "think")
     assert listing.startswith(
-        "# Task: You will be given a question (problem specification) and will generate a correct Racket program"
+        "# Task: You will be given a question (problem specification) "
+        "and will generate a correct Racket program"
     )
-    assert (
-        "; YOUR CODE HERE\n```" in listing
-        and listing.endswith("Assistant: <think>")
-        and row.prompt.strip() in listing
-    )
-    assert [m["role"] for m in benchmark_prompt(row, "racket", "chat")] == ["user"]
-    answer = "<think>(f)\n```racket\nwrong\n```</think><answer>```racket\n(define (add x y)\n  (+ x y))\n```</answer>"
-    assert answer_block(answer, load_language("racket")) == "(define (add x y)\n  (+ x y))"
-    assert program(row, answer, "racket", "think").startswith(
-        "#lang racket\n(define (add x y)\n  (+ x y))\n(require rackunit)"
-    )
-    for source in ("python", "cpp"):
-        translated = load_benchmark("translate", "lua", source=source)
-        assert (
-            len(translated) == 161
-            and translated[0].source
-            and translated[0].id.startswith(f"translate/{source}-lua/")
-        )
-        assert translated[0].source.splitlines()[0] in benchmark_prompt(
-            translated[0], "lua", "completion"
-        )
-    for call, words in [
-        (lambda: load_benchmark("humaneval", "prolog"), "MultiPL-E does not have the language"),
-        (lambda: load_benchmark("humanevil", "lua"), "unknown benchmark"),
-        (lambda: load_benchmark("translate", "lua", source="cobol"), "no translation sources"),
-        (lambda: load_benchmark("crosspleval", "lua"), "give its folder by --data"),
-    ]:
-        with pytest.raises(ValueError, match=words):
-            call()
+    assert row.prompt.strip() in listing
+    assert "; YOUR CODE HERE\n```" in listing
+    assert listing.endswith("Assistant: <think>")
+
+
+@needs_data
+def test_a_thought_program_is_that_of_the_answer():
+    code = "(define (add x y)\n  (+ x y))"
+    answer = f"<think>(f)\n```racket\nwrong\n```</think><answer>```racket\n{code}\n```</answer>"
+    assert answer_block(answer, load_language("racket")) == code
+    whole = program(add_row("racket"), answer, "racket", "think")
+    assert whole.startswith(f"#lang racket\n{code}\n(require rackunit)")
+
+
+@needs_data
+@pytest.mark.parametrize("source", ["python", "cpp"])
+def test_translation_shows_its_source(source):
+    rows = load_benchmark("translate", "lua", source=source)
+    assert len(rows) == 161
+    assert rows[0].id.startswith(f"translate/{source}-lua/")
+    assert rows[0].source
+    assert rows[0].source.splitlines()[0] in benchmark_prompt(rows[0], "lua", "completion")
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "bench, language, source, sentence",
+    [
+        ("humaneval", "prolog", "python", "MultiPL-E does not have the language"),
+        ("humanevil", "lua", "python", "unknown benchmark"),
+        ("translate", "lua", "cobol", "no translation sources"),
+        ("crosspleval", "lua", "python", "give its folder by --data"),
+    ],
+)
+def test_a_benchmark_that_is_not_there_is_refused(bench, language, source, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_benchmark(bench, language, source=source)
 
 
 def test_crosspleval_form(tmp_path):
-    (tmp_path / "crosspleval").mkdir()
     row = {
         "id": "T1",
         "source": "def f(): ...",
@@ -465,139 +553,152 @@ def test_crosspleval_form(tmp_path):
         "tests": "f()",
         "stop_tokens": ["\nlocal"],
     }
+    (tmp_path / "crosspleval").mkdir()
     (tmp_path / "crosspleval/python-lua.jsonl").write_text(json.dumps(row))
     (found,) = load_benchmark("crosspleval", "lua", data=tmp_path)
-    assert (
-        found.id == "crosspleval/python-lua/T1"
-        and program(found, "\nend\nlocal x", "lua", "completion") == "local function f()\nend\nf()"
-    )
+    assert found.id == "crosspleval/python-lua/T1"
+    text = program(found, "\nend\nlocal x", "lua", "completion")
+    assert text == "local function f()\nend\nf()"
 
 
 # ---- evaluate() and the command, with a real model ----
+
+
+def ask(problem):
+    return program_messages(problem, "prolog", 0, system=False)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A tiny model that has learnt four test problems by heart, so that some programs are right."""
     folder = tmp_path_factory.mktemp("tiny")
-    language, prompt = (
-        load_language("prolog"),
-        lambda p: program_messages(p, "prolog", 0, system=False),
-    )
+    language = load_language("prolog")
+    sft.make_tiny(load_problems("sums", "train", count=300), language, ask, folder, seed=0)
+
+    tokenizer = ChatTokenizer(folder)
+    model = hugging_face.load_model(folder)
     problems = load_problems("sums", "test", count=4)
-    sft.make_tiny(load_problems("sums", "train", count=300), language, prompt, folder, seed=0)
-    tokenizer, model = ChatTokenizer(folder), hugging_face.load_model(folder)
+    sequences = sft.encode(problems, language, tokenizer, ask, mistakes=0.0, seed=0)
     settings = sft.WarmStart(steps=60, batch=4, lr=3e-3, warmup=5)
-    sft.train_supervised(
-        model,
-        sft.make_optimizer(model),
-        sft.encode(problems, language, tokenizer, prompt, 0.0, 0),
-        settings,
-        torch.device("cpu"),
-        lambda *_: None,
-    )
-    hugging_face.save_model(
-        dict(model.named_parameters()), model.config, folder, dtype=torch.float32
-    )
+    optimizer = make_optimizer(model)
+    device = torch.device("cpu")
+    sft.train_supervised(model, optimizer, sequences, settings, device, lambda text: None)
+    weights = dict(model.named_parameters())
+    hugging_face.save_model(weights, model.config, folder, dtype=torch.float32)
     return folder
 
 
+def words(tiny, out):
+    """The command of one evaluation: 10 problems, of which the model knows 4."""
+    return [
+        *("--model", str(tiny), "--bench", "sums", "--short_prompt", "true", "--examples", "0"),
+        *("--problems", "10", "--samples", "2", "--temperature", "1", "--max_new_tokens", "100"),
+        *("--out", str(out)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The folder of an evaluation that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    evaluation.main(words(tiny, folder))
+    return folder / "prolog"
+
+
 def test_evaluate_in_the_loop(tiny, pool):
-    tokenizer, sampler = ChatTokenizer(tiny), Sampler(hugging_face.load_model(tiny), slots=16)
-    problems, seen = load_problems("sums", "test", count=6), []
+    problems = load_problems("sums", "test", count=6)
+    seen = []
     metrics, rows = evaluation.evaluate(
-        sampler,
-        tokenizer,
+        Sampler(hugging_face.load_model(tiny), slots=16),
+        ChatTokenizer(tiny),
         Judge(pool, "prolog"),
         problems,
-        prompt=lambda p: program_messages(p, "prolog", 0, system=False),
+        prompt=ask,
         n=2,
         temperature=0.3,
         max_new_tokens=120,
         seed=5,
         on_rows=seen.append,
     )
-    assert [(r["id"], r["sample"]) for r in rows] == [(p.id, n) for p in problems for n in (0, 1)]
-    assert (
-        metrics["pass@1"] >= 0.5
-        and metrics["pass@1"] == sum(r["correct"] for r in rows) / 12
-        and sorted(len(s) for s in seen) == [2] * 6
-    )
-    right = next(r for r in rows if r["correct"])
-    assert Fraction(right["answer"]) == Fraction(right["value"]) and right["text"] == solution(
-        problems[int(right["id"][-1])], "prolog"
-    )
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (problem.id, sample) for problem in problems for sample in (0, 1)
+    ]
+    assert sorted(len(of_problem) for of_problem in seen) == [2] * 6
+    # 4 of 6 learnt by heart, at a temperature that forgives an error.
+    assert metrics["pass@1"] == sum(row["correct"] for row in rows) / 12
+    assert metrics["pass@1"] >= 0.5
+
+    right = next(row for row in rows if row["correct"])
+    assert Fraction(right["answer"]) == Fraction(right["value"])
+    assert right["text"] == solution(problems[int(right["id"][-1])], "prolog")
 
 
-def command(tiny, out):
-    words = f"--model {tiny} --bench sums --short_prompt true --examples 0 --problems 10 --samples 2 --temperature 1 --max_new_tokens 100 --out {out}"
-    return words.split()
+def test_the_command_writes_every_sample_and_the_figures(whole):
+    figures = json.loads((whole / "results.json").read_text())
+    assert len((whole / "samples.jsonl").read_text().splitlines()) == 20
+    assert figures["problems"] == 10
+    assert 0 < figures["pass@1"] < 1
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(tiny, tmp_path, capsys):
-    evaluation.main(command(tiny, tmp_path / "whole"))
-    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["results"][0]
-    whole = (tmp_path / "whole/prolog/samples.jsonl").read_text()
-    assert len(whole.splitlines()) == 20 and figures["problems"] == 10 and 0 < figures["pass@1"] < 1
-    # what a kill leaves: some problems and half a line
-    folder = tmp_path / "whole/prolog"
-    lines = (folder / "partial-0.jsonl").read_text().split("\n")[:-1]
+def test_half_a_line_is_done_again(tiny, whole, tmp_path):
+    """What a kill can leave: four problems and half of the fifth."""
+    folder = tmp_path / "prolog"
+    folder.mkdir()
+    (folder / "settings.json").write_text((whole / "settings.json").read_text())
+    lines = (whole / "partial-0.jsonl").read_text().splitlines()
     assert len(lines) == 10
-    (folder / "partial-0.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])
-    (folder / "samples.jsonl").unlink()
-    evaluation.main(command(tiny, tmp_path / "whole"))
-    assert (folder / "samples.jsonl").read_text() == whole
-    # a real one, after the first problem
+    (folder / "partial-0.jsonl").write_text("\n".join([*lines[:4], lines[4][:50]]))
+
+    evaluation.main(words(tiny, tmp_path))
+    assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    # Four lines of before, the half one, six that were done now.
+    assert len((folder / "partial-0.jsonl").read_text().splitlines()) == 11
+
+
+def test_a_killed_evaluation_continues_where_it_stopped(tiny, whole, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "eval.py", *command(tiny, tmp_path / "cut"), "--slots", "2"],
+        [sys.executable, "eval.py", *words(tiny, tmp_path), "--slots", "2"],
         cwd=REPO,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    partial, deadline = tmp_path / "cut/prolog/partial-0.jsonl", time.monotonic() + 100
-    while not (partial.exists() and "\n" in partial.read_text()) and time.monotonic() < deadline:
+    partial = tmp_path / "prolog/partial-0.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if partial.exists() and "\n" in partial.read_text():
+            break
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert (
-        not (tmp_path / "cut/prolog/samples.jsonl").exists()
-        and 1 <= len(partial.read_text().splitlines()) < 10
-    )
-    evaluation.main(command(tiny, tmp_path / "cut"))
-    assert (tmp_path / "cut/prolog/samples.jsonl").read_text() == whole
+    samples = tmp_path / "prolog/samples.jsonl"
+    assert not samples.exists()
+    assert 1 <= len(partial.read_text().splitlines()) < 10
+
+    evaluation.main(words(tiny, tmp_path))
+    assert samples.read_text() == (whole / "samples.jsonl").read_text()
+
+
+def test_other_settings_need_another_folder(tiny, whole):
     with pytest.raises(SystemExit, match="other settings"):
-        evaluation.main([*command(tiny, tmp_path / "whole"), "--seed", "1"])
+        evaluation.main([*words(tiny, whole.parent), "--seed", "1"])
 
 
-def test_ranks_give_the_numbers_of_one_process(tiny, tmp_path):
-    evaluation.main(command(tiny, tmp_path / "one"))
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "eval.py",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_ranks_give_the_numbers_of_one_process(tiny, whole, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, *command(tiny, tmp_path / "two")],
+        [*torchrun, "--nproc_per_node=2", "eval.py", *words(tiny, tmp_path)],
         cwd=REPO,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "two/prolog/samples.jsonl").read_text() == (
-        tmp_path / "one/prolog/samples.jsonl"
-    ).read_text()
-    assert (tmp_path / "two/prolog/results.json").read_text() == (
-        tmp_path / "one/prolog/results.json"
-    ).read_text()
+    for name in ("samples.jsonl", "results.json"):
+        assert (tmp_path / "prolog" / name).read_text() == (whole / name).read_text()
 
 
-def test_bad_input_has_one_clear_sentence(tiny, tmp_path):
+def test_an_error_of_the_command_is_one_sentence(tiny):
     done = subprocess.run(
         [sys.executable, "eval.py", "--model", str(tiny), "--lang", "cobol"],
         cwd=REPO,
@@ -605,16 +706,23 @@ def test_bad_input_has_one_clear_sentence(tiny, tmp_path):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 1 and re.fullmatch(
-        r"eval.py: unknown language 'cobol': choose one of .+\n", done.stderr
-    )
-    for words, sentence in [
-        (
-            ["--model", str(tiny), "--bench", "humaneval", "--lang", "prolog"],
-            "MultiPL-E does not have the language",
-        ),
-        (["--model", str(tmp_path), "--bench", "sums"], str(tmp_path)),
-        (["--model", str(tiny), "--mode", "poetry"], "unknown mode 'poetry'"),
-    ]:
-        with pytest.raises((ValueError, SystemExit), match=re.escape(sentence)):
-            evaluation.main(words)
+    assert done.returncode == 1
+    sentence = r"eval.py: unknown language 'cobol': choose one of .+\n"
+    assert re.fullmatch(sentence, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--bench", "humaneval", "--lang", "prolog"], "MultiPL-E does not have the language"),
+        (["--mode", "poetry"], "unknown mode 'poetry'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        evaluation.main(["--model", "DIR", *more])
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises((ValueError, SystemExit), match=re.escape(str(tmp_path))):
+        evaluation.main(["--model", str(tmp_path), "--bench", "sums"])
