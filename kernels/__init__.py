@@ -1,5 +1,5 @@
 """Kernel families. Each file: its public functions, which pick by device; the torch references,
-which define what is right; the Triton kernels; and their launchers.
+which define what is right; the launchers of the Triton kernels; and the kernels.
 """
 
 import os

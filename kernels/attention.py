@@ -132,86 +132,96 @@ def _clear_tail(v, lengths, page_size):
     by_token[rows, tail] = by_token[rows, tail].masked_fill(past_end, 0.0)
 
 
-# Triton kernels
+# Launcher
 
 
-@jit
-def _shared_tokens(
-    sequence,
-    lengths,
-    prefix_lengths,
-    group_ids,
-    B,
-    SEQUENCES: tl.constexpr,
-):
-    """What `sequence` shares inside its aligned block of SEQUENCES: (tokens, first live member).
-
-    tokens: shared with another live sequence of its group. first live member: index in the batch.
-    """
-    other = sequence // SEQUENCES * SEQUENCES + tl.arange(0, SEQUENCES)
-    inside = other < B
-    group = tl.load(group_ids + other, mask=inside, other=0)
-    same = group == tl.load(group_ids + sequence)
-    length = tl.load(lengths + other, mask=inside, other=0)
-    live = same & (length > 0)
-
-    prefix = tl.load(prefix_lengths + other, mask=inside, other=0)
-    shared = tl.max(tl.where(live, prefix, 0), 0)
-
-    # One live member: nothing to share, the plain kernel reads all of it.
-    members = tl.sum(live.to(tl.int32), 0)
-    return tl.where(members >= 2, shared, 0), tl.min(tl.where(live, other, B), 0)
-
-
-@jit
-def _attend_pages(
-    q,  # [ROWS, HD], a tile in registers
+def _paged_attention(
+    q,
     k_pages,
     v_pages,
-    table,  # this sequence's row of the block table
-    head,
-    K,
-    begin,
-    end,
-    SCALE: tl.constexpr,  # times log2(e): exp2 is one instruction
-    ROWS: tl.constexpr,
-    HD: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
+    block_tables,
+    lengths,
+    scale,
+    prefix_lengths=None,
+    group_ids=None,
+    arch=None,
 ):
-    """Online softmax (base 2) of q over tokens begin..end-1 of the pages in `table`.
+    """Both public functions on Triton; a prefix is shared where group_ids are given."""
+    batch, heads, head_dim = q.shape
+    kv_heads, page_size = k_pages.shape[1:3]
+    max_pages = block_tables.shape[1]
+    per_kv = heads // kv_heads
 
-    Returns (unnormalised output [ROWS, HD], running maximum [ROWS], sum [ROWS]).
-    """
-    slot = tl.arange(0, TILE)
-    column = tl.arange(0, HD)
-    top = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
-    out = tl.zeros((ROWS, HD), dtype=tl.float32)
+    shared = group_ids is not None
+    if not shared:  # the kernels take them all the same, and do not read them
+        prefix_lengths, group_ids = lengths, lengths
 
-    for tile in range(begin // TILE, tl.cdiv(end, TILE)):
-        # A tile lies inside one page: TILE divides PAGE.
-        page = tl.load(table + tile * TILE // PAGE).to(tl.int64)
-        base = ((page * K + head) * PAGE + tile * TILE % PAGE) * HD
-        token = tile * TILE + slot
-        inside = (token >= begin) & (token < end)
+    # Partial results: one slot per split, and before them one per split of the shared prefix.
+    splits = triton.cdiv(max_pages * page_size, SPLIT)
+    prefix_splits = splits if shared else 0
+    slots = prefix_splits + splits
+    partial = torch.empty(batch, heads, slots, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
 
-        k = tl.load(k_pages + base + slot[None, :] * HD + column[:, None])
-        scores = tl.dot(q, k, input_precision="ieee") * SCALE
-        scores = tl.where(inside[None, :], scores, -float("inf"))
+    sequences, prefix_tile, prefix_warps, prefix_stages = PREFIX[arch or architecture(q)]
+    inputs = (q.contiguous(), k_pages, v_pages, block_tables.contiguous(), lengths)
+    inputs += (prefix_lengths, group_ids, partial, lse, batch, kv_heads, max_pages, slots)
+    shape = {
+        "SCALE": scale * LOG2E,
+        "R": per_kv,
+        "HD": head_dim,
+        "PAGE": page_size,
+        "SPLIT": SPLIT,
+        "SEQUENCES": sequences,
+    }
+    padded_heads = triton.next_power_of_2(per_kv)
 
-        # Every tile of the loop holds at least one token, so the new maximum is finite and
-        # -inf minus -inf cannot happen.
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(scores - new_top[:, None])
+    grid = (batch, kv_heads, splits)
+    if shared:
+        _prefix_kernel[grid](
+            *inputs,
+            **shape,
+            HEADS=padded_heads,
+            TILE=min(page_size, prefix_tile),
+            num_warps=prefix_warps,
+            num_stages=prefix_stages,
+        )
+    _decode_kernel[grid](
+        *inputs,
+        prefix_splits,
+        **shape,
+        # The smallest tensor-core tile; 6, 7 and 8 query heads of a KV head fill part of it.
+        ROWS=max(16, padded_heads),
+        TILE=min(page_size, 128, TILE_ELEMENTS // head_dim),
+        SHARED=shared,
+        num_warps=DECODE_WARPS,
+        num_stages=DECODE_STAGES,
+    )
 
-        v_at = v_pages + base + slot[:, None] * HD + column[None, :]
-        v = tl.load(v_at, mask=inside[:, None], other=0.0)
-        total = total * shrink + tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        top = new_top
-    return out, top, total
+    grid = (batch, heads)
+    _merge_splits_kernel[grid](
+        partial,
+        lse,
+        out,
+        lengths,
+        prefix_lengths,
+        group_ids,
+        batch,
+        heads,
+        slots,
+        prefix_splits,
+        HD=head_dim,
+        SPLIT=SPLIT,
+        SLOTS=SLOTS,
+        SHARED=shared,
+        SEQUENCES=sequences,
+        num_warps=MERGE_WARPS,
+    )
+    return out
+
+
+# Triton kernels
 
 
 @jit
@@ -392,90 +402,80 @@ def _merge_splits_kernel(
     tl.store(out + row * HD + column, result / tl.where(total > 0, total, 1.0))
 
 
-# Launcher
-
-
-def _paged_attention(
-    q,
+@jit
+def _attend_pages(
+    q,  # [ROWS, HD], a tile in registers
     k_pages,
     v_pages,
-    block_tables,
-    lengths,
-    scale,
-    prefix_lengths=None,
-    group_ids=None,
-    arch=None,
+    table,  # this sequence's row of the block table
+    head,
+    K,
+    begin,
+    end,
+    SCALE: tl.constexpr,  # times log2(e): exp2 is one instruction
+    ROWS: tl.constexpr,
+    HD: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Both public functions on Triton; a prefix is shared where group_ids are given."""
-    batch, heads, head_dim = q.shape
-    kv_heads, page_size = k_pages.shape[1:3]
-    max_pages = block_tables.shape[1]
-    per_kv = heads // kv_heads
+    """Online softmax (base 2) of q over tokens begin..end-1 of the pages in `table`.
 
-    shared = group_ids is not None
-    if not shared:  # the kernels take them all the same, and do not read them
-        prefix_lengths, group_ids = lengths, lengths
+    Returns (unnormalised output [ROWS, HD], running maximum [ROWS], sum [ROWS]).
+    """
+    slot = tl.arange(0, TILE)
+    column = tl.arange(0, HD)
+    top = tl.full((ROWS,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    out = tl.zeros((ROWS, HD), dtype=tl.float32)
 
-    # Partial results: one slot per split, and before them one per split of the shared prefix.
-    splits = triton.cdiv(max_pages * page_size, SPLIT)
-    prefix_splits = splits if shared else 0
-    slots = prefix_splits + splits
-    partial = torch.empty(batch, heads, slots, head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q)
+    for tile in range(begin // TILE, tl.cdiv(end, TILE)):
+        # A tile lies inside one page: TILE divides PAGE.
+        page = tl.load(table + tile * TILE // PAGE).to(tl.int64)
+        base = ((page * K + head) * PAGE + tile * TILE % PAGE) * HD
+        token = tile * TILE + slot
+        inside = (token >= begin) & (token < end)
 
-    sequences, prefix_tile, prefix_warps, prefix_stages = PREFIX[arch or architecture(q)]
-    inputs = (q.contiguous(), k_pages, v_pages, block_tables.contiguous(), lengths)
-    inputs += (prefix_lengths, group_ids, partial, lse, batch, kv_heads, max_pages, slots)
-    shape = {
-        "SCALE": scale * LOG2E,
-        "R": per_kv,
-        "HD": head_dim,
-        "PAGE": page_size,
-        "SPLIT": SPLIT,
-        "SEQUENCES": sequences,
-    }
-    padded_heads = triton.next_power_of_2(per_kv)
+        k = tl.load(k_pages + base + slot[None, :] * HD + column[:, None])
+        scores = tl.dot(q, k, input_precision="ieee") * SCALE
+        scores = tl.where(inside[None, :], scores, -float("inf"))
 
-    grid = (batch, kv_heads, splits)
-    if shared:
-        _prefix_kernel[grid](
-            *inputs,
-            **shape,
-            HEADS=padded_heads,
-            TILE=min(page_size, prefix_tile),
-            num_warps=prefix_warps,
-            num_stages=prefix_stages,
-        )
-    _decode_kernel[grid](
-        *inputs,
-        prefix_splits,
-        **shape,
-        # The smallest tensor-core tile; 6, 7 and 8 query heads of a KV head fill part of it.
-        ROWS=max(16, padded_heads),
-        TILE=min(page_size, 128, TILE_ELEMENTS // head_dim),
-        SHARED=shared,
-        num_warps=DECODE_WARPS,
-        num_stages=DECODE_STAGES,
-    )
+        # Every tile of the loop holds at least one token, so the new maximum is finite and
+        # -inf minus -inf cannot happen.
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(scores - new_top[:, None])
 
-    grid = (batch, heads)
-    _merge_splits_kernel[grid](
-        partial,
-        lse,
-        out,
-        lengths,
-        prefix_lengths,
-        group_ids,
-        batch,
-        heads,
-        slots,
-        prefix_splits,
-        HD=head_dim,
-        SPLIT=SPLIT,
-        SLOTS=SLOTS,
-        SHARED=shared,
-        SEQUENCES=sequences,
-        num_warps=MERGE_WARPS,
-    )
-    return out
+        v_at = v_pages + base + slot[:, None] * HD + column[None, :]
+        v = tl.load(v_at, mask=inside[:, None], other=0.0)
+        total = total * shrink + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        top = new_top
+    return out, top, total
+
+
+@jit
+def _shared_tokens(
+    sequence,
+    lengths,
+    prefix_lengths,
+    group_ids,
+    B,
+    SEQUENCES: tl.constexpr,
+):
+    """What `sequence` shares inside its aligned block of SEQUENCES: (tokens, first live member).
+
+    tokens: shared with another live sequence of its group. first live member: index in the batch.
+    """
+    other = sequence // SEQUENCES * SEQUENCES + tl.arange(0, SEQUENCES)
+    inside = other < B
+    group = tl.load(group_ids + other, mask=inside, other=0)
+    same = group == tl.load(group_ids + sequence)
+    length = tl.load(lengths + other, mask=inside, other=0)
+    live = same & (length > 0)
+
+    prefix = tl.load(prefix_lengths + other, mask=inside, other=0)
+    shared = tl.max(tl.where(live, prefix, 0), 0)
+
+    # One live member: nothing to share, the plain kernel reads all of it.
+    members = tl.sum(live.to(tl.int32), 0)
+    return tl.where(members >= 2, shared, 0), tl.min(tl.where(live, other, B), 0)

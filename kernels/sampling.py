@@ -186,6 +186,87 @@ def _mix_reference(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
+# Launchers
+
+
+def _uniforms(seeds, requests, samples, positions):
+    rows = len(seeds)
+    out = torch.empty(2, rows, dtype=torch.float32, device=seeds.device)
+    grid = (triton.cdiv(rows, KEY_BLOCK),)
+    _uniforms_kernel[grid](
+        seeds,
+        requests,
+        samples,
+        positions,
+        out,
+        rows,
+        BLOCK=KEY_BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def _sample_tokens(
+    hidden,
+    weight,
+    temperature,
+    seeds,
+    requests,
+    samples,
+    positions,
+    arch=None,
+    one_tile=False,
+):
+    arch = arch or architecture(hidden)
+    rows, width = hidden.shape
+    vocabulary = len(weight)
+    device = hidden.device
+    is_few = rows <= FEW_ROWS and not one_tile
+    tile = TILES["few" if is_few else "many", arch]
+    tiles = triton.cdiv(vocabulary, TILE)
+
+    uniforms = _uniforms(seeds, requests, samples, positions)
+    tile_max = head.floats(rows, tiles, device=device)
+    tile_sum = head.floats(rows, tiles, device=device)
+    candidate_logit = head.floats(rows, tiles, device=device)
+    candidate = torch.empty(rows, tiles, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(rows, tile.rows) * tiles,)
+    _draw_kernel[grid](
+        *head.operands(hidden.contiguous(), weight, tile, arch),
+        temperature,
+        uniforms,
+        tile_max,
+        tile_sum,
+        candidate,
+        candidate_logit,
+        rows,
+        vocabulary,
+        width,
+        tiles,
+        **head.tile_options(tile, arch),
+        GROUPS=GROUPS,
+    )
+
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    logp = head.floats(rows, device=device)
+    grid = (rows,)
+    _choose_kernel[grid](
+        temperature,
+        uniforms,
+        tile_max,
+        tile_sum,
+        candidate,
+        candidate_logit,
+        token,
+        logp,
+        tiles,
+        TILE=TILE,
+        BLOCK=triton.next_power_of_2(tiles),
+        num_warps=4,
+    )
+    return token, logp
+
+
 # Triton kernels. Constants as in the references: a kernel sees no plain globals.
 
 
@@ -350,84 +431,3 @@ def _choose_kernel(
     tl.store(token + row, tile.to(tl.int64) * TILE + inside_tile)
     logit = tl.load(candidate_logit + chosen)
     tl.store(logp + row, (logit - log_total) * 0.6931471805599453)
-
-
-# Launchers
-
-
-def _uniforms(seeds, requests, samples, positions):
-    rows = len(seeds)
-    out = torch.empty(2, rows, dtype=torch.float32, device=seeds.device)
-    grid = (triton.cdiv(rows, KEY_BLOCK),)
-    _uniforms_kernel[grid](
-        seeds,
-        requests,
-        samples,
-        positions,
-        out,
-        rows,
-        BLOCK=KEY_BLOCK,
-        num_warps=4,
-    )
-    return out
-
-
-def _sample_tokens(
-    hidden,
-    weight,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    arch=None,
-    one_tile=False,
-):
-    arch = arch or architecture(hidden)
-    rows, width = hidden.shape
-    vocabulary = len(weight)
-    device = hidden.device
-    is_few = rows <= FEW_ROWS and not one_tile
-    tile = TILES["few" if is_few else "many", arch]
-    tiles = triton.cdiv(vocabulary, TILE)
-
-    uniforms = _uniforms(seeds, requests, samples, positions)
-    tile_max = head.floats(rows, tiles, device=device)
-    tile_sum = head.floats(rows, tiles, device=device)
-    candidate_logit = head.floats(rows, tiles, device=device)
-    candidate = torch.empty(rows, tiles, dtype=torch.int32, device=device)
-    grid = (triton.cdiv(rows, tile.rows) * tiles,)
-    _draw_kernel[grid](
-        *head.operands(hidden.contiguous(), weight, tile, arch),
-        temperature,
-        uniforms,
-        tile_max,
-        tile_sum,
-        candidate,
-        candidate_logit,
-        rows,
-        vocabulary,
-        width,
-        tiles,
-        **head.tile_options(tile, arch),
-        GROUPS=GROUPS,
-    )
-
-    token = torch.empty(rows, dtype=torch.int64, device=device)
-    logp = head.floats(rows, device=device)
-    grid = (rows,)
-    _choose_kernel[grid](
-        temperature,
-        uniforms,
-        tile_max,
-        tile_sum,
-        candidate,
-        candidate_logit,
-        token,
-        logp,
-        tiles,
-        TILE=TILE,
-        BLOCK=triton.next_power_of_2(tiles),
-        num_warps=4,
-    )
-    return token, logp
