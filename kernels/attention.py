@@ -31,7 +31,7 @@ TILE_ELEMENTS = 8192
 PREFIX = {90: (16, 64, 8, 2), 80: (8, 32, 4, 2)}
 
 
-# Public functions
+# ---- public functions ----
 
 
 def paged_attention(q, k_pages, v_pages, block_tables, lengths, scale):
@@ -78,7 +78,7 @@ def _fits(q, k_pages):
     return use_triton(q) and can_tile
 
 
-# torch references
+# ---- torch references ----
 
 
 def paged_attention_reference(q, k_pages, v_pages, block_tables, lengths, scale):
@@ -132,7 +132,7 @@ def _clear_tail(v, lengths, page_size):
     by_token[rows, tail] = by_token[rows, tail].masked_fill(past_end, 0.0)
 
 
-# Launcher
+# ---- launcher ----
 
 
 def _paged_attention(
@@ -221,7 +221,7 @@ def _paged_attention(
     return out
 
 
-# Triton kernels
+# ---- Triton kernels ----
 
 
 @jit

@@ -54,7 +54,7 @@ class Stats(NamedTuple):
     lse: torch.Tensor
 
 
-# Launchers
+# ---- launchers ----
 
 
 def fits(hidden):
@@ -160,7 +160,7 @@ def gradient(
     return out
 
 
-# For every launcher of a kernel with `tile_product`
+# ---- for every launcher of a kernel with `tile_product` ----
 
 
 def operands(hidden, weight, tile, arch):
@@ -196,7 +196,8 @@ def floats(*shape, device):
     return torch.empty(*shape, dtype=torch.float32, device=device)
 
 
-# Triton kernels. Logits are kept times log2(e), so that exp2, one instruction, does for exp.
+# ---- Triton kernels ----
+# Logits are kept times log2(e), so that exp2, one instruction, does for exp.
 
 
 @jit

@@ -18,7 +18,7 @@ BACKWARD_ROWS = 16
 SWIGLU_BLOCK = 1024  # columns per program, 8 values a thread
 
 
-# Public functions
+# ---- public functions ----
 
 
 def rope_tables(positions, head_dim, theta):
@@ -102,7 +102,7 @@ def _fits(x, head_dim):
     return use_triton(x) and is_power_of_two
 
 
-# torch references
+# ---- torch references ----
 
 
 def rms_norm_reference(x, weight, eps):
@@ -160,7 +160,7 @@ def qkv_rope_write_reference(
     return apply_rope_reference(q, cos, sin)
 
 
-# RMSNorm on Triton
+# ---- RMSNorm on Triton ----
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -333,7 +333,7 @@ def _rms_norm_backward_kernel(
     tl.store(grad_weight + program.to(tl.int64) * D + column, weight_sum, mask=inside)
 
 
-# SwiGLU on Triton
+# ---- SwiGLU on Triton ----
 
 
 class _Swiglu(torch.autograd.Function):
@@ -410,7 +410,7 @@ def _swiglu_backward_kernel(
     tl.store(grad_gate_up + at + width, grad_up, mask=inside)
 
 
-# RoPE on Triton
+# ---- RoPE on Triton ----
 
 
 class _Rope(torch.autograd.Function):
@@ -476,7 +476,7 @@ def _rope_kernel(
     tl.store(to + HALF, second * c + first * s, mask=head < H)
 
 
-# Bias, RoPE and page write on Triton
+# ---- Bias, RoPE and page write on Triton ----
 
 
 def _qkv_rope_write(

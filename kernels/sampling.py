@@ -38,7 +38,7 @@ MIX_1 = -0x40A7B892E31B1A47
 MIX_2 = -0x6B2FB644ECCEEE15
 
 
-# Public functions
+# ---- public functions ----
 
 
 def sample_tokens(
@@ -111,7 +111,7 @@ def _truncate(logits, top_p, top_k):
     return torch.empty_like(logits).scatter_(1, order, ordered)
 
 
-# torch references
+# ---- torch references ----
 
 
 def sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions):
@@ -186,7 +186,7 @@ def _mix_reference(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-# Launchers
+# ---- launchers ----
 
 
 def _uniforms(seeds, requests, samples, positions):
@@ -267,7 +267,8 @@ def _sample_tokens(
     return token, logp
 
 
-# Triton kernels. Constants as in the references: a kernel sees no plain globals.
+# ---- Triton kernels ----
+# The constants are the references': a kernel sees no plain globals.
 
 
 @jit
