@@ -133,7 +133,9 @@ def launch_layers(shape):
 
 
 def launch_attention(shape, page_size, arch):
-    rows, context, scale = 256, 2048, shape.head_dim**-0.5
+    rows = 256
+    context = 2048
+    scale = shape.head_dim**-0.5
     q = tensor(rows, shape.heads, shape.head_dim)
     pages = tensor(4096, shape.kv_heads, page_size, shape.head_dim)
     tables = tensor(rows, context // page_size, dtype=torch.int32)
@@ -228,7 +230,8 @@ def compile_kernel(launch, arch):
 
     shape = []
     for name, value in constants.items():
-        if name.isupper() and isinstance(value, (int, str)) and value not in (0, 1):
+        is_size = name.isupper() and isinstance(value, (int, str))
+        if is_size and value not in (0, 1):
             shape.append(f"{name}={value}")
     facts = {
         "kernel": launch.kernel.__name__.strip("_"),

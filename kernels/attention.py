@@ -12,6 +12,8 @@ not on the batch. Programs past the end leave at once, so one CUDA graph serves 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from kernels import architecture, jit, tl, triton, use_triton, wide
@@ -26,9 +28,23 @@ LOG2E = 1.4426950408889634
 DECODE_WARPS, DECODE_STAGES, MERGE_WARPS = 4, 3, 2
 # Keys per decode tile x head dim: 16 KB contiguous, 128 tokens at head dim 64 and 64 at 128.
 TILE_ELEMENTS = 8192
-# Architecture -> sequences per tile, tokens per tile, warps and stages of the prefix kernel.
-# 16 x 8 padded query heads = 128 rows, one WGMMA tile of 8 warps; sm_80 would spill with it.
-PREFIX = {90: (16, 64, 8, 2), 80: (8, 32, 4, 2)}
+
+
+class PrefixTile(NamedTuple):
+    """How the prefix kernel runs; sequences: whose query heads make one tile."""
+
+    sequences: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+# By architecture. 16 sequences x 8 padded query heads = 128 rows, one WGMMA tile of 8 warps; sm_80
+# would spill with it.
+PREFIX = {
+    90: PrefixTile(sequences=16, tokens=64, warps=8, stages=2),
+    80: PrefixTile(sequences=8, tokens=32, warps=4, stages=2),
+}
 
 
 # ---- public functions ----
@@ -74,8 +90,9 @@ def _fits(q, k_pages):
     The page sizes to use: one decode tile, 128 tokens at head dim 64 and 64 at 128.
     """
     page_size, head_dim = k_pages.shape[2:]
-    can_tile = head_dim in (16, 32, 64, 128) and page_size in (16, 32, 64, 128, 256, 512)
-    return use_triton(q) and can_tile
+    fits_tile = head_dim in (16, 32, 64, 128)
+    fits_page = page_size in (16, 32, 64, 128, 256, 512)
+    return use_triton(q) and fits_tile and fits_page
 
 
 # ---- torch references ----
@@ -93,11 +110,12 @@ def paged_attention_reference(q, k_pages, v_pages, block_tables, lengths, scale)
 
     grouped_q = wide(q).view(batch, kv_heads, heads // kv_heads, head_dim)
     scores = grouped_q @ k.transpose(2, 3) * scale
-    hidden = torch.arange(count * page_size, device=q.device) >= lengths[:, None]
-    probabilities = scores.masked_fill_(hidden[:, None, None, :], float("-inf")).softmax(-1)
+    past_end = torch.arange(count * page_size, device=q.device) >= lengths[:, None]
+    scores.masked_fill_(past_end[:, None, None, :], float("-inf"))
 
-    out = (probabilities @ v).view(batch, heads, head_dim)
-    return out.masked_fill_((lengths == 0)[:, None, None], 0.0).to(q.dtype)
+    out = (scores.softmax(-1) @ v).view(batch, heads, head_dim)
+    is_empty = (lengths == 0)[:, None, None]
+    return out.masked_fill_(is_empty, 0.0).to(q.dtype)
 
 
 def _gather_pages(pages, block_tables, lengths, count):
@@ -164,7 +182,7 @@ def _paged_attention(
     lse = torch.empty(batch, heads, slots, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
 
-    sequences, prefix_tile, prefix_warps, prefix_stages = PREFIX[arch or architecture(q)]
+    prefix = PREFIX[arch or architecture(q)]
     inputs = (q.contiguous(), k_pages, v_pages, block_tables.contiguous(), lengths)
     inputs += (prefix_lengths, group_ids, partial, lse, batch, kv_heads, max_pages, slots)
     shape = {
@@ -173,7 +191,7 @@ def _paged_attention(
         "HD": head_dim,
         "PAGE": page_size,
         "SPLIT": SPLIT,
-        "SEQUENCES": sequences,
+        "SEQUENCES": prefix.sequences,
     }
     padded_heads = triton.next_power_of_2(per_kv)
 
@@ -183,9 +201,9 @@ def _paged_attention(
             *inputs,
             **shape,
             HEADS=padded_heads,
-            TILE=min(page_size, prefix_tile),
-            num_warps=prefix_warps,
-            num_stages=prefix_stages,
+            TILE=min(page_size, prefix.tokens),
+            num_warps=prefix.warps,
+            num_stages=prefix.stages,
         )
     _decode_kernel[grid](
         *inputs,
@@ -215,7 +233,7 @@ def _paged_attention(
         SPLIT=SPLIT,
         SLOTS=SLOTS,
         SHARED=shared,
-        SEQUENCES=sequences,
+        SEQUENCES=prefix.sequences,
         num_warps=MERGE_WARPS,
     )
     return out
@@ -478,4 +496,6 @@ def _shared_tokens(
 
     # One live member: nothing to share, the plain kernel reads all of it.
     members = tl.sum(live.to(tl.int32), 0)
-    return tl.where(members >= 2, shared, 0), tl.min(tl.where(live, other, B), 0)
+    shared = tl.where(members >= 2, shared, 0)
+    first = tl.min(tl.where(live, other, B), 0)
+    return shared, first

@@ -121,7 +121,8 @@ def attention_reference(
             count = int(length[row])
             last_unit = (first + count - 1) // LANES
             units = keys[:, first // LANES : last_unit + 1]
-            seen_keys.append(units.transpose(2, 3).flatten(1, 2)[:, :count])
+            by_token = units.transpose(2, 3).flatten(1, 2)
+            seen_keys.append(by_token[:, :count])
             seen_values.append(values[:, first : first + count])
 
         row_q = q[row].view(kv, -1, head_dim)
@@ -172,7 +173,8 @@ def library():
             build(path)
         found = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as problem:
-        reason = (getattr(problem, "stderr", "") or str(problem)).strip().splitlines()[0]
+        message = getattr(problem, "stderr", "") or str(problem)
+        reason = message.strip().splitlines()[0]
         print(
             f"sampling without the C kernels, which is slower ({reason}): they need a C compiler "
             "(apt-get install gcc libc6-dev) and a folder for what it makes (XDG_CACHE_HOME)",
@@ -192,7 +194,8 @@ def library_path():
     """Where the compiled library is, or will be. RuntimeError where there is no home."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     made_with = (FLAGS, MORE_FLAGS, platform.node(), platform.machine(), torch.__version__)
-    digest = hashlib.sha256(SOURCE.read_bytes() + repr(made_with).encode()).hexdigest()
+    content = SOURCE.read_bytes() + repr(made_with).encode()
+    digest = hashlib.sha256(content).hexdigest()
     return Path(cache) / "rarecode" / f"native-{digest[:16]}.so"
 
 

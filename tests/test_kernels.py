@@ -28,7 +28,9 @@ def randn(*shape, grad=True):
 
 
 def test_layers_have_the_right_gradients():
-    x, residual, weight = randn(5, 8), randn(5, 8), randn(8)
+    x = randn(5, 8)
+    residual = randn(5, 8)
+    weight = randn(8)
     assert gradcheck(layers.rms_norm, (x, weight, 1e-6))
     assert gradcheck(layers.add_rms_norm, (x, residual, weight, 1e-6))
     assert gradcheck(layers.swiglu, (randn(5, 6),))
@@ -37,7 +39,8 @@ def test_layers_have_the_right_gradients():
 
 
 def test_norm_equals_torchs():
-    x, weight = randn(5, 8, grad=False), randn(8, grad=False)
+    x = randn(5, 8, grad=False)
+    weight = randn(8, grad=False)
     expected = F.rms_norm(x, (8,), weight, 1e-6)
     assert torch.allclose(layers.rms_norm(x, weight, 1e-6), expected)
 
@@ -57,16 +60,19 @@ def test_rope_is_a_complex_rotation():
 
 
 def test_bf16_norm_rounds_before_its_weight_like_hugging_face():
-    x, weight = torch.randn(64, 96).bfloat16(), torch.randn(96).bfloat16()
+    x = torch.randn(64, 96).bfloat16()
+    weight = torch.randn(96).bfloat16()
     mean_square = x.float().pow(2).mean(-1, keepdim=True)
     normed = x.float() * torch.rsqrt(mean_square + 1e-6)
-    assert torch.equal(layers.rms_norm(x, weight, 1e-6), weight * normed.bfloat16())
+    expected = weight * normed.bfloat16()
+    assert torch.equal(layers.rms_norm(x, weight, 1e-6), expected)
 
 
 def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
     heads, kv_heads, head_dim, page_size = 6, 2, 8, 4
     width = (heads + 2 * kv_heads) * head_dim
-    qkv, bias = randn(5, width, grad=False), randn(width, grad=False)
+    qkv = randn(5, width, grad=False)
+    bias = randn(width, grad=False)
     cos, sin = layers.rope_tables(torch.arange(5), head_dim, 1e4)
     k_pages = torch.full((3, kv_heads, page_size, head_dim), 7.0, dtype=DOUBLE)
     v_pages = k_pages.clone()
@@ -107,9 +113,9 @@ def paged_case(
     NaN stands in every slot that no sequence owns, -7 in unused table entries.
     """
     pages_of = [-(-length // page_size) for length in lengths]
-    order = (torch.randperm(sum(pages_of) + 2, generator=generator) + 1).tolist()
-    page_shape = (kv_heads, page_size, head_dim)
-    k_pages = torch.full((sum(pages_of) + 3, *page_shape), NAN, dtype=dtype)
+    count = sum(pages_of)
+    order = (torch.randperm(count + 2, generator=generator) + 1).tolist()
+    k_pages = torch.full((count + 3, kv_heads, page_size, head_dim), NAN, dtype=dtype)
     v_pages = k_pages.clone()
     tables = torch.full((len(lengths), max(pages_of) + 1), -7, dtype=torch.int32)
 
@@ -122,14 +128,20 @@ def paged_case(
                 values = torch.randn(kv_heads, used, head_dim, generator=generator)
                 pages[page, :, :used] = values.to(dtype)
 
-    q = torch.randn(len(lengths), per_kv * kv_heads, head_dim, generator=generator).to(dtype)
+    heads = per_kv * kv_heads
+    q = torch.randn(len(lengths), heads, head_dim, generator=generator).to(dtype)
     counts = torch.tensor(lengths, dtype=torch.int32)
     return tuple(x.to(device) for x in (q, k_pages, v_pages, tables, counts))
 
 
 @pytest.mark.parametrize(
     "per_kv, kv_heads, page_size, lengths",
-    [(7, 2, 4, [0, 1, 4, 11]), (3, 3, 16, [3, 5]), (6, 1, 8, [0, 0, 1]), (8, 2, 16, [33])],
+    [
+        (7, 2, 4, [0, 1, 4, 11]),
+        (3, 3, 16, [3, 5]),
+        (6, 1, 8, [0, 0, 1]),
+        (8, 2, 16, [33]),
+    ],
 )
 def test_paged_attention_equals_attention_of_each_sequence_alone(
     per_kv, kv_heads, page_size, lengths
@@ -138,15 +150,17 @@ def test_paged_attention_equals_attention_of_each_sequence_alone(
     got = attention.paged_attention(q, k_pages, v_pages, tables, counts, 0.3)
 
     def contiguous(pages, row, length):
-        own = pages[tables[row, : -(-length // page_size)].long()]
-        joined = own.transpose(0, 1).reshape(kv_heads, -1, 8)[:, :length]
-        return joined.repeat_interleave(per_kv, 0)
+        count = -(-length // page_size)
+        own = pages[tables[row, :count].long()]
+        joined = own.transpose(0, 1).reshape(kv_heads, -1, 8)
+        return joined[:, :length].repeat_interleave(per_kv, 0)
 
     for row, length in enumerate(lengths):
         if length == 0:
             assert (got[row] == 0).all()
             continue
-        k, v = contiguous(k_pages, row, length), contiguous(v_pages, row, length)
+        k = contiguous(k_pages, row, length)
+        v = contiguous(v_pages, row, length)
         expected = F.scaled_dot_product_attention(q[row][:, None], k, v, scale=0.3)
         assert torch.allclose(got[row], expected[:, 0])
 
@@ -158,7 +172,9 @@ def test_paged_attention_equals_attention_of_each_sequence_alone(
 @pytest.mark.parametrize("chunk", [1, 40, 1 << 22])  # 9 chunks of a token, 3 of three, 1 of nine
 def test_chunked_logprobs_equal_the_reference_and_pass_gradcheck(monkeypatch, chunk, temperature):
     monkeypatch.setattr(logprob, "CPU_CHUNK", chunk)
-    hidden, weight, targets = randn(9, 6), randn(13, 6), torch.randint(0, 13, (9,))
+    hidden = randn(9, 6)
+    weight = randn(13, 6)
+    targets = torch.randint(0, 13, (9,))
     arguments = (hidden, weight, targets, temperature)
 
     ours = logprob.token_logprobs(*arguments)
@@ -241,8 +257,8 @@ def chi_square(tokens, probabilities):
     expected = probabilities * len(tokens)
     counts = torch.bincount(tokens, minlength=len(probabilities)).double()
     big = expected >= 5
-    expected = torch.cat((expected[big], expected[~big].sum()[None]))
-    counts = torch.cat((counts[big], counts[~big].sum()[None]))
+    expected = F.pad(expected[big], (0, 1), value=expected[~big].sum())
+    counts = F.pad(counts[big], (0, 1), value=counts[~big].sum())
 
     cells = expected > 0
     statistic = ((counts - expected) ** 2 / expected)[cells].sum()
@@ -253,14 +269,16 @@ def chi_square(tokens, probabilities):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_follow_the_softmax(temperature):
     draws, vocabulary = 40_000, 400
-    hidden, weight = torch.randn(1, 5), torch.randn(vocabulary, 5)
+    hidden = torch.randn(1, 5)
+    weight = torch.randn(vocabulary, 5)
     tokens, logp = sampling.sample_tokens(
         hidden.expand(draws, -1),
         weight,
         torch.full((draws,), temperature),
         *keys(draws),
     )
-    probabilities = (hidden.double() @ weight.double().T / temperature).softmax(-1)[0]
+    logits = hidden.double() @ weight.double().T
+    probabilities = (logits / temperature).softmax(-1)[0]
     assert abs(chi_square(tokens, probabilities)) < 4
     assert torch.allclose(logp.double(), probabilities.log()[tokens], atol=1e-5)
 
@@ -273,7 +291,9 @@ def test_chi_square_notices_a_wrong_distribution():
 
 
 def test_a_draw_depends_on_its_key_alone():
-    hidden, weight, ones = torch.randn(40, 8), torch.randn(300, 8), torch.ones(40)
+    hidden = torch.randn(40, 8)
+    weight = torch.randn(300, 8)
+    ones = torch.ones(40)
     key = keys(40)
 
     def draw(rows, key):
@@ -284,7 +304,8 @@ def test_a_draw_depends_on_its_key_alone():
     everything = torch.arange(40)
     together = draw(everything, key)
     order = torch.randperm(40)
-    assert torch.equal(draw(order, [x[order] for x in key]), together[order])
+    shuffled = draw(order, [x[order] for x in key])
+    assert torch.equal(shuffled, together[order])
     for row in everything.split(1):
         assert draw(row, [x[row] for x in key]) == together[row]
 
@@ -306,7 +327,8 @@ def test_uniforms_are_uniform_and_independent():
 
 
 def test_greedy_is_the_argmax_with_the_untempered_logprob():
-    hidden, weight = torch.randn(30, 8), torch.randn(300, 8)
+    hidden = torch.randn(30, 8)
+    weight = torch.randn(300, 8)
     tokens, logp = sampling.sample_tokens(hidden, weight, torch.zeros(30), *keys(30))
     expected = (hidden @ weight.T).log_softmax(-1)
     assert torch.equal(tokens, expected.argmax(-1))
@@ -335,7 +357,8 @@ def test_truncated_sampling_draws_from_the_nucleus_and_says_its_logprob(top_p, t
         torch.full((draws,), top_k),
     )
     left = torch.zeros(5, dtype=DOUBLE)
-    left[kept] = probabilities[kept].double() / probabilities[kept].double().sum()
+    left[kept] = probabilities[kept].double()
+    left /= left.sum()
     assert sorted(set(tokens.tolist())) == kept
     assert torch.allclose(logp.double(), left.log()[tokens], atol=1e-5)
     assert len(kept) == 1 or abs(chi_square(tokens, left)) < 4
@@ -354,11 +377,13 @@ def test_greedy_rows_are_not_truncated():
 
 def test_the_bench_runs_every_kernel_and_ends_in_json(capsys):
     bench.main(["--smoke", "--no-compile"])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    rows = json.loads(last_line)["rows"]
     assert len(rows) == 14
     for row in rows:
         for times in (row["ours"], *row["peers"].values()):
-            assert times["median"] > 0 and times["first_call"] > 0, row
+            assert times["median"] > 0, row
+            assert times["first_call"] > 0, row
 
 
 def test_the_bench_knows_its_families():

@@ -17,7 +17,8 @@ def attention_case(heads, lengths):
     """(cos, sin, ..., alive of `native.attention`), qkv, cache: random keys and values."""
     query, kv, head_dim = heads
     generator = torch.Generator().manual_seed(0)
-    rows, run = len(lengths), 64
+    rows = len(lengths)
+    run = 64
     tokens = run * rows + 640
     angle = torch.rand(rows, head_dim // 2, generator=generator)
     where = (
@@ -43,7 +44,14 @@ def attend(heads, tensors, qkv, cache):
 
 @pytest.mark.parametrize(
     "heads",
-    [(4, 4, 16), (9, 3, 64), (14, 2, 64), (12, 2, 128), (5, 1, 32), (16, 8, 48)],
+    [
+        (4, 4, 16),
+        (9, 3, 64),
+        (14, 2, 64),
+        (12, 2, 128),
+        (5, 1, 32),
+        (16, 8, 48),
+    ],
 )
 def test_attention_is_the_reference(heads):
     tensors, qkv, cache = attention_case(heads, LENGTHS)
@@ -58,7 +66,8 @@ def test_attention_is_the_reference(heads):
     # Nothing but the new key and value of each living row was written.
     _, kv, head_dim = heads
     assert (out[DEAD] == 7).all()
-    assert (written != cache).sum() == (len(LENGTHS) - 1) * 2 * kv * head_dim
+    living = len(LENGTHS) - 1
+    assert (written != cache).sum() == living * 2 * kv * head_dim
 
 
 def test_a_row_is_the_same_alone_and_with_any_threads():
@@ -76,7 +85,8 @@ def test_a_row_is_the_same_alone_and_with_any_threads():
         if row == DEAD:
             continue
         one = slice(row, row + 1)
-        alone, _ = attend(heads, [x[one] for x in tensors], qkv[one], cache)
+        its_own = [x[one] for x in tensors]
+        alone, _ = attend(heads, its_own, qkv[one], cache)
         assert (together[:, row] == alone).all()
 
 

@@ -53,7 +53,8 @@ def close(ours, theirs, dtype, scale=1.0):
     assert ours.isfinite().all()
     unit = 1e-5 if dtype == torch.float32 else 1e-2
     largest = max(1.0, theirs.abs().max().item())
-    assert (ours - theirs).abs().max().item() <= scale * unit * largest
+    error = (ours - theirs).abs().max().item()
+    assert error <= scale * unit * largest
 
 
 def check(function, reference, inputs, upstream, dtype):
@@ -214,7 +215,10 @@ def shared_case(groups, prefix_pages, page_size, dead):
 @dtypes
 @pytest.mark.parametrize(
     "groups, prefix_pages, dead",
-    [([4, 1, 9], [3, 2, 1], [2, 5]), ([18, 3], [17, 1], [0, 17])],
+    [
+        ([4, 1, 9], [3, 2, 1], [2, 5]),
+        ([18, 3], [17, 1], [0, 17]),
+    ],
 )
 @pytest.mark.parametrize("arch", [90, 80])
 def test_shared_prefix_attention(groups, prefix_pages, dead, arch, dtype):
@@ -251,7 +255,8 @@ def head_case(tokens, vocabulary, width, dtype, size=1.0):
 @pytest.mark.parametrize("size", [1.0, 20.0])  # 20: logits of up to +-80
 def test_head_stats_and_gradient(tokens, vocabulary, arch, size, dtype):
     hidden, weight, targets = head_case(tokens, vocabulary, 64, dtype, size)
-    grad_logp, grad_entropy = randn(tokens), randn(tokens)
+    grad_logp = randn(tokens)
+    grad_entropy = randn(tokens)
 
     logits = (hidden.double() @ weight.double().T).requires_grad_()
     tempered = logits / 0.8
@@ -274,8 +279,7 @@ def test_head_stats_and_gradient(tokens, vocabulary, arch, size, dtype):
 
 @dtypes
 def test_token_logprobs_through_the_kernels(monkeypatch, dtype):
-    """The whole differentiable function in three chunks of tokens, some of no weight in the
-    loss."""
+    """The whole differentiable function, in three chunks; a third of the tokens has no weight."""
     monkeypatch.setattr(head, "fits", lambda hidden: True)
     monkeypatch.setattr(logprob, "CPU_CHUNK" if DEVICE == "cpu" else "CUDA_CHUNK", 20 * 150)
     hidden, weight, targets = head_case(45, 150, 64, dtype)
@@ -304,7 +308,8 @@ def test_tokens_of_no_weight_have_gradients_of_exactly_zero(monkeypatch, dtype):
     hidden, weight, targets = head_case(45, 150, 64, dtype)
     hidden.requires_grad_()
     weight.requires_grad_()
-    (logprob.token_logprobs(hidden, weight, targets)[0] * 0).sum().backward()
+    logp, _ = logprob.token_logprobs(hidden, weight, targets)
+    (logp * 0).sum().backward()
     assert (hidden.grad == 0).all()
     assert (weight.grad == 0).all()
 
@@ -315,7 +320,12 @@ def test_tokens_of_no_weight_have_gradients_of_exactly_zero(monkeypatch, dtype):
 @dtypes
 @pytest.mark.parametrize(
     "rows, vocabulary, arch",
-    [(1, 300, 90), (17, 256, 80), (129, 300, 90), (70, 77, 80)],
+    [
+        (1, 300, 90),
+        (17, 256, 80),
+        (129, 300, 90),
+        (70, 77, 80),
+    ],
 )
 def test_sample_tokens(rows, vocabulary, arch, dtype):
     hidden, weight, _ = head_case(rows, vocabulary, 64, dtype, size=3.0)
@@ -338,7 +348,8 @@ def test_sampled_tokens_follow_the_softmax(dtype):
     key = [x.to(DEVICE) for x in keys(draws)]
     ones = torch.ones(draws, device=DEVICE)
     token, _ = sampling._sample_tokens(hidden.expand(draws, -1), weight, ones, *key)
-    probabilities = (hidden.double() @ weight.double().T).softmax(-1)[0]
+    logits = hidden.double() @ weight.double().T
+    probabilities = logits.softmax(-1)[0]
     assert abs(chi_square(token.cpu(), probabilities.cpu())) < 4
 
 
@@ -353,9 +364,11 @@ def test_greedy_takes_the_first_of_equal_maxima_and_large_logits_stay_finite(dty
     hidden[1, 1] = 80.0
 
     key = [x.to(DEVICE) for x in keys(2)]
-    token, logp = sampling._sample_tokens(hidden, weight, torch.zeros(2, device=DEVICE), *key)
+    greedy = torch.zeros(2, device=DEVICE)
+    token, logp = sampling._sample_tokens(hidden, weight, greedy, *key)
     assert token.tolist() == [130, 0]
-    assert torch.allclose(logp.exp().cpu(), torch.tensor([1 / 3, 1 / 297]))
+    expected = torch.tensor([1 / 3, 1 / 297])
+    assert torch.allclose(logp.exp().cpu(), expected)
 
 
 # ---- group statistics ----
@@ -479,7 +492,8 @@ def test_sampling_and_attention_replay_in_a_cuda_graph():
 @pytest.mark.gpu
 def test_training_never_holds_the_logits():
     hidden, weight, targets = head_case(16_384, 151_936, 896, torch.bfloat16)
-    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     logp, entropy = logprob.token_logprobs(hidden, weight, targets)
