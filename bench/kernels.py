@@ -17,7 +17,8 @@ but kernels that an earlier row of the same run compiled are there. The JSON has
 
 L2 is emptied before each warm call. Where the launch or the host would be what is measured (calls
 of decoding, the norm's backward) the calls are replays of a CUDA graph, which is how the sampler
-runs them; L2 then stays warm, and their inputs are several times its size.
+runs them. L2 then stays warm; keys, values, the head and the norm's gradients are several times its
+size.
 """
 
 import argparse
