@@ -352,13 +352,12 @@ class Decoder:
         if truncated:
             logits = self.linear(hidden, head).float()
             limits = (state["top_p"], state["top_k"])
-            tokens, logprobs, _ = sample_logits(logits, *key, *limits)
-            return tokens, logprobs
+            return sample_logits(logits, *key, *limits)
         if self.cpu:
             logits = self.linear(hidden, head).float()
             return draw(logits, *key)
 
-        tokens, logprobs, _ = sample_tokens(hidden, head, *key, one_tile=self.exact)
+        tokens, logprobs = sample_tokens(hidden, head, *key, one_tile=self.exact)
         if self.exact:  # the trainer's own kernel has the last word on the log-prob
             logprobs, _ = token_logprobs(hidden, head, tokens, temperature or 1.0)
         return tokens, logprobs

@@ -1,10 +1,13 @@
-"""Compile every Triton kernel for sm_80 and sm_90 on a machine without a GPU, and say what the compiler made of it.
+"""Compile every Triton kernel for sm_80 and sm_90 on a machine without a GPU, and say what the
+compiler made of it.
 
-    python -m bench.aot            table of registers, spills, shared memory and tensor-core instructions
+    python -m bench.aot            table of registers, spills, shared memory and tensor-core
+                                   instructions
     python -m bench.aot --json     the same, one JSON object per line
 
-The launchers run on `meta` tensors of the Qwen2.5-Coder shapes with the launch itself replaced by a note of its arguments, so what is compiled is what
-a GPU would run. Triton's wheel carries ptxas, cuobjdump and nvdisasm; no driver is needed. Not with TRITON_INTERPRET=1.
+The launchers run on `meta` tensors of the Qwen2.5-Coder shapes with the launch itself replaced by a
+note of its arguments, so what is compiled is what a GPU would run. Triton's wheel carries ptxas,
+cuobjdump and nvdisasm; no driver is needed. Not with TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -16,16 +19,18 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels import TensorDescriptor, advantage, attention, head, layers, linear, sampling, triton
 
 ARCHITECTURES = (80, 90)
-SHARED_LIMIT = {
-    80: 166_912,
-    90: 232_448,
-}  # bytes of shared memory a block may ask for; the compiler does not check it
+# Bytes of shared memory a block may ask for; the compiler does not check it.
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+COLUMNS = ("kernel", "arch", "shape", "warps", "registers", "stack", "shared", *INSTRUCTIONS)
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -34,15 +39,112 @@ TYPES = {
     torch.int32: "i32",
     torch.bool: "i1",
 }
-# hidden, intermediate, query heads, KV heads, head dim
+
+
+class Shape(NamedTuple):
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
 SHAPES = {
-    "0.5B": (896, 4864, 14, 2, 64),
-    "1.5B": (1536, 8960, 12, 2, 128),
-    "3B": (2048, 11008, 16, 2, 128),
-    "SmolLM-135M": (576, 1536, 9, 3, 64),
+    "0.5B": Shape(896, 4864, 14, 2, 64),
+    "1.5B": Shape(1536, 8960, 12, 2, 128),
+    "3B": Shape(2048, 11008, 16, 2, 128),
+    "SmolLM-135M": Shape(576, 1536, 9, 3, 64),
 }
 VOCABULARY = 151_936
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+TOKENS = 8192  # of a training micro-batch
+CHUNK = 4096  # tokens the lm_head takes at a time
+ROLLOUTS = 512
+
+
+class Argument(NamedTuple):
+    """An argument of a kernel, as Triton's own launcher specialises it.
+
+    kind: type, or "constexpr" with its value. divisible: a multiple of 16, or a pointer to one.
+    """
+
+    kind: str
+    value: Any = None
+    divisible: bool = False
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: dict[str, Argument]
+    options: dict[str, int]
+
+
+# ---- what is launched ----
+
+
+def launch_all(arch):
+    """Call every launcher once per shape that changes its compiled code."""
+    for name, shape in SHAPES.items():
+        launch_attention(shape, attention.TILE_ELEMENTS // shape.head_dim, arch)
+        if name in ("0.5B", "1.5B"):  # the row kernels of the others are the same code
+            launch_layers(shape)
+    # The smallest page, where a tile is 16 tokens.
+    launch_attention(SHAPES["0.5B"], page_size=16, arch=arch)
+
+    width = SHAPES["1.5B"].hidden
+    linear._linear(tensor(256, width), tensor(2048, width), arch)
+
+    weight = tensor(VOCABULARY, width)
+    hidden = tensor(CHUNK, width)
+    targets = integers(CHUNK)
+    column = floats(CHUNK)
+    head.stats(hidden, weight, targets, 1.0, arch)
+    head.gradient(hidden, weight, targets, column, column, column, column, 1.0, arch)
+
+    for rows in (sampling.FEW_ROWS, 512):
+        key = [integers(rows) for _ in range(4)]
+        sampling._sample_tokens(tensor(rows, width), weight, floats(rows), *key, arch)
+
+    rewards = floats(ROLLOUTS)
+    group_ids = integers(ROLLOUTS)
+    for weights in (None, integers(ROLLOUTS)):
+        advantage._group_statistics(rewards, group_ids, weights)
+
+
+def launch_layers(shape):
+    x = tensor(TOKENS, shape.hidden)
+    weight = tensor(shape.hidden)
+    for residual in (None, x):
+        y, total, rstd = layers._rms_norm_forward(x, residual, weight, 1e-6)
+        layers._rms_norm_backward(y, residual, total, weight, rstd)
+
+    gate_up = tensor(TOKENS, 2 * shape.intermediate)
+    layers._swiglu_forward(gate_up)
+    layers._swiglu_backward(gate_up, tensor(TOKENS, shape.intermediate))
+
+    table = floats(TOKENS, shape.head_dim // 2)
+    q = tensor(TOKENS, shape.heads, shape.head_dim)
+    layers._rotate(q, table, table, 1)
+    layers._rotate(q, table, table, -1)
+
+    qkv = tensor(TOKENS, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+    pages = tensor(64, shape.kv_heads, 64, shape.head_dim)
+    slots = integers(TOKENS)
+    layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)
+
+
+def launch_attention(shape, page_size, arch):
+    rows = 256
+    context = 2048
+    scale = shape.head_dim**-0.5
+    q = tensor(rows, shape.heads, shape.head_dim)
+    pages = tensor(4096, shape.kv_heads, page_size, shape.head_dim)
+    tables = tensor(rows, context // page_size, dtype=torch.int32)
+    lengths = tensor(rows, dtype=torch.int32)
+
+    inputs = (q, pages, pages, tables, lengths, scale)
+    attention._paged_attention(*inputs, arch=arch)
+    group_ids = integers(rows)
+    attention._paged_attention(*inputs, lengths, group_ids, arch)
 
 
 def tensor(*shape, dtype=torch.bfloat16):
@@ -57,195 +159,140 @@ def integers(*shape):
     return tensor(*shape, dtype=torch.int64)
 
 
-def launch_all(arch):
-    """Call every launcher once per shape that changes its compiled code."""
-    for name, (width, intermediate, heads, kv_heads, head_dim) in SHAPES.items():
-        launch_attention(heads, kv_heads, head_dim, 8192 // head_dim, arch)
-        if name in ("0.5B", "1.5B"):  # the row kernels of the others are the same code
-            launch_layers(width, intermediate, heads, kv_heads, head_dim)
-    launch_attention(14, 2, 64, 16, arch)  # the smallest page, where a tile is 16 tokens
-    linear._linear(tensor(256, 1536), tensor(2048, 1536), arch)
-    hidden, weight, rows, column = (
-        tensor(4096, 1536),
-        tensor(VOCABULARY, 1536),
-        integers(4096),
-        floats(4096),
-    )
-    head.stats(hidden, weight, rows, 1.0, arch)
-    head.gradient(hidden, weight, rows, column, column, column, column, 1.0, arch)
-    head.logit_stats(floats(4096, VOCABULARY), rows, 1.0)
-    head.logit_gradient(
-        floats(4096, VOCABULARY), rows, column, column, column, column, 1.0, torch.bfloat16
-    )
-    for batch in (64, 512):
-        sampling._sample_tokens(
-            tensor(batch, 1536), weight, floats(batch), *(integers(batch) for _ in range(4)), arch
-        )
-    for kind in ("grpo", "batch", "whiten"):
-        advantage._group_advantages(
-            floats(512), integers(512), kind, 1e-4, 1, integers(512) if kind == "whiten" else None
-        )
-    advantage._PolicyLoss.apply(
-        *(floats(65_536) for _ in range(4)), 0.2, 0.28, floats(65_536), None, 0.0
-    )
-    advantage._PolicyLoss.apply(
-        *(floats(65_536) for _ in range(4)), 0.2, 0.28, floats(65_536), floats(65_536), 0.01
-    )
+# ---- compiling ----
 
 
-def launch_layers(width, intermediate, heads, kv_heads, head_dim):
-    x, weight, gate_up = tensor(8192, width), tensor(width), tensor(8192, 2 * intermediate)
-    for residual in (None, x):
-        y, total, rstd = layers._rms_norm_forward(x, residual, weight, 1e-6)
-        layers._rms_norm_backward(y, residual, total, weight, rstd)
-    layers._swiglu_forward(gate_up)
-    layers._swiglu_backward(gate_up, tensor(8192, intermediate))
-    table, q = floats(8192, head_dim // 2), tensor(8192, heads, head_dim)
-    layers._rotate(q, table, table, 1)
-    layers._rotate(q, table, table, -1)
-    pages, qkv = tensor(64, kv_heads, 64, head_dim), tensor(8192, (heads + 2 * kv_heads) * head_dim)
-    layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, integers(8192), heads)
-
-
-def launch_attention(heads, kv_heads, head_dim, page_size, arch):
-    q, pages = tensor(256, heads, head_dim), tensor(4096, kv_heads, page_size, head_dim)
-    tables, lengths = (
-        tensor(256, 2048 // page_size, dtype=torch.int32),
-        tensor(256, dtype=torch.int32),
-    )
-    scale = head_dim**-0.5
-    attention._paged_attention(q, pages, pages, tables, lengths, scale, arch=arch)
-    attention._paged_attention(
-        q, pages, pages, tables, lengths, scale, lengths, integers(256), arch
-    )
+def compile_architecture(arch):
+    """Facts of every distinct launch."""
+    return [compile_kernel(launch, arch) for launch in recorded_launches(arch)]
 
 
 def recorded_launches(arch):
-    """(kernel, arguments by name, compile options) of every distinct launch of `launch_all`."""
-    notes = {}
+    """Every distinct launch of `launch_all`."""
+    launches = {}
 
     def note(kernel, *arguments, grid, warmup, **keywords):
-        options = {
-            name: keywords.pop(name)
-            for name in ("num_warps", "num_stages", "maxnreg")
-            if name in keywords
-        }
+        options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
         named = dict(zip(kernel.arg_names, arguments)) | keywords
-        kinds = [
-            describe(kernel.params[i].is_constexpr, named[name])
-            for i, name in enumerate(kernel.arg_names)
-        ]
-        notes.setdefault(
-            (kernel.__name__, str(kinds), str(options)),
-            (kernel, dict(zip(kernel.arg_names, kinds)), options),
-        )
+        described = {}
+        for parameter in kernel.params:
+            value = named[parameter.name]
+            described[parameter.name] = describe(parameter.is_constexpr, value)
+        key = (kernel.__name__, str(described), str(options))
+        launches.setdefault(key, Launch(kernel, described, options))
 
-    run, triton.JITFunction.run = triton.JITFunction.run, note
+    run = triton.JITFunction.run
+    triton.JITFunction.run = note
     try:
         launch_all(arch)
     finally:
         triton.JITFunction.run = run
-    return list(notes.values())
+    return list(launches.values())
 
 
 def describe(is_constexpr, value):
-    """(type, constant or None, divisible by 16) as Triton's own launcher specialises an argument."""
+    """What Triton's launcher would make of an argument."""
     if is_constexpr or value is None:
-        return "constexpr", value, False
+        return Argument("constexpr", value)
     if isinstance(value, torch.Tensor):
-        return "*" + TYPES[value.dtype], None, True
+        return Argument("*" + TYPES[value.dtype], divisible=True)
     if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", None, False
+        return Argument(f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>")
     if isinstance(value, float):
-        return "fp32", None, False
-    return ("constexpr", 1, False) if value == 1 else ("i32", None, value % 16 == 0)
+        return Argument("fp32")
+    if value == 1:
+        return Argument("constexpr", 1)
+    return Argument("i32", divisible=value % 16 == 0)
 
 
-def compile_kernel(kernel, arguments, options, arch):
+def compile_kernel(launch, arch):
     """Compile one launch -> dict of facts, read from the machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: kind for name, (kind, _, _) in arguments.items()}
-    constants = {name: value for name, (kind, value, _) in arguments.items() if kind == "constexpr"}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (_, _, divisible) in enumerate(arguments.values())
-        if divisible
-    }
+    signature, constants, attributes = {}, {}, {}
+    for position, (name, argument) in enumerate(launch.arguments.items()):
+        signature[name] = argument.kind
+        if argument.kind == "constexpr":
+            constants[name] = argument.value
+        if argument.divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+
     start = time.process_time()
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    shape = " ".join(
-        f"{name}={value}"
-        for name, value in constants.items()
-        if name.isupper() and isinstance(value, (int, str)) and value not in (0, 1)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs=attributes,
     )
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=launch.options)
+
+    shape = []
+    for name, value in constants.items():
+        is_size = name.isupper() and isinstance(value, (int, str))
+        if is_size and value not in (0, 1):
+            shape.append(f"{name}={value}")
     facts = {
-        "kernel": kernel.__name__.strip("_"),
+        "kernel": launch.kernel.__name__.strip("_"),
         "arch": arch,
-        "shape": shape,
+        "shape": " ".join(shape),
         "warps": compiled.metadata.num_warps,
         "shared": compiled.metadata.shared,
     }
-    return (
-        facts
-        | read_machine_code(compiled.asm["cubin"])
-        | {"seconds": round(time.process_time() - start, 2)}
-    )
+    facts |= read_machine_code(compiled.asm["cubin"])
+    return facts | {"seconds": round(time.process_time() - start, 2)}
 
 
 def read_machine_code(cubin):
-    """Registers, stack bytes and counts of the instructions that tell tensor cores, asynchronous copies and spills."""
+    """Registers, stack bytes, and counts of the instructions that tell something.
+
+    HGMMA and HMMA: tensor cores. UTMALDG and LDGSTS: asynchronous copies. LDL and STL: spills.
+    """
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        code = subprocess.run(
-            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = output_of(tools / "cuobjdump", "-res-usage", file.name)
+        code = output_of(tools / "nvdisasm", "-c", file.name)
+
     facts = {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
     }
-    return facts | {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    for name in INSTRUCTIONS:
+        facts[name] = len(re.findall(rf"\b{name}\b", code))
+    return facts
 
 
-def compile_architecture(arch):
-    return [compile_kernel(*launch, arch) for launch in recorded_launches(arch)]
+def output_of(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object per line in place of the table"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     options = parser.parse_args(arguments)
-    if (
-        triton is None
-        or not hasattr(triton.JITFunction, "run")
-        or not isinstance(head._stats_kernel, triton.JITFunction)
-    ):
+
+    is_compiler = hasattr(triton, "JITFunction") and hasattr(triton.JITFunction, "run")
+    if not is_compiler or not isinstance(head._stats_kernel, triton.JITFunction):
         raise SystemExit(
             "bench.aot needs Triton without its interpreter: unset TRITON_INTERPRET (Linux only)"
         )
+
+    facts = []
     with ProcessPoolExecutor(len(ARCHITECTURES)) as pool:
-        facts = [row for rows in pool.map(compile_architecture, ARCHITECTURES) for row in rows]
-    columns = ("kernel", "arch", "shape", "warps", "registers", "stack", "shared", *INSTRUCTIONS)
-    if not options.json:
-        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        for rows in pool.map(compile_architecture, ARCHITECTURES):
+            facts += rows
+
+    if options.json:
+        for row in facts:
+            print(json.dumps(row))
+        return
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|" + "---|" * len(COLUMNS))
     for row in facts:
-        print(
-            json.dumps(row)
-            if options.json
-            else "| " + " | ".join(str(row[name]) for name in columns) + " |"
-        )
+        print("| " + " | ".join(str(row[name]) for name in COLUMNS) + " |")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,24 @@
 """Every kernel beside its floor, torch eager, torch.compile and (when installed) Liger-Kernel.
 
-    python -m bench kernels                      Qwen2.5-Coder 0.5B, 1.5B and 3B shapes on one GPU, under ten minutes
+    python -m bench kernels             Qwen2.5-Coder 0.5B, 1.5B and 3B shapes on one GPU, under
+                                        ten minutes
     python -m bench kernels --models 1.5B --only head,attention
-    python -m bench kernels --sweep              times the alternative tiles of the lm_head kernels instead
-    python -m bench kernels --smoke              tiny shapes on any machine: shows that the bench runs, its times mean nothing
+    python -m bench kernels --sweep     times the alternative tiles of the lm_head kernels instead
+    python -m bench kernels --smoke     tiny shapes on any machine: shows that the bench runs, its
+                                        times mean nothing
 
-A floor is max(bytes / copy bandwidth, operations / matrix rate), both measured at the start of the same run. Times are medians with the 20th and 80th
-percentile; L2 is emptied before each call. Calls of decoding are timed as replays of a CUDA graph, which is how the sampler runs them (L2 stays warm;
-keys, values and the head are several times its size). "target" is the ratio to the floor aimed at (for launch-bound kernels: microseconds).
+A floor is max(bytes / copy bandwidth, operations / matrix rate), both measured at the start of the
+same run. "target" is the ratio to the floor aimed at (for launch-bound kernels: microseconds).
+
+Warm and cold are apart. "warm" is the median of calls after warm-up, with the 20th and 80th
+percentile, and so are the peers' ratios. "first call" is the row's first call of our function, by
+the clock of the host, with what it has to compile: nothing is taken from Triton's cache on disk,
+but kernels that an earlier row of the same run compiled are there. The JSON has both of every peer.
+
+L2 is emptied before each warm call. Where the launch or the host would be what is measured (calls
+of decoding, the norm's backward) the calls are replays of a CUDA graph, which is how the sampler
+runs them. L2 then stays warm; keys, values, the head and the norm's gradients are several times its
+size.
 """
 
 import argparse
@@ -15,6 +26,8 @@ import inspect
 import json
 import platform
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
 import torch
@@ -22,73 +35,468 @@ import torch.nn.functional as F
 
 from kernels import advantage, attention, head, layers, logprob, sampling, triton
 
-# hidden, intermediate, query heads, KV heads, head dim, vocabulary, training tokens, decode batches, context
+try:
+    from liger_kernel.ops import fused_add_rms_norm as liger_norm
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as liger_head
+    from liger_kernel.ops import swiglu as liger_swiglu
+
+    HAS_LIGER = True
+except ImportError:  # the table then has no such column
+    HAS_LIGER = False
+
+if torch.cuda.is_available():
+    DEVICE, DTYPE = "cuda", torch.bfloat16
+else:
+    DEVICE, DTYPE = "cpu", torch.float32
+ITEM = DTYPE.itemsize  # bytes
+
+
+class Shape(NamedTuple):
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int = 151_936
+    tokens: int = 8192  # of a training micro-batch
+    batches: tuple = (64, 256, 512)  # rows of decode steps
+    context: int = 1024
+    rollouts: int = 512
+
+
 SHAPES = {
-    "0.5B": (896, 4864, 14, 2, 64, 151_936, 8192, (64, 256, 512), 1024),
-    "1.5B": (1536, 8960, 12, 2, 128, 151_936, 8192, (64, 256, 512), 1024),
-    "3B": (2048, 11008, 16, 2, 128, 151_936, 8192, (64, 256, 512), 1024),
-    "smoke": (64, 96, 6, 2, 16, 500, 48, (4,), 64),
+    "0.5B": Shape(896, 4864, 14, 2, 64),
+    "1.5B": Shape(1536, 8960, 12, 2, 128),
+    "3B": Shape(2048, 11008, 16, 2, 128),
+    "smoke": Shape(64, 96, 6, 2, 16, 500, 48, (4,), 64, 16),
 }
-FAMILIES = ("head", "sampling", "attention", "layers", "advantage")
+
+# Tiles to try on a GPU, each without spills on sm_90 (python -m bench.aot).
+SWEEP = [
+    head.Tile(rows=128, depth=64, warps=8, stages=3, registers=128),
+    head.Tile(rows=128, depth=64, warps=8, stages=4),
+    head.Tile(rows=128, depth=128, warps=8, stages=3),
+    head.Tile(rows=64, depth=64, warps=4, stages=3),
+    head.Tile(rows=64, depth=64, warps=4, stages=4),
+    head.Tile(rows=64, depth=128, warps=4, stages=3),
+    head.Tile(rows=128, depth=32, warps=8, stages=4, registers=128),
+]
 
 
-class Case(NamedTuple):
-    """One row of the table. `ours` and each peer take no arguments; compiled: a peer to run under torch.compile, called with `inputs`, with
-    gradients or without; graph: time replays of a CUDA graph."""
+@dataclass
+class Case:
+    """One row of the table."""
 
     kernel: str
     size: str
-    bytes: float
-    flops: float
     target: str
-    ours: Callable
-    peers: dict
-    compiled: Callable | None = None
+    ours: Callable  # takes no arguments, as each peer
+    peers: dict = field(default_factory=dict)
+    bytes: float = 0  # read and written, for the floor
+    flops: float = 0
+    compiled: Callable | None = None  # a peer to run under torch.compile, called with `inputs`
     inputs: tuple = ()
-    gradients: bool = False
-    graph: bool = False
+    gradients: bool = False  # the compiled peer's too
+    graph: bool = False  # time replays of a CUDA graph
 
 
-def tensor(*shape, grad=False):
-    """Random numbers, never zeros (zeros run 13 % faster on an H200), in the dtype of the device."""
-    x = torch.randn(*shape, device=DEVICE, dtype=DTYPE) / (
-        shape[-1] ** 0.5 if len(shape) > 1 else 1
+class Times(NamedTuple):
+    """Milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+class Ceilings(NamedTuple):
+    """bandwidth: bytes per second of a copy, read plus written. rate: operations per second."""
+
+    bandwidth: float
+    rate: float
+
+
+# ---- cases ----
+
+
+def head_cases(shape):
+    hidden = tensor(shape.tokens, shape.hidden, grad=True)
+    weight = tensor(shape.vocabulary, shape.hidden, grad=True)
+    targets = torch.randint(0, shape.vocabulary, (shape.tokens,), device=DEVICE)
+    inputs = (hidden, weight, targets)
+    product = 2 * shape.tokens * shape.vocabulary * shape.hidden
+
+    peers = {"eager": without_gradients(eager_logprobs, *inputs)}
+    if HAS_LIGER:
+        peers["liger"] = without_gradients(liger_logprobs, *inputs)
+    yield Case(
+        "log-prob + entropy, forward",
+        f"{shape.tokens} tokens",
+        target="1.5",
+        ours=without_gradients(logprob.token_logprobs, *inputs),
+        peers=peers,
+        flops=product,
+        compiled=eager_logprobs,
+        inputs=inputs,
     )
-    return x.requires_grad_(grad)
 
-
-def floats(count):
-    return torch.rand(count, device=DEVICE) + 0.5
-
-
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-
-# Peers: plain torch, the way one would write it. They hold the whole [T, V].
+    peers = {"eager": with_gradients(eager_logprobs, inputs)}
+    if HAS_LIGER:
+        peers["liger"] = with_gradients(liger_logprobs, inputs)
+    yield Case(
+        "log-prob + entropy, forward + backward",
+        f"{shape.tokens} tokens",
+        target="1.6",
+        ours=with_gradients(logprob.token_logprobs, inputs),
+        peers=peers,
+        flops=4 * product,
+        compiled=eager_logprobs,
+        inputs=inputs,
+        gradients=True,
+    )
 
 
 def eager_logprobs(hidden, weight, targets):
+    """Plain torch, the way one would write it: it holds the whole [T, V]."""
     logp = (hidden @ weight.T).float().log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
 
-def eager_loss(hidden, weight, targets, old, advantages):
-    logp = F.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, targets[:, None]).squeeze(1)
-    ratio = (logp - old).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages).sum()
+def liger_logprobs(hidden, weight, targets):
+    function = liger_head._FusedLinearPPOFallbackFunction
+    return function.apply(hidden, weight, targets, 1.0, -100, True)
+
+
+def sampling_cases(shape):
+    weight = tensor(shape.vocabulary, shape.hidden)
+    for batch in shape.batches:
+        hidden = tensor(batch, shape.hidden) * 8
+        ones = torch.ones(batch, device=DEVICE)
+        key = random_key(batch)
+        yield Case(
+            "sample + log-prob",
+            f"{batch} rows",
+            target="1.3" if batch <= 128 else "1.5",
+            ours=without_gradients(sampling.sample_tokens, hidden, weight, ones, *key),
+            peers={"eager": without_gradients(eager_sample, hidden, weight)},
+            bytes=weight.numel() * ITEM,
+            flops=2 * batch * weight.numel(),
+            compiled=eager_sample,
+            inputs=(hidden, weight),
+            graph=True,
+        )
 
 
 def eager_sample(hidden, weight):
     probabilities = (hidden @ weight.T).float().softmax(-1)
-    token = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+    noise = torch.empty_like(probabilities).exponential_()
+    token = (probabilities / noise).argmax(-1)
     return token, probabilities.gather(1, token[:, None]).log()
+
+
+def attention_cases(shape):
+    batch = shape.batches[len(shape.batches) // 2]
+    context = shape.context
+
+    even = [context] * batch
+    yield paged_case(shape, f"{batch} x {context}", "1.35", even)
+
+    ragged = torch.linspace(context // 10, context, batch).int().tolist()
+    yield paged_case(shape, f"{batch} x {context // 10}..{context}", "1.6", ragged)
+
+    size = f"{batch} x {context}, {context // 2} shared by 16"
+    yield shared_prefix_case(shape, size, "1.7", even, members=16)
+
+
+def paged_case(shape, size, target, lengths):
+    cache = random_cache(shape, lengths)
+    scale = shape.head_dim**-0.5
+    return Case(
+        "decode attention",
+        size,
+        target,
+        ours=without_gradients(attention.paged_attention, *cache, scale),
+        peers=packed_peers(shape, cache[0], lengths),
+        bytes=key_value_bytes(shape, sum(lengths)),
+        graph=True,
+    )
+
+
+def shared_prefix_case(shape, size, target, lengths, members):
+    """Half of the context is shared by neighbours, `members` at a time."""
+    batch = len(lengths)
+    prefix_pages = max(lengths) // 2 // page_size_of(shape)
+    prefix = prefix_pages * page_size_of(shape)
+    cache = random_cache(shape, lengths, members, prefix_pages)
+    scale = shape.head_dim**-0.5
+
+    group_ids = torch.arange(batch, device=DEVICE) // members
+    prefix_lengths = torch.full((batch,), prefix, dtype=torch.int32, device=DEVICE)
+    shared = (*cache, prefix_lengths, group_ids, scale)
+    groups = -(-batch // members)
+    return Case(
+        "decode attention, shared prefix",
+        size,
+        target,
+        ours=without_gradients(attention.shared_prefix_attention, *shared),
+        peers={"not shared": without_gradients(attention.paged_attention, *cache, scale)},
+        bytes=key_value_bytes(shape, sum(lengths) - prefix * (batch - groups)),
+        graph=True,
+    )
+
+
+def page_size_of(shape):
+    """One decode tile."""
+    return attention.TILE_ELEMENTS // shape.head_dim if DEVICE == "cuda" else 16
+
+
+def key_value_bytes(shape, tokens):
+    return 2 * tokens * shape.kv_heads * shape.head_dim * ITEM
+
+
+def random_cache(shape, lengths, members=1, prefix_pages=0):
+    """(q, k_pages, v_pages, block_tables, lengths), pages in random order.
+
+    Every `members` neighbours have the same first `prefix_pages` pages.
+    """
+    pages = [-(-length // page_size_of(shape)) for length in lengths]
+    order = iter(torch.randperm(sum(pages)).tolist())
+    tables = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
+    for row, count in enumerate(pages):
+        first = row // members * members
+        for index in range(count):
+            if index < prefix_pages and first < row:
+                tables[row, index] = tables[first, index]
+            else:
+                tables[row, index] = next(order)
+
+    unit = shape.head_dim**0.5  # `tensor` divides by it: keys and queries have entries of size 1
+    page_shape = (sum(pages), shape.kv_heads, page_size_of(shape), shape.head_dim)
+    k_pages = tensor(*page_shape) * unit
+    v_pages = tensor(*page_shape) * unit
+    q = tensor(len(lengths), shape.heads, shape.head_dim) * unit
+    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return q, k_pages, v_pages, tables.to(DEVICE), counts
+
+
+def packed_peers(shape, q, lengths):
+    """Attention over contiguous keys and values, without the indirection of pages."""
+    batch, longest = len(lengths), max(lengths)
+    k = tensor(batch, shape.kv_heads, longest, shape.head_dim)
+    v = tensor(batch, shape.kv_heads, longest, shape.head_dim)
+    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    mask = inside[:, None, None].to(DEVICE)
+
+    def padded():
+        queries = q[:, :, None]
+        return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, enable_gqa=True)
+
+    if DEVICE != "cuda":
+        return {"sdpa": without_gradients(padded)}
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    packed_k = tensor(sum(lengths), shape.kv_heads, shape.head_dim)
+    packed_v = tensor(sum(lengths), shape.kv_heads, shape.head_dim)
+    key_ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().cuda()
+    query_ends = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    options = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+
+    def flash():
+        return varlen_attn(q, packed_k, packed_v, query_ends, key_ends, 1, longest, **options)
+
+    return {"sdpa": without_gradients(padded), "varlen": without_gradients(flash)}
+
+
+def layer_cases(shape):
+    yield norm_case(shape, shape.batches[-1], graph=True)
+    yield norm_case(shape, shape.tokens, graph=False)
+    yield norm_backward_case(shape)
+    yield from swiglu_cases(shape)
+    yield qkv_case(shape, shape.batches[-1], "<= 4 us")
+    yield qkv_case(shape, shape.tokens, "1.4")
+
+
+def norm_case(shape, rows, graph):
+    width = shape.hidden
+    inputs = (tensor(rows, width), tensor(rows, width), tensor(width))
+    peers = {"eager": without_gradients(layers.add_rms_norm_reference, *inputs, 1e-6)}
+    if HAS_LIGER:
+        apply = liger_norm.LigerFusedAddRMSNormFunction.apply
+        peers["liger"] = without_gradients(apply, *inputs, 1e-6)
+    return Case(
+        "add + RMSNorm",
+        f"{rows} tokens",
+        target="1.25",
+        ours=without_gradients(layers.add_rms_norm, *inputs, 1e-6),
+        peers=peers,
+        bytes=4 * rows * width * ITEM,
+        compiled=layers.add_rms_norm_reference,
+        inputs=(*inputs, 1e-6),
+        graph=graph,
+    )
+
+
+def norm_backward_case(shape):
+    """The launcher in a CUDA graph: autograd's own Python takes 0.13 ms, twice the kernel.
+
+    Four times the tokens of a micro-batch, so that L2 does not hold them from call to call.
+    """
+    rows, width = 4 * shape.tokens, shape.hidden
+    grad_y, grad_total, total = (tensor(rows, width) for _ in range(3))
+    weight = tensor(width)
+    rstd = torch.rsqrt(total.float().pow(2).mean(-1) + 1e-6)
+    inputs = (grad_y, grad_total, total, weight, rstd)
+    ours = layers._rms_norm_backward if DEVICE == "cuda" else eager_norm_backward
+    return Case(
+        "add + RMSNorm, backward",
+        f"{rows} tokens",
+        target="1.25",
+        ours=without_gradients(ours, *inputs),
+        peers={"eager": without_gradients(eager_norm_backward, *inputs)},
+        bytes=4 * rows * width * ITEM,
+        compiled=eager_norm_backward,
+        inputs=inputs,
+        graph=True,
+    )
+
+
+def eager_norm_backward(grad_y, grad_total, total, weight, rstd):
+    """What autograd would do: gradients of the sum and of the weight."""
+    normed = total.float() * rstd[:, None]
+    grad = grad_y.float() * weight.float()
+    projection = (grad * normed).mean(-1, keepdim=True)
+    grad_x = rstd[:, None] * (grad - normed * projection) + grad_total
+    grad_weight = (grad_y.float() * normed).sum(0)
+    return grad_x.to(total.dtype), grad_weight.to(weight.dtype)
+
+
+def swiglu_cases(shape):
+    rows, width = shape.tokens, shape.intermediate
+    gate_up = tensor(rows, 2 * width, grad=True)
+    halves = tuple(x.detach().contiguous().requires_grad_() for x in gate_up.chunk(2, -1))
+    upstream = (tensor(rows, width),)
+
+    peers = {"eager": without_gradients(eager_swiglu, gate_up)}
+    if HAS_LIGER:
+        peers["liger"] = without_gradients(liger_swiglu.LigerSiLUMulFunction.apply, *halves)
+    yield Case(
+        "SwiGLU",
+        f"{rows} tokens",
+        target="1.2",
+        ours=without_gradients(layers.swiglu, gate_up),
+        peers=peers,
+        bytes=3 * rows * width * ITEM,
+        compiled=eager_swiglu,
+        inputs=(gate_up,),
+    )
+
+    peers = {"eager": backward_only(eager_swiglu, (gate_up,), upstream)}
+    if HAS_LIGER:
+        apply = liger_swiglu.LigerSiLUMulFunction.apply
+        peers["liger"] = backward_only(apply, halves, upstream)
+    yield Case(
+        "SwiGLU, backward",
+        f"{rows} tokens",
+        target="1.25",
+        ours=backward_only(layers.swiglu, (gate_up,), upstream),
+        peers=peers,
+        bytes=5 * rows * width * ITEM,
+    )
+
+
+def eager_swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def qkv_case(shape, rows, target):
+    page_size = 64
+    heads, kv_heads = shape.heads, shape.kv_heads
+    width = (heads + 2 * kv_heads) * shape.head_dim
+    slots = torch.randperm(2 * rows * page_size, device=DEVICE)[:rows]
+    k_pages = tensor(2 * rows, kv_heads, page_size, shape.head_dim)
+    v_pages = tensor(2 * rows, kv_heads, page_size, shape.head_dim)
+    cos, sin = layers.rope_tables(torch.arange(rows, device=DEVICE), shape.head_dim, 1e6)
+
+    start = (tensor(rows, width), tensor(width), cos, sin, k_pages, v_pages)
+    inputs = (*start, slots // page_size, slots % page_size, heads)
+    return Case(
+        "qkv bias + RoPE + page write",
+        f"{rows} tokens",
+        target,
+        ours=without_gradients(layers.qkv_rope_write, *start, slots, heads),
+        peers={"eager": without_gradients(eager_qkv_write, *inputs)},
+        bytes=2 * rows * width * ITEM,
+        compiled=eager_qkv_write,
+        inputs=inputs,
+        graph=True,
+    )
 
 
 def eager_qkv_write(qkv, bias, cos, sin, k_pages, v_pages, page, offset, heads):
     kv_heads, _, head_dim = k_pages.shape[1:]
-    q, k, v = (qkv + bias).view(len(qkv), -1, head_dim).split((heads, kv_heads, kv_heads), 1)
+    by_head = (qkv + bias).view(len(qkv), -1, head_dim)
+    q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
     k_pages[page, :, offset] = layers.apply_rope_reference(k, cos, sin)
     v_pages[page, :, offset] = v
     return layers.apply_rope_reference(q, cos, sin)
+
+
+def advantage_cases(shape):
+    rewards = positive(shape.rollouts)
+    groups = torch.arange(shape.rollouts, device=DEVICE) // 16
+    yield Case(
+        "group statistics",
+        f"{shape.rollouts} rollouts",
+        target="<= 6 us",
+        ours=without_gradients(advantage.group_statistics, rewards, groups),
+        peers={"eager": without_gradients(eager_statistics, rewards)},
+        compiled=eager_statistics,
+        inputs=(rewards,),
+        graph=True,
+    )
+
+
+def eager_statistics(rewards):
+    """Equal groups of 16 without masks: all that plain torch does without waiting for the host.
+
+    Ours takes ragged groups and NaN in the same launch.
+    """
+    by_group = rewards.view(-1, 16)
+    mean = by_group.mean(1).repeat_interleave(16)
+    std = by_group.std(1).repeat_interleave(16)
+    return mean, std, by_group.amin(1) >= by_group.amax(1)
+
+
+FAMILIES = {
+    "head": head_cases,
+    "sampling": sampling_cases,
+    "attention": attention_cases,
+    "layers": layer_cases,
+    "advantage": advantage_cases,
+}
+
+
+# ---- inputs and calls ----
+
+
+def tensor(*shape, grad=False):
+    """Random numbers, never zeros (zeros run 13 % faster on an H200), in the device's dtype."""
+    x = torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+    if len(shape) > 1:
+        x /= shape[-1] ** 0.5
+    return x.requires_grad_(grad)
+
+
+def positive(count):
+    return torch.rand(count, device=DEVICE) + 0.5
+
+
+def random_key(count):
+    """Seeds, requests, samples and positions of a draw."""
+    return [torch.randint(0, 1 << 40, (count,), device=DEVICE) for _ in range(4)]
 
 
 def with_gradients(function, inputs):
@@ -96,7 +504,7 @@ def with_gradients(function, inputs):
 
     def run():
         outputs = function(*inputs)
-        total = sum(x.float().sum() for x in outputs) if isinstance(outputs, tuple) else outputs
+        total = sum(x.float().sum() for x in outputs)
         return torch.autograd.grad(total, [x for x in inputs if x.requires_grad])
 
     return run
@@ -104,7 +512,11 @@ def with_gradients(function, inputs):
 
 def backward_only(function, inputs, upstream):
     outputs = function(*inputs)
-    return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
+    def run():
+        return torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
+    return run
 
 
 def without_gradients(function, *inputs):
@@ -115,567 +527,230 @@ def without_gradients(function, *inputs):
     return run
 
 
-def liger(name):
-    """A function of Liger-Kernel's operators, or None: the table then has no such column for the row."""
-    try:
-        from liger_kernel.chunked_loss import grpo_loss
-        from liger_kernel.ops import fused_add_rms_norm, fused_linear_scaled_cross_entropy, swiglu
-    except ImportError:
-        return None
-    scaled = fused_linear_scaled_cross_entropy._FusedLinearPPOFallbackFunction.apply
-    return {
-        "logprobs": lambda hidden, weight, targets: scaled(
-            hidden, weight, targets, 1.0, -100, True
-        ),
-        "grpo": grpo_loss.LigerFusedLinearGRPOLoss(
-            beta=0.0, use_ref_model=False, epsilon_high=0.28
-        ),
-        "norm": lambda x, residual, weight: fused_add_rms_norm.LigerFusedAddRMSNormFunction.apply(
-            x, residual, weight, 1e-6
-        ),
-        "swiglu": swiglu.LigerSiLUMulFunction.apply,
-    }[name]
-
-
-# Cases. `shape` is a row of SHAPES.
-
-
-def head_cases(shape):
-    width, *_, vocabulary, tokens, _, _ = shape
-    hidden, weight = tensor(tokens, width, grad=True), tensor(vocabulary, width, grad=True)
-    targets, old, advantages = (
-        torch.randint(0, vocabulary, (tokens,), device=DEVICE),
-        -12 * floats(tokens),
-        floats(tokens) - 1,
-    )
-    product, inputs, size = (
-        2 * tokens * vocabulary * width,
-        (hidden, weight, targets),
-        f"{tokens} tokens",
-    )
-    peer = liger("logprobs")
-    also = {"liger": without_gradients(peer, *inputs)} if peer else {}
-    ours, eager = (
-        without_gradients(logprob.token_logprobs, *inputs),
-        without_gradients(eager_logprobs, *inputs),
-    )
-    yield Case(
-        "log-prob + entropy, forward",
-        size,
-        0,
-        product,
-        "1.5",
-        ours,
-        {"eager": eager} | also,
-        eager_logprobs,
-        inputs,
-    )
-    also = {"liger": with_gradients(peer, inputs)} if peer else {}
-    ours, eager = (
-        with_gradients(logprob.token_logprobs, inputs),
-        with_gradients(eager_logprobs, inputs),
-    )
-    yield Case(
-        "log-prob + entropy, forward + backward",
-        size,
-        0,
-        4 * product,
-        "1.6",
-        ours,
-        {"eager": eager} | also,
-        eager_logprobs,
-        inputs,
-        True,
-    )
-
-    def token_loss(logp, _entropy, rows):
-        ratio = (logp - old[rows]).exp()
-        return -torch.minimum(ratio * advantages[rows], ratio.clamp(0.8, 1.28) * advantages[rows])
-
-    fused = with_gradients(
-        lambda h, w, t: logprob.fused_policy_loss(h, w, t, token_loss)[0], inputs
-    )
-    inputs = (*inputs, old, advantages)
-    peer, rows = liger("grpo"), max(1, tokens // 256)
-    by_row = lambda x: x.view(rows, tokens // rows, *x.shape[1:])  # noqa: E731
-    mask = torch.ones(rows, tokens // rows, device=DEVICE)
-    call = lambda h, w, *_: peer(
-        by_row(h), w, by_row(targets), mask, advantages[:rows], old_per_token_logps=by_row(old)
-    )[0]  # noqa: E731
-    also = {"liger": with_gradients(call, inputs)} if peer else {}
-    yield Case(
-        "fused policy loss",
-        size,
-        0,
-        3 * product,
-        "1.5",
-        fused,
-        {"eager": with_gradients(eager_loss, inputs)} | also,
-        eager_loss,
-        inputs,
-        True,
-    )
-
-
-def sampling_cases(shape):
-    width, *_, vocabulary, _, batches, _ = shape
-    weight = tensor(vocabulary, width)
-    for batch in batches:
-        hidden, ones = tensor(batch, width) * 8, torch.ones(batch, device=DEVICE)
-        key = [torch.randint(0, 1 << 40, (batch,), device=DEVICE) for _ in range(4)]
-        ours, eager = (
-            without_gradients(sampling.sample_tokens, hidden, weight, ones, *key),
-            without_gradients(eager_sample, hidden, weight),
-        )
-        moved, work = weight.numel() * weight.element_size(), 2 * batch * weight.numel()
-        target = "1.3" if batch <= 128 else "1.5"
-        yield Case(
-            "sample + log-prob + entropy",
-            f"{batch} rows",
-            moved,
-            work,
-            target,
-            ours,
-            {"eager": eager},
-            eager_sample,
-            (hidden, weight),
-            graph=True,
-        )
-
-
-def attention_cases(shape):
-    _, _, heads, kv_heads, head_dim, _, _, batches, context = shape
-    batch = batches[len(batches) // 2]
-    ragged = torch.linspace(context // 10, context, batch).int().tolist()
-    yield decode_case(f"{batch} x {context}", "1.35", [context] * batch, heads, kv_heads, head_dim)
-    yield decode_case(
-        f"{batch} x {context // 10}..{context}", "1.6", ragged, heads, kv_heads, head_dim
-    )
-    yield decode_case(
-        f"{batch} x {context}, {context // 2} shared by 16",
-        "1.7",
-        [context] * batch,
-        heads,
-        kv_heads,
-        head_dim,
-        shared=16,
-    )
-
-
-def decode_case(size, target, lengths, heads, kv_heads, head_dim, shared=0):
-    page_size = 8192 // head_dim if DEVICE == "cuda" else 16
-    pages, batch, longest = [-(-n // page_size) for n in lengths], len(lengths), max(lengths)
-    prefix = longest // 2 // page_size
-    order, tables = (
-        iter(torch.randperm(sum(pages)).tolist()),
-        torch.zeros(batch, max(pages), dtype=torch.int32),
-    )
-    for row, count in enumerate(pages):
-        for index in range(count):
-            first = row // shared * shared if shared and index < prefix else row
-            tables[row, index] = tables[first, index] if first < row else next(order)
-    k_pages, v_pages = (
-        tensor(sum(pages), kv_heads, page_size, head_dim) * head_dim**0.5 for _ in range(2)
-    )
-    q, length, scale = (
-        tensor(batch, heads, head_dim) * head_dim**0.5,
-        torch.tensor(lengths, dtype=torch.int32),
-        head_dim**-0.5,
-    )
-    q, tables, length = q.to(DEVICE), tables.to(DEVICE), length.to(DEVICE)
-    inputs = (q, k_pages, v_pages, tables, length)
-    if shared:
-        groups, prefix_lengths = (
-            torch.arange(batch, device=DEVICE) // shared,
-            torch.full_like(length, prefix * page_size),
-        )
-        ours = without_gradients(
-            attention.shared_prefix_attention, *inputs, prefix_lengths, groups, scale
-        )
-        peers = {"not shared": without_gradients(attention.paged_attention, *inputs, scale)}
-        tokens = sum(lengths) - prefix * page_size * (batch - -(-batch // shared))
-    else:
-        ours, peers, tokens = (
-            without_gradients(attention.paged_attention, *inputs, scale),
-            packed_peers(q, lengths, kv_heads, head_dim),
-            sum(lengths),
-        )
-    moved = 2 * tokens * kv_heads * head_dim * q.element_size()
-    return Case(
-        "decode attention" + ", shared prefix" * bool(shared),
-        size,
-        moved,
-        0,
-        target,
-        ours,
-        peers,
-        graph=True,
-    )
-
-
-def packed_peers(q, lengths, kv_heads, head_dim):
-    """Attention over contiguous keys and values, without the indirection of pages: padded SDPA with a mask, and flash varlen."""
-    batch, longest = len(lengths), max(lengths)
-    k, v = (tensor(batch, kv_heads, longest, head_dim) for _ in range(2))
-    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None])[:, None, None].to(DEVICE)
-    peers = {
-        "sdpa": without_gradients(
-            lambda: F.scaled_dot_product_attention(
-                q[:, :, None], k, v, attn_mask=mask, enable_gqa=True
-            )
-        )
-    }
-    if DEVICE == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-
-        packed_k, packed_v = (tensor(sum(lengths), kv_heads, head_dim) for _ in range(2))
-        ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().cuda()
-        ones = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        gqa = (
-            {"enable_gqa": True}
-            if "enable_gqa" in inspect.signature(varlen_attn).parameters
-            else {}
-        )
-        peers["varlen"] = without_gradients(
-            lambda: varlen_attn(q, packed_k, packed_v, ones, ends, 1, longest, **gqa)
-        )
-    return peers
-
-
-def layer_cases(shape):
-    width, intermediate, heads, kv_heads, head_dim, _, tokens, batches, _ = shape
-    peer, item = liger("norm"), torch.finfo(DTYPE).bits // 8
-    for rows, graph in ((batches[-1], True), (tokens, False)):
-        inputs = (tensor(rows, width), tensor(rows, width), tensor(width))
-        call, plain = (
-            lambda *a: layers.add_rms_norm(*a, 1e-6),
-            lambda *a: layers.add_rms_norm_reference(*a, 1e-6),
-        )
-        also = {"liger": without_gradients(peer, *inputs)} if peer else {}
-        ours, eager = without_gradients(call, *inputs), without_gradients(plain, *inputs)
-        yield Case(
-            "add + RMSNorm",
-            f"{rows} tokens",
-            4 * rows * width * item,
-            0,
-            "1.25",
-            ours,
-            {"eager": eager} | also,
-            plain,
-            inputs,
-            graph=graph,
-        )
-    inputs = tuple(x.requires_grad_() for x in inputs)
-    upstream = (tensor(tokens, width), tensor(tokens, width))
-    peers = {"eager": backward_only(plain, inputs, upstream)}
-    if peer:
-        peers["liger"] = backward_only(peer, inputs, upstream)
-    yield Case(
-        "add + RMSNorm, backward",
-        f"{tokens} tokens",
-        4 * tokens * width * item,
-        0,
-        "1.25",
-        backward_only(call, inputs, upstream),
-        peers,
-    )
-    gate_up, peer = tensor(tokens, 2 * intermediate, grad=True), liger("swiglu")
-    halves = tuple(x.detach().contiguous().requires_grad_() for x in gate_up.chunk(2, -1))
-    plain, moved = (
-        lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-        3 * tokens * intermediate * item,
-    )
-    peers = {"eager": without_gradients(plain, gate_up)} | (
-        {"liger": without_gradients(peer, *halves)} if peer else {}
-    )
-    yield Case(
-        "SwiGLU",
-        f"{tokens} tokens",
-        moved,
-        0,
-        "1.2",
-        without_gradients(layers.swiglu, gate_up),
-        peers,
-        plain,
-        (gate_up,),
-    )
-    upstream = (tensor(tokens, intermediate),)
-    peers = {"eager": backward_only(plain, (gate_up,), upstream)} | (
-        {"liger": backward_only(peer, halves, upstream)} if peer else {}
-    )
-    yield Case(
-        "SwiGLU, backward",
-        f"{tokens} tokens",
-        5 / 3 * moved,
-        0,
-        "1.25",
-        backward_only(layers.swiglu, (gate_up,), upstream),
-        peers,
-    )
-    for rows, target in ((batches[-1], "<= 4 us"), (tokens, "1.4")):
-        yield qkv_case(rows, target, heads, kv_heads, head_dim, item)
-
-
-def qkv_case(rows, target, heads, kv_heads, head_dim, item):
-    page_size, total = 64, (heads + 2 * kv_heads) * head_dim
-    slots = torch.randperm(2 * rows * page_size, device=DEVICE)[:rows]
-    k_pages, v_pages = (tensor(2 * rows, kv_heads, page_size, head_dim) for _ in range(2))
-    cos, sin = layers.rope_tables(torch.arange(rows, device=DEVICE), head_dim, 1e6)
-    start = (tensor(rows, total), tensor(total), cos, sin, k_pages, v_pages)
-    ours = without_gradients(layers.qkv_rope_write, *start, slots, heads)
-    inputs = (*start, slots // page_size, slots % page_size, heads)
-    eager = without_gradients(eager_qkv_write, *inputs)
-    return Case(
-        "qkv bias + RoPE + page write",
-        f"{rows} tokens",
-        2 * rows * total * item,
-        0,
-        target,
-        ours,
-        {"eager": eager},
-        eager_qkv_write,
-        inputs,
-        graph=True,
-    )
-
-
-def advantage_cases(shape):
-    rollouts, tokens = (512, 65_536) if shape[5] > 1000 else (16, 128)
-    rewards, groups = floats(rollouts), torch.arange(rollouts, device=DEVICE) // 16
-    # Equal groups of 16 without masks, all that plain torch does without a host sync; ours takes ragged groups and NaN in the same launch.
-    by_group = lambda r: (
-        (r.view(-1, 16) - r.view(-1, 16).mean(1, True))
-        / (r.view(-1, 16).std(1, keepdim=True) + 1e-6)
-    ).flatten()  # noqa: E731
-    ours, eager = (
-        without_gradients(advantage.group_advantages, rewards, groups),
-        without_gradients(by_group, rewards),
-    )
-    yield Case(
-        "group advantage",
-        f"{rollouts} rollouts",
-        0,
-        0,
-        "<= 6 us",
-        ours,
-        {"eager": eager},
-        by_group,
-        (rewards,),
-        graph=True,
-    )
-    inputs = tuple(floats(tokens) for _ in range(4))
-    call = lambda *a: advantage.policy_loss(*a, 0.2, 0.28)  # noqa: E731
-    plain = lambda *a: advantage.policy_loss_reference(*a, 0.2, 0.28, None, None, 0.0)  # noqa: E731
-    ours, eager = without_gradients(call, *inputs), without_gradients(plain, *inputs)
-    yield Case(
-        "policy loss + moments",
-        f"{tokens} tokens",
-        5 * 4 * tokens,
-        0,
-        "<= 6 us",
-        ours,
-        {"eager": eager},
-        plain,
-        inputs,
-        graph=True,
-    )
-
-
-# Measuring
-
-
-def time_ms(run, graph=False, repetitions=100):
-    """(median, 20th percentile, 80th percentile) in milliseconds."""
-    if DEVICE == "cuda":
-        bench = triton.testing.do_bench_cudagraph if graph else triton.testing.do_bench
-        return bench(run, rep=20 if graph else repetitions, quantiles=[0.5, 0.2, 0.8])
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times)[2], sorted(times)[1], sorted(times)[3]
+# ---- measuring ----
 
 
 def measured_ceilings(size):
-    """(bytes per second of a copy, read plus written; operations per second of a bf16 product of random matrices)."""
+    """Copy and matrix product of random numbers, [size, size] in the device's dtype."""
     source = torch.randn(size * size * 8, device=DEVICE)
     target = torch.empty_like(source)
-    copy = time_ms(lambda: target.copy_(source))[0]
+    copy = warm_ms(lambda: target.copy_(source)).median
     a, b = tensor(size, size), tensor(size, size)
-    return 2 * source.numel() * 4 / copy * 1e3, 2 * size**3 / time_ms(lambda: a @ b)[0] * 1e3
+    product = warm_ms(lambda: a @ b).median
+    return Ceilings(2 * source.numel() * 4 / copy * 1e3, 2 * size**3 / product * 1e3)
+
+
+def measure(case, model, ceilings, compile_peers):
+    """One row, for the table and for JSON; times in milliseconds."""
+    peers = dict(case.peers)
+    if case.compiled and compile_peers:
+        compiled = torch.compile(case.compiled, dynamic=False)
+        if case.gradients:
+            peers["compile"] = with_gradients(compiled, case.inputs)
+        else:
+            peers["compile"] = without_gradients(compiled, *case.inputs)
+
+    seconds = max(case.bytes / ceilings.bandwidth, case.flops / ceilings.rate)
+    return {
+        "kernel": case.kernel,
+        "model": model,
+        "size": case.size,
+        "floor": 1e3 * seconds,
+        "target": case.target,
+        "ours": attempt(case.ours, case.graph),
+        "peers": {name: attempt(run, case.graph) for name, run in peers.items()},
+    }
 
 
 def attempt(run, graph):
-    """Time or the reason there is none: a peer that runs out of memory must not end the table."""
+    """Times, or why there are none: a peer that runs out of memory must not end the table."""
     try:
-        return dict(zip(("median", "p20", "p80"), time_ms(run, graph)))
+        return {"first_call": first_call_ms(run)} | warm_ms(run, graph)._asdict()
     except Exception as problem:
-        return {
-            "failed": f"{type(problem).__name__}: {str(problem).splitlines()[0][:80] if str(problem) else ''}"
-        }
+        reason = str(problem).partition("\n")[0][:80]
+        return {"failed": f"{type(problem).__name__}: {reason}"}
     finally:
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
 
 
-def measure(case, model, bandwidth, rate, compile_peers):
-    peers = dict(case.peers)
-    if case.compiled and compile_peers:
-        compiled = torch.compile(case.compiled, dynamic=False)
-        peers["compile"] = (
-            with_gradients(compiled, case.inputs)
-            if case.gradients
-            else without_gradients(compiled, *case.inputs)
-        )
-    floor = 1e3 * max(case.bytes / bandwidth, case.flops / rate)
-    row = {
-        "kernel": case.kernel,
-        "model": model,
-        "size": case.size,
-        "floor": floor,
-        "target": case.target,
-        "ours": attempt(case.ours, case.graph),
-    }
-    return row | {"peers": {name: attempt(run, case.graph) for name, run in peers.items()}}
+def first_call_ms(run):
+    """The host's time of one call, kernels compiled and not taken from Triton's cache on disk."""
+    knobs = triton.knobs.compilation.scope() if triton else nullcontext()
+    with knobs:
+        if triton:
+            triton.knobs.compilation.always_compile = True
+        start = time.perf_counter()
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+
+def warm_ms(run, graph=False):
+    """Times of calls after warm-up, which both functions of triton.testing begin with."""
+    if DEVICE == "cuda" and graph:
+        return Times(*triton.testing.do_bench_cudagraph(run, quantiles=[0.5, 0.2, 0.8]))
+    if DEVICE == "cuda":
+        return Times(*triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8]))
+
+    run()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    times.sort()
+    return Times(median=times[2], p20=times[1], p80=times[3])
+
+
+HEADER = (
+    f"{'kernel':40} {'model':6} {'size':34} {'floor us':>9} {'warm us':>9} (20th-80th pct.)  "
+    f"{'warm/floor':>10} {'target':>8} {'first call ms':>13}  warm peers, times ours"
+)
 
 
 def line(row):
-    """One line of the table: microseconds, the ratio to the floor, and how much longer each peer takes."""
+    """One line of the table."""
+    name = f"{row['kernel']:40} {row['model']:6} {row['size']:34}"
     ours = row["ours"]
     if "failed" in ours:
-        return f"{row['kernel']:40} {row['model']:6} {row['size']:34} FAILED {ours['failed']}"
-    text = f"{row['kernel']:40} {row['model']:6} {row['size']:34} {1e3 * row['floor']:9.1f} {1e3 * ours['median']:9.1f}"
-    text += (
-        f" ({1e3 * ours['p20']:.1f}-{1e3 * ours['p80']:.1f})  {ours['median'] / row['floor']:6.2f}"
-        if row["floor"]
-        else "       -"
-    )
-    peers = [
-        f"{name} {p['median'] / ours['median']:.2f}x" if "median" in p else f"{name} failed"
-        for name, p in row["peers"].items()
-    ]
-    return f"{text}  target {row['target']:8} " + ", ".join(peers)
+        return f"{name} FAILED {ours['failed']}"
+
+    spread = f"({1e3 * ours['p20']:.1f}-{1e3 * ours['p80']:.1f})"
+    ratio = f"{ours['median'] / row['floor']:.2f}" if row["floor"] else "-"
+    peers = []
+    for peer, times in row["peers"].items():
+        if "failed" in times:
+            peers.append(f"{peer} failed")
+        else:
+            peers.append(f"{peer} {times['median'] / ours['median']:.2f}x")
+
+    columns = f"{1e3 * row['floor']:9.1f} {1e3 * ours['median']:9.1f} {spread:16}  {ratio:>10}"
+    return f"{name} {columns} {row['target']:>8} {ours['first_call']:13.1f}  {', '.join(peers)}"
 
 
-# Tiles to try on a GPU, each without spills on sm_90 (python -m bench.aot): rows, depth, warps, stages, register cap.
-SWEEP = [
-    head.Tile(128, 64, 8, 3, 128),
-    head.Tile(128, 64, 8, 4, None),
-    head.Tile(128, 128, 8, 3, None),
-    head.Tile(64, 64, 4, 3, None),
-    head.Tile(64, 64, 4, 4, None),
-    head.Tile(64, 128, 4, 3, None),
-    head.Tile(128, 32, 8, 4, 128),
-]
+# ---- other tiles ----
 
 
-def sweep(shape, bandwidth, rate):
-    """Each tile for log-prob statistics, the logit gradient and sampling: milliseconds."""
-    width, *_, vocabulary, tokens, batches, _ = shape
-    hidden, weight, column = tensor(tokens, width), tensor(vocabulary, width), floats(tokens)
-    targets = torch.randint(0, vocabulary, (tokens,), device=DEVICE)
-    key = [torch.randint(0, 1 << 40, (max(batches),), device=DEVICE) for _ in range(4)]
-    runs = {
-        ("stats", tokens): lambda: head.stats(hidden, weight, targets, 1.0),
-        ("gradient", tokens // 2): lambda: head.gradient(
-            hidden[: tokens // 2], weight, targets[: tokens // 2], *[column[: tokens // 2]] * 4, 1.0
-        ),
-    } | {
-        ("few" if b <= 64 else "many", b): lambda b=b: sampling._sample_tokens(
-            hidden[:b], weight, column[:b], *(k[:b] for k in key)
-        )
-        for b in batches
-    }
-    for (kernel, rows), run in runs.items():
-        table = head.TILES if kernel in ("stats", "gradient") else sampling.TILES
-        chosen, floor = (
-            table[kernel, 90],
-            1e3 * max(weight.numel() * 2 / bandwidth, 2 * rows * weight.numel() / rate),
-        )
-        for tile in SWEEP:
-            table[kernel, 90] = tile
-            result = attempt(run, False)
-            yield {
-                "kernel": kernel,
-                "rows": rows,
-                "tile": list(tile),
-                "chosen": tile == chosen,
-                "floor": floor,
-                **result,
-            }
-        table[kernel, 90] = chosen
+def sweep(shape, ceilings):
+    """Each tile of SWEEP for log-prob statistics, the logit gradient and sampling."""
+    hidden = tensor(shape.tokens, shape.hidden)
+    weight = tensor(shape.vocabulary, shape.hidden)
+    targets = torch.randint(0, shape.vocabulary, (shape.tokens,), device=DEVICE)
+
+    run = without_gradients(head.stats, hidden, weight, targets, 1.0)
+    yield from sweep_tiles(head.TILES, "stats", run, shape.tokens, weight, ceilings)
+
+    half = shape.tokens // 2
+    columns = [positive(half)] * 4
+    arguments = (hidden[:half], weight, targets[:half], *columns, 1.0)
+    run = without_gradients(head.gradient, *arguments)
+    yield from sweep_tiles(head.TILES, "gradient", run, half, weight, ceilings)
+
+    for batch in shape.batches:
+        kernel = "few" if batch <= sampling.FEW_ROWS else "many"
+        arguments = (hidden[:batch], weight, positive(batch), *random_key(batch))
+        run = without_gradients(sampling._sample_tokens, *arguments)
+        yield from sweep_tiles(sampling.TILES, kernel, run, batch, weight, ceilings)
+
+
+def sweep_tiles(table, kernel, run, rows, weight, ceilings):
+    """Put each tile into `table` in turn; the chosen one is there again afterwards."""
+    chosen = table[kernel, 90]
+    read = weight.numel() * ITEM / ceilings.bandwidth
+    multiply = 2 * rows * weight.numel() / ceilings.rate
+    for tile in SWEEP:
+        table[kernel, 90] = tile
+        result = {
+            "kernel": kernel,
+            "rows": rows,
+            "tile": list(tile),
+            "chosen": tile == chosen,
+            "floor": 1e3 * max(read, multiply),
+        }
+        yield result | attempt(run, graph=False)
+    table[kernel, 90] = chosen
 
 
 def main(arguments=None):
+    options = parse(arguments)
+    models = ["smoke"] if options.smoke else options.models.split(",")
+    families = options.only.split(",")
+    unknown = [name for name in models if name not in SHAPES]
+    unknown += [name for name in families if name not in FAMILIES]
+    if unknown:
+        raise SystemExit(
+            f"unknown {', '.join(unknown)}: models are 0.5B, 1.5B, 3B, "
+            f"families {', '.join(FAMILIES)}"
+        )
+    if DEVICE == "cpu" and not options.smoke:
+        raise SystemExit(
+            "python -m bench kernels needs a CUDA GPU; --smoke runs tiny shapes on this machine"
+        )
+
+    torch.manual_seed(0)
+    ceilings = measured_ceilings(256 if options.smoke else 8192)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU ({platform.machine()})"
+    print(
+        f"{device}, torch {torch.__version__}: copy {ceilings.bandwidth / 1e12:.2f} TB/s, "
+        f"matrix product {ceilings.rate / 1e12:.0f} TFLOP/s"
+    )
+
+    rows = []
+    if options.sweep:
+        for model in models:
+            for row in sweep(SHAPES[model], ceilings):
+                rows.append(row | {"model": model})
+                print(json.dumps(rows[-1]), flush=True)
+    else:
+        print(HEADER)
+        compile_peers = DEVICE == "cuda" and not options.no_compile
+        for model in models:
+            for family in families:
+                if family == "advantage" and model != models[0]:
+                    continue  # the same for every model
+                for case in FAMILIES[family](SHAPES[model]):
+                    rows.append(measure(case, model, ceilings, compile_peers))
+                    print(line(rows[-1]), flush=True)
+
+    summary = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", None),
+        "rows": rows,
+    }
+    print(json.dumps(summary | ceilings._asdict()))
+
+
+def parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m bench kernels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--models", default="0.5B,1.5B,3B", help="comma-separated, of 0.5B, 1.5B, 3B"
+        "--models",
+        default="0.5B,1.5B,3B",
+        help="comma-separated, of 0.5B, 1.5B, 3B",
     )
     parser.add_argument(
-        "--only", default=",".join(FAMILIES), help=f"comma-separated, of {', '.join(FAMILIES)}"
+        "--only",
+        default=",".join(FAMILIES),
+        help=f"comma-separated, of {', '.join(FAMILIES)}",
     )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any machine")
     parser.add_argument(
-        "--sweep", action="store_true", help="alternative tiles of the lm_head kernels"
+        "--sweep",
+        action="store_true",
+        help="alternative tiles of the lm_head kernels",
     )
     parser.add_argument(
         "--no-compile",
         action="store_true",
         help="leave torch.compile out (it takes most of the run)",
     )
-    options = parser.parse_args(arguments)
-    if DEVICE == "cpu" and not options.smoke:
-        raise SystemExit(
-            "python -m bench kernels needs a CUDA GPU; --smoke runs tiny shapes on this machine"
-        )
-    models = ["smoke"] if options.smoke else options.models.split(",")
-    unknown = [x for x in models if x not in SHAPES] + [
-        x for x in options.only.split(",") if x not in FAMILIES
-    ]
-    if unknown:
-        raise SystemExit(
-            f"unknown {', '.join(unknown)}: models are 0.5B, 1.5B, 3B, families {', '.join(FAMILIES)}"
-        )
-    torch.manual_seed(0)
-    bandwidth, rate = measured_ceilings(256 if options.smoke else 8192)
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU ({platform.machine()})"
-    print(
-        f"{device}, torch {torch.__version__}: copy {bandwidth / 1e12:.2f} TB/s, matrix product {rate / 1e12:.0f} TFLOP/s"
-    )
-    rows = []
-    for model in models:
-        if options.sweep:
-            rows += [row | {"model": model} for row in sweep(SHAPES[model], bandwidth, rate)]
-            print(*(json.dumps(row) for row in rows if row["model"] == model), sep="\n")
-            continue
-        for family in options.only.split(","):
-            if family == "advantage" and model != models[0]:
-                continue  # the same for every model
-            cases = {
-                "head": head_cases,
-                "sampling": sampling_cases,
-                "attention": attention_cases,
-                "layers": layer_cases,
-                "advantage": advantage_cases,
-            }
-            for case in cases[family](SHAPES[model]):
-                rows.append(
-                    measure(
-                        case, model, bandwidth, rate, not options.no_compile and DEVICE == "cuda"
-                    )
-                )
-                print(line(rows[-1]), flush=True)
-    versions = {
-        "device": device,
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
-    }
-    print(json.dumps(versions | {"bandwidth": bandwidth, "rate": rate, "rows": rows}))
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

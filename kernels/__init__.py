@@ -1,4 +1,6 @@
-"""Five kernel families. Each file: the torch reference (the definition of right), the Triton kernel, one public function that picks by device."""
+"""Kernel families. Each file: its public functions, which pick by device; the torch references,
+which define what is right; the launchers of the Triton kernels; and the kernels.
+"""
 
 import os
 
@@ -11,17 +13,27 @@ try:
 except ImportError:  # macOS, Windows: the torch references are all there is
     triton = tl = TensorDescriptor = None
 
-jit = triton.jit if triton else lambda function: function
+
+def jit(function):
+    """triton.jit, or the function itself where there is no Triton."""
+    return triton.jit(function) if triton else function
 
 
 def use_triton(x):
-    """True for a CUDA tensor, unless the environment says RARECODE_TRITON=0 (then the torch references run; turn CUDA graphs off with it)."""
+    """True for a CUDA tensor.
+
+    With RARECODE_TRITON=0 in the environment the torch references run instead; they look at
+    lengths on the host, so turn CUDA graphs off as well.
+    """
     return x.is_cuda and triton is not None and os.environ.get("RARECODE_TRITON", "1") != "0"
 
 
 def architecture(x):
     """90 where tensor descriptors become TMA (Hopper and later; the interpreter too), else 80."""
-    return 90 if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9 else 80
+    if not x.is_cuda:
+        return 90
+    major, _minor = torch.cuda.get_device_capability(x.device)
+    return 90 if major >= 9 else 80
 
 
 def wide(x):

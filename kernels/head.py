@@ -1,8 +1,9 @@
-"""The lm_head on Triton: one tile product behind log-prob, entropy, their gradient and (in sampling.py) the draw of a token.
+"""The lm_head on Triton: one tile product behind the log-prob with its entropy and gradient
+(logprob.py, which has the references) and behind the draw of a token (sampling.py).
 
-A tile is 128 tokens x 128 vocabulary entries in tensor cores; its epilogue leaves a few numbers per token and tile (14 KB per token at 151,936
-entries), which a second kernel merges. Carrying the running softmax through a loop over tiles instead would spill registers. Logits never reach memory,
-except in the two row kernels at the end, which serve the fused loss: there a chunk's logits are made once, by cuBLAS, and used twice.
+A tile is 128 tokens x 128 vocabulary entries in tensor cores. Its epilogue leaves a few numbers per
+token and tile (14 KB per token at 151,936 entries), which a second kernel merges; carrying the
+running softmax through a loop over tiles instead would spill registers. Logits never reach memory.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from kernels import TensorDescriptor, architecture, jit, tl, triton, use_triton
 
 LOG2E = 1.4426950408889634
 TILE = 128  # vocabulary entries per tile; 151,936 = 1187 x 128
+# A program of the merge: 32 tokens, whose fp32 are one line of 128 bytes, and 64 tiles at a time,
+# 16 values a thread.
+MERGE_ROWS, MERGE_BLOCK = 32, 64
 
 
 class Tile(NamedTuple):
-    """How a tile kernel runs. `registers` caps them: at 128, two programs of 256 threads share a multiprocessor and hide each other's epilogue."""
+    """How a tile kernel runs.
+
+    rows, depth: of the tile of hidden states; TILE x depth is that of the weight.
+    registers: cap per thread. At 128, two programs of 256 threads share a multiprocessor and hide
+        each other's epilogue.
+    """
 
     rows: int
     depth: int
@@ -27,7 +36,8 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-# (kernel, architecture) -> tile; no autotuning. Registers, spills and shared memory of each are asserted in tests/test_kernels_aot.py.
+# (kernel, architecture) -> tile; no autotuning. Registers, spills and shared memory of each are
+# asserted in tests/test_kernels_aot.py.
 TILES = {
     ("stats", 90): Tile(128, 64, 8, 3, 128),
     ("stats", 80): Tile(128, 64, 8, 3),
@@ -35,13 +45,165 @@ TILES = {
     ("gradient", 80): Tile(128, 32, 8, 3),
 }
 
-# Triton kernels. Logits are kept times log2(e), so that exp2, one instruction, does for exp.
+
+class Stats(NamedTuple):
+    """Of each token, [T] fp32, in nats."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    lse: torch.Tensor
+
+
+# ---- launchers ----
+
+
+def fits(hidden):
+    """True where the kernels can run; anything else on CUDA runs in chunked torch.
+
+    Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth.
+    """
+    is_16_bit = hidden.dtype in (torch.bfloat16, torch.float16)
+    return use_triton(hidden) and is_16_bit and hidden.shape[1] % 64 == 0
+
+
+def stats(hidden, weight, targets, temperature, arch=None):
+    """Log-prob of each target, entropy and log-sum-exp of its distribution.
+
+    hidden [T, D], weight [V, D], targets [T] int64; the logits are divided by temperature.
+    """
+    arch = arch or architecture(hidden)
+    tile = TILES["stats", arch]
+    tokens, width = hidden.shape
+    vocabulary = len(weight)
+    tiles = triton.cdiv(vocabulary, TILE)
+
+    device = hidden.device
+    tile_max, tile_sum, tile_moment = (floats(tiles, tokens, device=device) for _ in range(3))
+    target_logit, logp, entropy, lse = (floats(tokens, device=device) for _ in range(4))
+
+    grid = (triton.cdiv(tokens, tile.rows) * tiles,)
+    _stats_kernel[grid](
+        *operands(hidden.contiguous(), weight.contiguous(), tile, arch),
+        targets,
+        tile_max,
+        tile_sum,
+        tile_moment,
+        target_logit,
+        LOG2E / temperature,
+        tokens,
+        vocabulary,
+        width,
+        **tile_options(tile, arch),
+    )
+
+    grid = (triton.cdiv(tokens, MERGE_ROWS),)
+    _merge_tiles_kernel[grid](
+        tile_max,
+        tile_sum,
+        tile_moment,
+        target_logit,
+        logp,
+        entropy,
+        lse,
+        tokens,
+        tiles,
+        ROWS=MERGE_ROWS,
+        BLOCK=MERGE_BLOCK,
+        num_warps=4,
+    )
+    return Stats(logp, entropy, lse)
+
+
+def gradient(
+    hidden,
+    weight,
+    targets,
+    lse,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    temperature,
+    arch=None,
+):
+    """dL/dz [T, V] in the dtype of hidden, from recomputed logits z (formula: logprob.py).
+
+    lse, entropy: of `stats`. grad_logp, grad_entropy [T]: the upstream gradients.
+    """
+    arch = arch or architecture(hidden)
+    tile = TILES["gradient", arch]
+    tokens, width = hidden.shape
+    vocabulary = len(weight)
+
+    # Rows start at multiples of 16 bytes, as tensor descriptors ask.
+    padded = triton.cdiv(vocabulary, 8) * 8
+    whole = torch.empty(tokens, padded, dtype=hidden.dtype, device=hidden.device)
+    out = target = whole[:, :vocabulary]
+    if arch >= 90:
+        target = TensorDescriptor.from_tensor(out, [tile.rows, TILE])
+
+    grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(vocabulary, TILE),)
+    _gradient_kernel[grid](
+        *operands(hidden.contiguous(), weight.contiguous(), tile, arch),
+        target,
+        targets,
+        lse,
+        entropy,
+        grad_logp.contiguous(),
+        grad_entropy.contiguous(),
+        1.0 / temperature,
+        tokens,
+        vocabulary,
+        width,
+        out.stride(0),
+        **tile_options(tile, arch),
+    )
+    return out
+
+
+# ---- for every launcher of a kernel with `tile_product` ----
+
+
+def operands(hidden, weight, tile, arch):
+    """hidden and weight as the kernels take them: tensor descriptors (TMA) or themselves."""
+    if arch < 90:
+        return hidden, weight
+    hidden_tiles = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth])
+    weight_tiles = TensorDescriptor.from_tensor(weight, [TILE, tile.depth])
+    return hidden_tiles, weight_tiles
+
+
+def tile_options(tile, arch):
+    """The constants of `tile_product` and the launch options."""
+    options = {
+        "ROWS": tile.rows,
+        "TILE": TILE,
+        "DEPTH": tile.depth,
+        "TMA": arch >= 90,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    if tile.registers:
+        options["maxnreg"] = tile.registers
+    return options
+
+
+def floats(*shape, device):
+    """Uninitialised fp32.
+
+    One allocation each: rows of one tensor would not be aligned, and every alignment is a
+    compilation of its own.
+    """
+    return torch.empty(*shape, dtype=torch.float32, device=device)
+
+
+# ---- Triton kernels ----
+# Logits are kept times log2(e), so that exp2, one instruction, does for exp.
 
 
 @jit
 def tile_product(
-    h,
-    w,
+    h,  # [M, D]: a tensor descriptor (TMA, sm_90) or a pointer
+    w,  # [V, D], likewise
     row,
     column,
     M,
@@ -52,17 +214,20 @@ def tile_product(
     DEPTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """hidden[row : row + ROWS] @ weight[column : column + TILE].T in fp32. h and w are tensor descriptors (TMA, sm_90) or pointers."""
+    """hidden[row : row + ROWS] @ weight[column : column + TILE].T in fp32."""
     product = tl.zeros((ROWS, TILE), dtype=tl.float32)
     if TMA:
         for d in range(0, D, DEPTH):
-            product = tl.dot(
-                h.load([row, d]), w.load([column, d]).T, product, input_precision="ieee"
-            )
+            a = h.load([row, d])
+            b = w.load([column, d]).T
+            product = tl.dot(a, b, product, input_precision="ieee")
     else:
+        # Rows and columns past the end read others instead of a mask: nobody uses the result.
         depth = tl.arange(0, DEPTH)
-        h_at = h + ((row + tl.arange(0, ROWS)) % M)[:, None] * D + depth[None, :]
-        w_at = w + ((column + tl.arange(0, TILE)) % V)[None, :] * D + depth[:, None]
+        rows = (row + tl.arange(0, ROWS)) % M
+        columns = (column + tl.arange(0, TILE)) % V
+        h_at = h + rows[:, None] * D + depth[None, :]
+        w_at = w + columns[None, :] * D + depth[:, None]
         for d in range(0, D, DEPTH):
             product = tl.dot(tl.load(h_at + d), tl.load(w_at + d), product, input_precision="ieee")
     return product
@@ -70,13 +235,13 @@ def tile_product(
 
 @jit
 def _stats_kernel(
-    h,
-    w,
-    targets,
-    tile_max,
-    tile_sum,
-    tile_moment,
-    target_logit,
+    h,  # [M, D]
+    w,  # [V, D]
+    targets,  # [M]
+    tile_max,  # [tiles, M]: m, the largest logit of the tile
+    tile_sum,  # [tiles, M]: sum of p = 2^(x - m)
+    tile_moment,  # [tiles, M]: sum of p (x - m)
+    target_logit,  # [M]
     scale,
     M,
     V,
@@ -86,21 +251,25 @@ def _stats_kernel(
     DEPTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of logits to (max m, sum of p = 2^(x - m), sum of p (x - m)) per row, [tiles, M], and the target's logit [M]."""
-    # Row tiles run fastest: all of them use one tile of the weight while it is in L2, and the hidden states stay there throughout.
+    """One tile of logits to three numbers per row, and the target's logit if the tile has it."""
+    # Row tiles run fastest: all of them use one tile of the weight while it is in L2, and the
+    # hidden states stay there throughout.
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
     tile = tl.program_id(0) // row_tiles
     column = tile * TILE + tl.arange(0, TILE)
     x = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA) * scale
     x = tl.where(column[None, :] < V, x, -1e30)
+
     top = tl.max(x, 1)
     above = x - top[:, None]
     p = tl.exp2(above)
+
     rows = row + tl.arange(0, ROWS)
     inside = rows < M
     target = tl.load(targets + rows, mask=inside, other=-1)
     logit = top + tl.sum(tl.where(column[None, :] == target[:, None], above, 0.0), 1)
+
     at = tile.to(tl.int64) * M + rows
     tl.store(tile_max + at, top, mask=inside)
     tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
@@ -110,11 +279,11 @@ def _stats_kernel(
 
 @jit
 def _merge_tiles_kernel(
-    tile_max,
+    tile_max,  # [tiles, M], as _stats_kernel leaves them
     tile_sum,
     tile_moment,
-    target_logit,
-    logp,
+    target_logit,  # [M]
+    logp,  # [M]
     entropy,
     lse,
     M,
@@ -122,60 +291,48 @@ def _merge_tiles_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tile results [tiles, M] to log-prob, entropy and log-sum-exp [M], in nats."""
+    """Log-prob, entropy and log-sum-exp of ROWS tokens, in nats."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     top = tl.full((ROWS,), -1e30, dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     moment = tl.zeros((ROWS,), dtype=tl.float32)
+
     for start in range(0, tiles, BLOCK):
         tile = start + tl.arange(0, BLOCK)[:, None]
         at = tile.to(tl.int64) * M + rows[None, :]
         inside = (tile < tiles) & (rows < M)[None, :]
+
         m = tl.load(tile_max + at, mask=inside, other=-1e30)
         new_top = tl.maximum(top, tl.max(m, 0))
         shrink = tl.exp2(top - new_top)
         below = m - new_top[None, :]
         weight = tl.exp2(below)
         mass = tl.load(tile_sum + at, mask=inside, other=1.0)
-        # Moments are about the maximum, which moves: sum p (x - new) = sum p (x - old) + (old - new) sum p. About 0 they would cancel in the entropy.
-        moment = (moment + total * (top - new_top)) * shrink + tl.sum(
-            weight * (tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below), 0
-        )
+
+        # Moments are about the maximum, which moves:
+        # sum p (x - new) = sum p (x - old) + (old - new) sum p.
+        # About 0 they would cancel in the entropy.
+        tile_moments = tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below
+        moved = (moment + total * (top - new_top)) * shrink
+        moment = moved + tl.sum(weight * tile_moments, 0)
         total = total * shrink + tl.sum(weight * mass, 0)
         top = new_top
+
     inside = rows < M
     spread = tl.log2(total)
     log_total = top + spread
-    tl.store(
-        logp + rows,
-        (tl.load(target_logit + rows, mask=inside, other=0.0) - log_total) * 0.6931471805599453,
-        mask=inside,
-    )
+    logit = tl.load(target_logit + rows, mask=inside, other=0.0)
+    tl.store(logp + rows, (logit - log_total) * 0.6931471805599453, mask=inside)
     tl.store(entropy + rows, (spread - moment / total) * 0.6931471805599453, mask=inside)
     tl.store(lse + rows, log_total * 0.6931471805599453, mask=inside)
 
 
 @jit
-def _gradient_of(x, column, target, lse, entropy, grad_logp, grad_entropy, inverse_temperature):
-    """dL/dz of a tile from its tempered logits x = z / temperature * log2(e); the rest are one number per row."""
-    above = x - (lse * 1.4426950408889634)[:, None]
-    p = tl.exp2(above)
-    coefficient = grad_logp[:, None] + grad_entropy[:, None] * (
-        above * 0.6931471805599453 + entropy[:, None]
-    )
-    gradient = -p * coefficient
-    return (
-        tl.where(column[None, :] == target[:, None], gradient + grad_logp[:, None], gradient)
-        * inverse_temperature
-    )
-
-
-@jit
 def _gradient_kernel(
-    h,
-    w,
-    out,
-    targets,
+    h,  # [M, D]
+    w,  # [V, D]
+    out,  # [M, V], a tensor descriptor or a pointer with row stride out_stride
+    targets,  # [M], as the next four
     lse,
     entropy,
     grad_logp,
@@ -190,14 +347,14 @@ def _gradient_kernel(
     DEPTH: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Recompute a tile of logits and write its dL/dz [M, V]."""
+    """Recompute a tile of logits and write its dL/dz."""
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
     tile = tl.program_id(0) // row_tiles
     column = tile * TILE + tl.arange(0, TILE)
-    x = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA) * (
-        inverse_temperature * 1.4426950408889634
-    )
+    scale = inverse_temperature * 1.4426950408889634
+    x = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA) * scale
+
     rows = row + tl.arange(0, ROWS)
     inside = rows < M
     target = tl.load(targets + rows, mask=inside, other=-1)
@@ -205,211 +362,19 @@ def _gradient_kernel(
     row_entropy = tl.load(entropy + rows, mask=inside, other=0.0)
     g = tl.load(grad_logp + rows, mask=inside, other=0.0)
     e = tl.load(grad_entropy + rows, mask=inside, other=0.0)
-    gradient = _gradient_of(x, column, target, row_lse, row_entropy, g, e, inverse_temperature)
+
+    # dL/dz = (g (delta - p) - e p (log p + entropy)) / temperature
+    above = x - (row_lse * 1.4426950408889634)[:, None]
+    p = tl.exp2(above)
+    log_p_and_entropy = above * 0.6931471805599453 + row_entropy[:, None]
+    coefficient = g[:, None] + e[:, None] * log_p_and_entropy
+    gradient = -p * coefficient
+    is_target = column[None, :] == target[:, None]
+    gradient = tl.where(is_target, gradient + g[:, None], gradient) * inverse_temperature
+
     if TMA:
         out.store([row, tile * TILE], gradient.to(out.dtype))
     else:
         corner = out + row.to(tl.int64) * out_stride + tile * TILE
         offset = tl.arange(0, ROWS)[:, None] * out_stride + tl.arange(0, TILE)[None, :]
         tl.store(corner + offset, gradient, mask=inside[:, None] & (column < V)[None, :])
-
-
-@jit
-def _logit_stats_kernel(logits, targets, logp, entropy, lse, scale, V, BLOCK: tl.constexpr):
-    """One row of fp32 logits to log-prob, entropy and log-sum-exp; every lane keeps its own running maximum, so no barrier inside the loop."""
-    row = tl.program_id(0).to(tl.int64)
-    top = tl.full((BLOCK,), -1e30, dtype=tl.float32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    moment = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * V + column, mask=column < V, other=-1e30) * scale
-        new_top = tl.maximum(top, x)
-        shrink, p = tl.exp2(top - new_top), tl.where(column < V, tl.exp2(x - new_top), 0.0)
-        moment = (moment + total * (top - new_top)) * shrink + p * (x - new_top)
-        total = total * shrink + p
-        top = new_top
-    row_top = tl.max(top, 0)
-    weight = tl.exp2(top - row_top)
-    row_total = tl.sum(total * weight, 0)
-    row_moment = tl.sum((moment + total * (top - row_top)) * weight, 0)
-    log_total = row_top + tl.log2(row_total)
-    target = tl.load(logits + row * V + tl.load(targets + row)) * scale
-    tl.store(logp + row, (target - log_total) * 0.6931471805599453)
-    tl.store(entropy + row, (tl.log2(row_total) - row_moment / row_total) * 0.6931471805599453)
-    tl.store(lse + row, log_total * 0.6931471805599453)
-
-
-@jit
-def _logit_gradient_kernel(
-    logits,
-    out,
-    targets,
-    lse,
-    entropy,
-    grad_logp,
-    grad_entropy,
-    inverse_temperature,
-    V,
-    out_stride,
-    BLOCK: tl.constexpr,
-):
-    """dL/dz of a block of one row of fp32 logits."""
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = row[:, None] * V + column[None, :]
-    x = tl.load(logits + at, mask=(column < V)[None, :], other=0.0) * (
-        inverse_temperature * 1.4426950408889634
-    )
-    target, row_lse, row_entropy = (
-        tl.load(targets + row),
-        tl.load(lse + row),
-        tl.load(entropy + row),
-    )
-    gradient = _gradient_of(
-        x,
-        column,
-        target,
-        row_lse,
-        row_entropy,
-        tl.load(grad_logp + row),
-        tl.load(grad_entropy + row),
-        inverse_temperature,
-    )
-    tl.store(
-        out + row[:, None] * out_stride + column[None, :], gradient, mask=(column < V)[None, :]
-    )
-
-
-# Launchers
-
-
-def fits(hidden):
-    """Tensor cores want 16-bit inputs and a width that is a multiple of the tile's depth; anything else on CUDA runs in chunked torch."""
-    return (
-        use_triton(hidden)
-        and hidden.dtype in (torch.bfloat16, torch.float16)
-        and hidden.shape[1] % 64 == 0
-    )
-
-
-def operands(hidden, weight, tile, tma):
-    """hidden and weight as the kernels take them: tensor descriptors or themselves."""
-    if not tma:
-        return hidden, weight
-    return TensorDescriptor.from_tensor(
-        hidden, [tile.rows, tile.depth]
-    ), TensorDescriptor.from_tensor(weight, [TILE, tile.depth])
-
-
-def floats(*shape, device):
-    """Uninitialised fp32. One allocation each: rows of one tensor would not be aligned, and every alignment is a compilation of its own."""
-    return torch.empty(*shape, dtype=torch.float32, device=device)
-
-
-def launch_options(tile):
-    return {
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        **({"maxnreg": tile.registers} if tile.registers else {}),
-    }
-
-
-def stats(hidden, weight, targets, temperature, arch=None):
-    """(log-prob, entropy, log-sum-exp), each [T] fp32."""
-    arch = arch or architecture(hidden)
-    tile, (tokens, width), vocabulary = TILES["stats", arch], hidden.shape, len(weight)
-    tiles = triton.cdiv(vocabulary, TILE)
-    partial = [floats(tiles, tokens, device=hidden.device) for _ in range(3)]
-    logit, logp, entropy, lse = (floats(tokens, device=hidden.device) for _ in range(4))
-    h, w = operands(hidden.contiguous(), weight.contiguous(), tile, arch >= 90)
-    shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90}
-    grid = (triton.cdiv(tokens, tile.rows) * tiles,)
-    _stats_kernel[grid](
-        h,
-        w,
-        targets,
-        *partial,
-        logit,
-        LOG2E / temperature,
-        tokens,
-        vocabulary,
-        width,
-        **shape,
-        **launch_options(tile),
-    )
-    _merge_tiles_kernel[(triton.cdiv(tokens, 32),)](
-        *partial, logit, logp, entropy, lse, tokens, tiles, ROWS=32, BLOCK=64, num_warps=4
-    )
-    return logp, entropy, lse
-
-
-def _gradient_buffer(tokens, vocabulary, dtype, device):
-    """[tokens, vocabulary] with rows 16-byte aligned, as tensor descriptors ask."""
-    return torch.empty(tokens, triton.cdiv(vocabulary, 8) * 8, dtype=dtype, device=device)[
-        :, :vocabulary
-    ]
-
-
-def gradient(
-    hidden, weight, targets, lse, entropy, grad_logp, grad_entropy, temperature, arch=None
-):
-    """dL/dz [T, V] in the dtype of hidden, from recomputed logits."""
-    arch = arch or architecture(hidden)
-    tile, (tokens, width), vocabulary = TILES["gradient", arch], hidden.shape, len(weight)
-    out = _gradient_buffer(tokens, vocabulary, hidden.dtype, hidden.device)
-    h, w = operands(hidden.contiguous(), weight.contiguous(), tile, arch >= 90)
-    target = TensorDescriptor.from_tensor(out, [tile.rows, TILE]) if arch >= 90 else out
-    shape = {"ROWS": tile.rows, "TILE": TILE, "DEPTH": tile.depth, "TMA": arch >= 90}
-    numbers = (
-        targets,
-        lse,
-        entropy,
-        grad_logp.contiguous(),
-        grad_entropy.contiguous(),
-        1.0 / temperature,
-        tokens,
-        vocabulary,
-        width,
-        out.stride(0),
-    )
-    grid = (triton.cdiv(tokens, tile.rows) * triton.cdiv(vocabulary, TILE),)
-    _gradient_kernel[grid](h, w, target, *numbers, **shape, **launch_options(tile))
-    return out
-
-
-def logit_stats(logits, targets, temperature):
-    """As `stats`, from raw fp32 logits [T, V]."""
-    logp, entropy, lse = (floats(len(logits), device=logits.device) for _ in range(3))
-    _logit_stats_kernel[(len(logits),)](
-        logits,
-        targets,
-        logp,
-        entropy,
-        lse,
-        LOG2E / temperature,
-        logits.shape[1],
-        BLOCK=2048,
-        num_warps=8,
-    )
-    return logp, entropy, lse
-
-
-def logit_gradient(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature, dtype):
-    """dL/dz [T, V] in `dtype` from raw (not tempered) fp32 logits [T, V]."""
-    tokens, vocabulary = logits.shape
-    out = _gradient_buffer(tokens, vocabulary, dtype, logits.device)
-    numbers = (
-        targets,
-        lse,
-        entropy,
-        grad_logp.contiguous(),
-        grad_entropy.contiguous(),
-        1.0 / temperature,
-        vocabulary,
-        out.stride(0),
-    )
-    _logit_gradient_kernel[(tokens, triton.cdiv(vocabulary, 2048))](
-        logits, out, *numbers, BLOCK=2048, num_warps=8
-    )
-    return out

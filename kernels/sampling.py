@@ -1,10 +1,13 @@
-"""Exact categorical sampling from the lm_head with the token's log-prob and the entropy, by tile masses and inverse CDF.
+"""Exact categorical sampling from the lm_head with the token's log-prob, by tile masses and inverse
+CDF.
 
-The vocabulary is cut into tiles of 128. Uniform u0 picks a tile by its probability mass, u1 a token inside it: P(tile) P(token | tile) = p(token).
-u0 and u1 are a hash of (seed, request, sample, position) and nothing else, so a draw does not depend on batch, slot, order or machine.
+The vocabulary is cut into tiles of 128. Uniform u0 picks a tile by its probability mass, u1 a token
+inside it: P(tile) P(token | tile) = p(token). u0 and u1 are a hash of (seed, request, sample,
+position) and nothing else, so a draw does not depend on batch, slot, order or machine.
 
-On CUDA the tile kernel's epilogue draws a candidate in every tile (u1 is the same for all: only one of them is used) and leaves five numbers per row
-and tile; a second kernel picks the tile. One Gumbel number per logit, the usual way, would cost five times the arithmetic of the whole softmax.
+On CUDA the tile kernel's epilogue draws a candidate in every tile (u1 is the same for all: only one
+of them is used) and leaves four numbers per row and tile; a second kernel picks the tile. One
+Gumbel number per logit, the usual way, would cost five times the arithmetic of the whole softmax.
 """
 
 from __future__ import annotations
@@ -15,111 +18,309 @@ from torch.nn import functional as F
 from kernels import architecture, head, jit, tl, triton, use_triton, wide
 from kernels.head import TILE, Tile, tile_product
 
-# torch references
+# Up to 64 rows the bytes of the weight are the floor: a smaller tile with three programs per
+# multiprocessor keeps more of them in flight.
+FEW_ROWS = 64
+TILES = {
+    ("few", 90): Tile(64, 64, 4, 3),
+    ("many", 90): Tile(128, 64, 8, 3, 128),
+    ("few", 80): Tile(64, 64, 4, 3),
+    ("many", 80): Tile(128, 64, 8, 3),
+}
+# The draw inside a tile has two levels, 8 groups of 16 tokens: a scan over all 128 would need twice
+# the registers (251 against 127).
+GROUPS = 8
+KEY_BLOCK = 128  # rows per program of the hash, one a thread
 
-_GOLDEN, _MIX1, _MIX2 = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # splitmix64's constants as signed 64-bit integers
-
-
-def _mix_reference(x):
-    """splitmix64's finaliser (Steele et al. 2014) on int64, whose arithmetic right shifts a mask makes logical."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def uniforms_reference(seeds, requests, samples, positions):
-    """Two independent fp32 uniforms per row, [2, B], from four int64 [B]; multiples of 2^-24 strictly between 0 and 1."""
-    state = torch.zeros_like(seeds)
-    for key in (seeds, requests, samples, positions):
-        state = _mix_reference(state + _GOLDEN + key)
-    bits = torch.stack(((state >> 41) & 0x7FFFFF, (state >> 9) & 0x7FFFFF))
-    return (bits.float() + 0.5) * 2.0**-23
+# splitmix64's constants as signed 64-bit integers
+GOLDEN = -0x61C8864680B583EB
+MIX_1 = -0x40A7B892E31B1A47
+MIX_2 = -0x6B2FB644ECCEEE15
 
 
-def _first_above(masses, uniform):
-    """First index whose cumulative mass exceeds uniform * total, never one of mass 0 (nor past the last other, where rounding could put it)."""
-    cumulative = masses.cumsum(-1)
-    hit = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (masses > 0)
-    last = masses.shape[1] - 1 - (masses > 0).flip(1).to(torch.int8).argmax(1)
-    return torch.where(hit.any(1), hit.to(torch.int8).argmax(1), last)
+# ---- public functions ----
 
 
-def _sample(logits, temperature, uniforms):
-    """(token, log-prob, entropy) of rows of logits [B, V] by uniforms [2, B]; no host sync, so that a CUDA graph may hold it."""
-    rows, greedy = torch.arange(len(logits), device=logits.device), temperature <= 0
-    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    top, best = logits.max(-1)
-    below = logits.sub_(top[:, None])
-    weights = below.exp()
-    tiles = F.pad(weights, (0, -logits.shape[1] % TILE)).view(len(logits), -1, TILE)
-    masses = tiles.sum(-1)
-    total = masses.sum(-1)
-    tile = _first_above(masses, uniforms[0])
-    token = torch.where(greedy, best, tile * TILE + _first_above(tiles[rows, tile], uniforms[1]))
-    logp = below.gather(1, token[:, None]).squeeze(1) - total.log()
-    return token, logp, total.log() - torch.linalg.vecdot(weights, below) / total
+def sample_tokens(
+    hidden,
+    weight,
+    temperature,
+    seeds,
+    requests,
+    samples,
+    positions,
+    one_tile=False,
+):
+    """Draw one token per row from softmax(hidden @ weight.T / temperature).
+
+    hidden [B, D], weight [V, D]
+    temperature [B] fp32: 0 is greedy, the first maximum with its untempered log-prob
+    seeds, requests, samples, positions [B] int64: the key of the draw
+    one_tile: the same tile for every number of rows, so that a row's last bits do not depend on it
+    Returns (tokens [B] int64, logprobs [B] fp32). Two equal logits: log-prob -0.693.
+
+    On CUDA no logits reach memory (bf16 or fp16, D a multiple of 64).
+    """
+    key = (seeds, requests, samples, positions)
+    if not head.fits(hidden):
+        return sample_tokens_reference(hidden, weight, temperature, *key)
+    return _sample_tokens(hidden, weight, temperature, *key, one_tile=one_tile)
+
+
+def sample_logits(
+    logits,
+    temperature,
+    seeds,
+    requests,
+    samples,
+    positions,
+    top_p,
+    top_k,
+):
+    """`sample_tokens` from given logits [B, V] with truncation, for evaluation.
+
+    top_p [B] fp32: nucleus, 1 is all. top_k [B] int64: 0 is all.
+    The log-prob is that of the truncated, renormalised, tempered distribution; a greedy row's of
+    the untempered, untruncated one.
+    """
+    greedy = temperature <= 0
+    divisor = torch.where(greedy, 1.0, temperature)
+    tempered = logits.float() / divisor[:, None]
+    kept = torch.where(greedy[:, None], tempered, _truncate(tempered, top_p, top_k))
+
+    key = (seeds, requests, samples, positions)
+    uniforms = _uniforms(*key) if use_triton(logits) else uniforms_reference(*key)
+    return _sample(kept, torch.where(greedy, 0.0, 1.0), uniforms)
+
+
+def _truncate(logits, top_p, top_k):
+    """-1e30 outside the top_k largest and then outside the smallest set of mass >= top_p of those.
+
+    Finite, because 0 * inf is NaN.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    rank = torch.arange(logits.shape[1], device=logits.device)
+    below_top_k = (top_k[:, None] > 0) & (rank >= top_k[:, None])
+    ordered = ordered.masked_fill(below_top_k, -1e30)
+
+    # A token stays if the larger ones before it do not make up top_p; the largest always stays.
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    outside_nucleus = (before >= top_p[:, None]) & (rank > 0)
+    ordered = ordered.masked_fill(outside_nucleus, -1e30)
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+# ---- torch references ----
 
 
 def sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions):
-    return _sample(
-        wide(hidden) @ wide(weight).T,
+    """`sample_tokens` by way of the logits [B, V]."""
+    logits = wide(hidden) @ wide(weight).T
+    uniforms = uniforms_reference(seeds, requests, samples, positions)
+    return _sample(logits, temperature, uniforms)
+
+
+def _sample(logits, temperature, uniforms):
+    """(token, log-prob) of rows of logits [B, V] by uniforms [2, B].
+
+    No host sync, so that a CUDA graph may hold it.
+    """
+    greedy = temperature <= 0
+    divisor = torch.where(greedy, 1.0, temperature)
+    logits = logits / divisor[:, None]
+    top, best = logits.max(-1)
+    below = logits.sub_(top[:, None])
+
+    padding = -logits.shape[1] % TILE
+    tiles = F.pad(below.exp(), (0, padding)).view(len(logits), -1, TILE)
+    masses = tiles.sum(-1)
+    tile = _first_above(masses, uniforms[0])
+    rows = torch.arange(len(logits), device=logits.device)
+    inside = _first_above(tiles[rows, tile], uniforms[1])
+    token = torch.where(greedy, best, tile * TILE + inside)
+
+    logit = below.gather(1, token[:, None]).squeeze(1)
+    return token, logit - masses.sum(-1).log()
+
+
+def _first_above(masses, uniform):
+    """First index of [B, n] whose cumulative mass exceeds uniform * total.
+
+    Never one of mass 0, nor past the last other, where rounding could put it.
+    """
+    cumulative = masses.cumsum(-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    has_mass = masses > 0
+    hit = (cumulative > threshold) & has_mass
+    first = hit.to(torch.int8).argmax(1)
+
+    from_the_end = has_mass.flip(1).to(torch.int8).argmax(1)
+    last = masses.shape[1] - 1 - from_the_end
+    return torch.where(hit.any(1), first, last)
+
+
+def uniforms_reference(seeds, requests, samples, positions):
+    """Two independent fp32 uniforms per row, [2, B], from four int64 [B].
+
+    They are multiples of 2^-24 strictly between 0 and 1.
+    """
+    state = torch.zeros_like(seeds)
+    for key in (seeds, requests, samples, positions):
+        state = _mix_reference(state + GOLDEN + key)
+    high = (state >> 41) & 0x7FFFFF
+    low = (state >> 9) & 0x7FFFFF
+    bits = torch.stack((high, low))
+    return (bits.float() + 0.5) * 2.0**-23
+
+
+def _mix_reference(x):
+    """splitmix64's finaliser (Steele et al. 2014) on int64.
+
+    The right shifts of int64 are arithmetic; a mask makes them logical.
+    """
+    x = x ^ ((x >> 30) & 0x3FFFFFFFF)
+    x = x * MIX_1
+    x = x ^ ((x >> 27) & 0x1FFFFFFFFF)
+    x = x * MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+# ---- launchers ----
+
+
+def _uniforms(seeds, requests, samples, positions):
+    rows = len(seeds)
+    out = torch.empty(2, rows, dtype=torch.float32, device=seeds.device)
+    grid = (triton.cdiv(rows, KEY_BLOCK),)
+    _uniforms_kernel[grid](
+        seeds,
+        requests,
+        samples,
+        positions,
+        out,
+        rows,
+        BLOCK=KEY_BLOCK,
+        num_warps=4,
+    )
+    return out
+
+
+def _sample_tokens(
+    hidden,
+    weight,
+    temperature,
+    seeds,
+    requests,
+    samples,
+    positions,
+    arch=None,
+    one_tile=False,
+):
+    arch = arch or architecture(hidden)
+    rows, width = hidden.shape
+    vocabulary = len(weight)
+    device = hidden.device
+    is_few = rows <= FEW_ROWS and not one_tile
+    tile = TILES["few" if is_few else "many", arch]
+    tiles = triton.cdiv(vocabulary, TILE)
+
+    uniforms = _uniforms(seeds, requests, samples, positions)
+    tile_max = head.floats(rows, tiles, device=device)
+    tile_sum = head.floats(rows, tiles, device=device)
+    candidate_logit = head.floats(rows, tiles, device=device)
+    candidate = torch.empty(rows, tiles, dtype=torch.int32, device=device)
+    grid = (triton.cdiv(rows, tile.rows) * tiles,)
+    _draw_kernel[grid](
+        *head.operands(hidden.contiguous(), weight, tile, arch),
         temperature,
-        uniforms_reference(seeds, requests, samples, positions),
+        uniforms,
+        tile_max,
+        tile_sum,
+        candidate,
+        candidate_logit,
+        rows,
+        vocabulary,
+        width,
+        tiles,
+        **head.tile_options(tile, arch),
+        GROUPS=GROUPS,
     )
 
+    token = torch.empty(rows, dtype=torch.int64, device=device)
+    logp = head.floats(rows, device=device)
+    grid = (rows,)
+    _choose_kernel[grid](
+        temperature,
+        uniforms,
+        tile_max,
+        tile_sum,
+        candidate,
+        candidate_logit,
+        token,
+        logp,
+        tiles,
+        TILE=TILE,
+        BLOCK=triton.next_power_of_2(tiles),
+        num_warps=4,
+    )
+    return token, logp
 
-# Triton kernels
+
+# ---- Triton kernels ----
+# The constants are the references': a kernel sees no plain globals.
+
+
+@jit
+def _uniforms_kernel(
+    seeds,  # [B], as the next three
+    requests,
+    samples,
+    positions,
+    out,  # [2, B]
+    B,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < B
+
+    seed = tl.load(seeds + row, mask=inside, other=0)
+    state = _mix(seed - 0x61C8864680B583EB)
+    request = tl.load(requests + row, mask=inside, other=0)
+    state = _mix(state - 0x61C8864680B583EB + request)
+    sample = tl.load(samples + row, mask=inside, other=0)
+    state = _mix(state - 0x61C8864680B583EB + sample)
+    position = tl.load(positions + row, mask=inside, other=0)
+    state = _mix(state - 0x61C8864680B583EB + position)
+
+    # 23 bits each, times 2^-23.
+    bits = (state >> 41) & 0x7FFFFF
+    u0 = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    tl.store(out + row, u0, mask=inside)
+    bits = (state >> 9) & 0x7FFFFF
+    u1 = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    tl.store(out + B + row, u1, mask=inside)
 
 
 @jit
 def _mix(x):
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    x = x ^ ((x >> 30) & 0x3FFFFFFFF)
+    x = x * -0x40A7B892E31B1A47
+    x = x ^ ((x >> 27) & 0x1FFFFFFFFF)
+    x = x * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 @jit
-def _uniforms_kernel(seeds, requests, samples, positions, out, B, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < B
-    state = _mix(tl.load(seeds + row, mask=inside, other=0) - 0x61C8864680B583EB)
-    state = _mix(state - 0x61C8864680B583EB + tl.load(requests + row, mask=inside, other=0))
-    state = _mix(state - 0x61C8864680B583EB + tl.load(samples + row, mask=inside, other=0))
-    state = _mix(state - 0x61C8864680B583EB + tl.load(positions + row, mask=inside, other=0))
-    tl.store(
-        out + row,
-        (((state >> 41) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07,
-        mask=inside,
-    )
-    tl.store(
-        out + B + row,
-        (((state >> 9) & 0x7FFFFF).to(tl.float32) + 0.5) * 1.1920928955078125e-07,
-        mask=inside,
-    )
-
-
-@jit
-def _pick(masses, cumulative, threshold, index, SIZE: tl.constexpr):
-    """`_first_above` for rows [ROWS, SIZE] with the cumulative masses and the threshold [ROWS, 1] given."""
-    first = tl.min(tl.where((cumulative > threshold) & (masses > 0), index, SIZE), 1)
-    return tl.minimum(first, tl.max(tl.where(masses > 0, index, 0), 1))
-
-
-@jit
 def _draw_kernel(
-    h,
-    w,
-    temperature,
-    uniforms,
-    tile_max,
-    tile_sum,
-    tile_moment,
-    candidate,
-    candidate_logit,
+    h,  # [M, D]
+    w,  # [V, D]
+    temperature,  # [M]
+    uniforms,  # [2, M]
+    tile_max,  # [M, tiles]: m, the largest logit, times log2(e)
+    tile_sum,  # [M, tiles]: sum of p = 2^(x - m)
+    candidate,  # [M, tiles]: index inside the tile of the token drawn there
+    candidate_logit,  # [M, tiles]
     M,
     V,
     D,
@@ -130,195 +331,104 @@ def _draw_kernel(
     TMA: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """One tile of logits to the three numbers of head.py's softmax and a candidate token with its logit, per row, [M, tiles]."""
+    """One tile of logits to its softmax numbers and a candidate token, for ROWS rows."""
     row_tiles = tl.cdiv(M, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS
     tile = tl.program_id(0) // row_tiles
     product = tile_product(h, w, row, tile * TILE, M, V, D, ROWS, TILE, DEPTH, TMA)
+
+    # Tempered logits times log2(e); -1e30 past the end of the vocabulary.
     rows = row + tl.arange(0, ROWS)
     inside = rows < M
     t = tl.load(temperature + rows, mask=inside, other=1.0)
-    x = product * (1.4426950408889634 / tl.where(t > 0, t, 1.0))[:, None]
-    x = tl.where(tile * TILE + tl.arange(0, TILE)[None, :] < V, x, -1e30)
+    scale = 1.4426950408889634 / tl.where(t > 0, t, 1.0)
+    x = product * scale[:, None]
+    column = tile * TILE + tl.arange(0, TILE)
+    x = tl.where(column[None, :] < V, x, -1e30)
+
     top = tl.max(x, 1)
-    above = x - top[:, None]
-    p = tl.exp2(above)
+    p = tl.exp2(x - top[:, None])
     at = rows.to(tl.int64) * tiles + tile
     tl.store(tile_max + at, top, mask=inside)
     tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
-    tl.store(tile_moment + at, tl.sum(p * above, 1), mask=inside)
+
     # Greedy: nothing but the maxima keep their mass, and a threshold of 0 picks the first of them.
-    p = tl.where((t <= 0)[:, None] & (p < 1.0), 0.0, p)
-    u = tl.where(t > 0, tl.load(uniforms + M + rows, mask=inside, other=0.5), 0.0)
-    # Inverse CDF in two levels, 8 groups of 16 tokens: a scan over all 128 would need twice the registers (251 against 127).
-    groups = tl.reshape(p, (ROWS, GROUPS, TILE // GROUPS))
+    greedy = t <= 0
+    p = tl.where(greedy[:, None] & (p < 1.0), 0.0, p)
+    u1 = tl.load(uniforms + M + rows, mask=inside, other=0.5)
+    u1 = tl.where(t > 0, u1, 0.0)
+
+    # The group whose cumulative mass first exceeds the threshold, and the mass before it.
+    SIZE: tl.constexpr = TILE // GROUPS
+    groups = tl.reshape(p, (ROWS, GROUPS, SIZE))
     mass = tl.sum(groups, 2)
     cumulative = tl.cumsum(mass, 1)
-    threshold = (u * tl.max(cumulative, 1))[:, None]
-    group = _pick(mass, cumulative, threshold, tl.arange(0, GROUPS)[None, :], GROUPS)[:, None]
-    before = tl.max(tl.where(tl.arange(0, GROUPS)[None, :] < group, cumulative, 0.0), 1)
-    tokens = tl.sum(
-        tl.where(tl.arange(0, GROUPS)[None, :, None] == group[:, :, None], groups, 0.0), 1
-    )
-    index = tl.arange(0, TILE // GROUPS)[None, :]
-    token = _pick(tokens, tl.cumsum(tokens, 1) + before[:, None], threshold, index, TILE // GROUPS)
+    threshold = (u1 * tl.max(cumulative, 1))[:, None]
+    number = tl.arange(0, GROUPS)[None, :]
+    group = _pick(mass, cumulative, threshold, number, GROUPS)[:, None]
+    before = tl.max(tl.where(number < group, cumulative, 0.0), 1)
+
+    # The token inside it.
+    is_chosen = tl.arange(0, GROUPS)[None, :, None] == group[:, :, None]
+    tokens = tl.sum(tl.where(is_chosen, groups, 0.0), 1)
+    index = tl.arange(0, SIZE)[None, :]
+    cumulative = tl.cumsum(tokens, 1) + before[:, None]
+    token = _pick(tokens, cumulative, threshold, index, SIZE)
+
     chosen = tl.sum(tl.where(index == token[:, None], tokens, 0.0), 1)
-    tl.store(candidate + at, tl.sum(group, 1) * (TILE // GROUPS) + token, mask=inside)
+    drawn = tl.sum(group, 1) * SIZE + token
+    tl.store(candidate + at, drawn, mask=inside)
     tl.store(candidate_logit + at, top + tl.log2(chosen), mask=inside)
 
 
 @jit
+def _pick(masses, cumulative, threshold, index, SIZE: tl.constexpr):
+    """`_first_above` for rows [ROWS, SIZE], given cumulative masses and threshold [ROWS, 1]."""
+    has_mass = masses > 0
+    hit = (cumulative > threshold) & has_mass
+    first = tl.min(tl.where(hit, index, SIZE), 1)
+    last = tl.max(tl.where(has_mass, index, 0), 1)
+    return tl.minimum(first, last)
+
+
+@jit
 def _choose_kernel(
-    temperature,
-    uniforms,
-    tile_max,
+    temperature,  # [M]
+    uniforms,  # [2, M]
+    tile_max,  # [M, tiles], as _draw_kernel leaves them
     tile_sum,
-    tile_moment,
     candidate,
     candidate_logit,
-    token,
-    logp,
-    entropy,
+    token,  # [M]
+    logp,  # [M], in nats
     tiles,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: pick its tile by mass, take that tile's candidate; log-prob and entropy in nats."""
+    """One row: pick its tile by mass and take that tile's candidate."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     index = tl.arange(0, BLOCK)[None, :]
     at = row[:, None] * tiles + index
     inside = index < tiles
+
     m = tl.load(tile_max + at, mask=inside, other=-1e30)
     top = tl.max(m, 1)
-    below = m - top[:, None]
-    weight = tl.exp2(below)
-    mass = weight * tl.load(tile_sum + at, mask=inside, other=0.0)
+    weight = tl.exp2(m - top[:, None])
+    sums = tl.load(tile_sum + at, mask=inside, other=0.0)
+    mass = weight * sums
     total = tl.sum(mass, 1)
-    moment = tl.sum(weight * tl.load(tile_moment + at, mask=inside, other=0.0) + mass * below, 1)
+
     greedy = tl.load(temperature + row) <= 0
     mass = tl.where(greedy[:, None] & (m < top[:, None]), 0.0, mass)
     cumulative = tl.cumsum(mass, 1)
-    u = tl.where(greedy, 0.0, tl.load(uniforms + row))
-    tile = _pick(mass, cumulative, (u * tl.max(cumulative, 1))[:, None], index, BLOCK)
+    u0 = tl.load(uniforms + row)
+    u0 = tl.where(greedy, 0.0, u0)
+    threshold = (u0 * tl.max(cumulative, 1))[:, None]
+    tile = _pick(mass, cumulative, threshold, index, BLOCK)
+
     log_total = top + tl.log2(total)
-    tl.store(token + row, tile.to(tl.int64) * TILE + tl.load(candidate + row * tiles + tile))
-    tl.store(
-        logp + row, (tl.load(candidate_logit + row * tiles + tile) - log_total) * 0.6931471805599453
-    )
-    tl.store(entropy + row, (tl.log2(total) - moment / total) * 0.6931471805599453)
-
-
-# Launchers. Up to 64 rows the bytes of the weight are the floor: a smaller tile with three programs per multiprocessor keeps more of them in flight.
-
-TILES = {
-    ("few", 90): Tile(64, 64, 4, 3),
-    ("many", 90): Tile(128, 64, 8, 3, 128),
-    ("few", 80): Tile(64, 64, 4, 3),
-    ("many", 80): Tile(128, 64, 8, 3),
-}
-GROUPS = 8
-
-
-def _uniforms(seeds, requests, samples, positions):
-    out = torch.empty(2, len(seeds), dtype=torch.float32, device=seeds.device)
-    _uniforms_kernel[(triton.cdiv(len(seeds), 128),)](
-        seeds, requests, samples, positions, out, len(seeds), BLOCK=128, num_warps=4
-    )
-    return out
-
-
-def _sample_tokens(
-    hidden, weight, temperature, seeds, requests, samples, positions, arch=None, one_tile=False
-):
-    arch = arch or architecture(hidden)
-    (rows, width), vocabulary, device = hidden.shape, len(weight), hidden.device
-    tile, tiles = (
-        TILES["few" if rows <= 64 and not one_tile else "many", arch],
-        triton.cdiv(vocabulary, TILE),
-    )
-    uniforms = _uniforms(seeds, requests, samples, positions)
-    top, mass, moment, logit = (head.floats(rows, tiles, device=device) for _ in range(4))
-    results = (top, mass, moment, torch.empty(rows, tiles, dtype=torch.int32, device=device), logit)
-    token, logp, entropy = (
-        torch.empty(rows, dtype=torch.int64, device=device),
-        head.floats(rows, device=device),
-        head.floats(rows, device=device),
-    )
-    h, w = head.operands(hidden.contiguous(), weight, tile, arch >= 90)
-    shape = {
-        "ROWS": tile.rows,
-        "TILE": TILE,
-        "DEPTH": tile.depth,
-        "TMA": arch >= 90,
-        "GROUPS": GROUPS,
-    }
-    grid = (triton.cdiv(rows, tile.rows) * tiles,)
-    _draw_kernel[grid](
-        h,
-        w,
-        temperature,
-        uniforms,
-        *results,
-        rows,
-        vocabulary,
-        width,
-        tiles,
-        **shape,
-        **head.launch_options(tile),
-    )
-    block = triton.next_power_of_2(tiles)
-    _choose_kernel[(rows,)](
-        temperature,
-        uniforms,
-        *results,
-        token,
-        logp,
-        entropy,
-        tiles,
-        TILE=TILE,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return token, logp, entropy
-
-
-# Public functions
-
-
-def sample_tokens(hidden, weight, temperature, seeds, requests, samples, positions, one_tile=False):
-    """Draw one token per row from softmax(hidden @ weight.T / temperature): (tokens [B] int64, logprobs [B] fp32, entropy [B] fp32).
-
-    hidden [B, D], weight [V, D], temperature [B] fp32 (0 = greedy: the first maximum, log-prob and entropy of the untempered distribution), and the
-    draw's key: seeds, requests, samples, positions [B] int64. No logits reach memory on CUDA (bf16 or fp16, D a multiple of 64). one_tile: the same
-    tile for every number of rows, so that a row's last bits do not depend on it.
-    """
-    if head.fits(hidden):
-        return _sample_tokens(
-            hidden, weight, temperature, seeds, requests, samples, positions, one_tile=one_tile
-        )
-    return sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions)
-
-
-def _truncate(logits, top_p, top_k):
-    """-1e30 outside the top_k largest (0 = all) and then outside the smallest set of mass >= top_p of what is left (finite: 0 * inf is NaN)."""
-    ordered, order = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill((top_k[:, None] > 0) & (rank >= top_k[:, None]), -1e30)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), -1e30)
-    return torch.empty_like(logits).scatter_(1, order, ordered)
-
-
-def sample_logits(logits, temperature, seeds, requests, samples, positions, top_p, top_k):
-    """`sample_tokens` from given logits [B, V] with nucleus (top_p [B], 1 = all) and top-k (top_k [B] int64, 0 = all) truncation, for evaluation.
-
-    The log-prob and entropy are those of the truncated, renormalised, tempered distribution (greedy rows: of the untempered, untruncated one).
-    """
-    greedy = temperature <= 0
-    tempered = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    kept = torch.where(greedy[:, None], tempered, _truncate(tempered, top_p, top_k))
-    uniforms = (_uniforms if use_triton(logits) else uniforms_reference)(
-        seeds, requests, samples, positions
-    )
-    return _sample(kept, torch.where(greedy, 0.0, 1.0), uniforms)
+    chosen = row * tiles + tile
+    inside_tile = tl.load(candidate + chosen)
+    tl.store(token + row, tile.to(tl.int64) * TILE + inside_tile)
+    logit = tl.load(candidate_logit + chosen)
+    tl.store(logp + row, (logit - log_total) * 0.6931471805599453)

@@ -265,7 +265,7 @@ def test_cpu_draw_is_the_kernels_draw():
     row = torch.arange(64)
     seed = torch.full((64,), 5)
     key = (temperature, seed, row, row % 4, row + 1000)  # request, sample, position
-    tokens, logprobs, _ = sample_tokens(hidden, weight, *key)
+    tokens, logprobs = sample_tokens(hidden, weight, *key)
     our_tokens, our_logprobs = decode.draw(hidden @ weight.T, *key)
     assert torch.equal(tokens, our_tokens)
     assert (logprobs - our_logprobs).abs().max() < 1e-6
