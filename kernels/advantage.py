@@ -10,6 +10,29 @@ import torch
 
 from kernels import jit, tl, triton, use_triton, wide
 
+# The table of ids is [4, 512] at a time: 16 values a thread; 512 rollouts are 128 programs of one
+# round.
+ROWS = 4
+BLOCK = 512
+
+
+def group_statistics(rewards, group_ids, weights=None):
+    """Mean, standard deviation and size of every rollout's group, and whether it has no signal.
+
+    rewards: [N] fp32; NaN where the sandbox could not judge: such a rollout counts nowhere.
+    group_ids: [N] int64; equal numbers are one group, of any size and order.
+    weights: [N], what each rollout counts for (its token count for statistics over tokens).
+
+    Returns mean, std (sample standard deviation), size (sum of the weights), each [N] fp32, and
+    no_signal [N] bool: the rollout was not judged, or all judged rewards of its group are the same
+    number, by exact comparison. One launch and no wait for the host on a GPU.
+    Rewards 1, 0, 0, 0: mean 0.25, std 0.5, size 4, no_signal False. 0.1, 0.1, 0.1: no_signal True.
+    """
+    if use_triton(rewards):
+        return _group_statistics(rewards, group_ids, weights)
+    return group_statistics_reference(rewards, group_ids, weights)
+
+
 # ---- torch reference ----
 
 
@@ -40,7 +63,29 @@ def group_statistics_reference(rewards, group_ids, weights=None):
     return mean, variance.sqrt(), size, no_signal
 
 
-# ---- Triton kernel ----
+# ---- Triton ----
+
+
+def _group_statistics(rewards, group_ids, weights):
+    rewards = rewards.float().contiguous()
+    count = len(rewards)
+    mean, std, size = torch.empty(3, count, dtype=torch.float32, device=rewards.device)
+    no_signal = torch.empty(count, dtype=torch.bool, device=rewards.device)
+    _group_statistics_kernel[(triton.cdiv(count, ROWS),)](
+        rewards,
+        group_ids,
+        rewards if weights is None else weights,
+        mean,
+        std,
+        size,
+        no_signal,
+        count,
+        WEIGHTED=weights is not None,
+        ROWS=ROWS,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return mean, std, size, no_signal
 
 
 @jit
@@ -109,51 +154,3 @@ def _group_statistics_kernel(
     tl.store(std_out + row, tl.sqrt(variance), mask=inside)
     tl.store(size_out + row, size, mask=inside)
     tl.store(no_signal_out + row, (low >= high) | (row_judged == 0), mask=inside)
-
-
-# The table of ids is [4, 512] at a time: 16 values a thread; 512 rollouts are 128 programs of one
-# round.
-ROWS = 4
-BLOCK = 512
-
-
-def _group_statistics(rewards, group_ids, weights):
-    rewards = rewards.float().contiguous()
-    count = len(rewards)
-    mean, std, size = torch.empty(3, count, dtype=torch.float32, device=rewards.device)
-    no_signal = torch.empty(count, dtype=torch.bool, device=rewards.device)
-    _group_statistics_kernel[(triton.cdiv(count, ROWS),)](
-        rewards,
-        group_ids,
-        rewards if weights is None else weights,
-        mean,
-        std,
-        size,
-        no_signal,
-        count,
-        WEIGHTED=weights is not None,
-        ROWS=ROWS,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
-    return mean, std, size, no_signal
-
-
-# ---- public function ----
-
-
-def group_statistics(rewards, group_ids, weights=None):
-    """Mean, standard deviation and size of every rollout's group, and whether it has no signal.
-
-    rewards: [N] fp32; NaN where the sandbox could not judge: such a rollout counts nowhere.
-    group_ids: [N] int64; equal numbers are one group, of any size and order.
-    weights: [N], what each rollout counts for (its token count for statistics over tokens).
-
-    Returns mean, std (sample standard deviation), size (sum of the weights), each [N] fp32, and
-    no_signal [N] bool: the rollout was not judged, or all judged rewards of its group are the same
-    number, by exact comparison. One launch and no wait for the host on a GPU.
-    Rewards 1, 0, 0, 0: mean 0.25, std 0.5, size 4, no_signal False. 0.1, 0.1, 0.1: no_signal True.
-    """
-    if use_triton(rewards):
-        return _group_statistics(rewards, group_ids, weights)
-    return group_statistics_reference(rewards, group_ids, weights)

@@ -28,42 +28,17 @@ CPU_CHUNK = 1 << 24
 CUDA_CHUNK = 4096 * 151_936
 
 
-# ---- torch references ----
+def token_logprobs(hidden, weight, targets, temperature=1.0):
+    """Log-probability of each target token and entropy of its distribution, each [T].
 
+    hidden: [T, D]. weight: [V, D], the head, tied or not. targets: [T] int64 in 0..V-1.
+    temperature: logits are divided by it.
 
-def token_logprobs_reference(hidden, weight, targets, temperature=1.0):
-    logp = (wide(hidden) @ wide(weight).T / temperature).log_softmax(-1)
-    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
-
-
-def logit_stats_reference(logits, targets, temperature):
-    """Log-prob of the target, entropy and log-sum-exp, each [rows], of logits [rows, V].
-
-    Divides the logits by temperature in place.
+    fp32 (float64 for float64 input), differentiable in hidden and weight through both outputs.
+    Holds one bounded chunk of logits, forward and backward.
+    Uniform logits over V = 4: log-prob and -entropy are -1.386.
     """
-    if temperature != 1.0:
-        logits.div_(temperature)
-    lse = logits.logsumexp(-1)
-    logp = logits - lse[:, None]
-    # -sum p log p, not lse - sum p x: there a rounding of lse is multiplied by x (1e-4 at x = 45),
-    # here by the entropy.
-    entropy = -torch.linalg.vecdot(logp.exp(), logp)
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy, lse
-
-
-def logit_gradient_reference(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature):
-    """dL/dz [rows, V], the formula at the top, from logits already divided by temperature.
-
-    Overwrites the logits.
-    """
-    probabilities = (logits - lse[:, None]).exp_()
-    distance = logits.sub_((lse - entropy)[:, None])
-    coefficient = distance.mul_(grad_entropy[:, None]).add_(grad_logp[:, None])
-    gradient = probabilities.mul_(coefficient).neg_()
-    gradient.scatter_add_(1, targets[:, None], grad_logp[:, None])
-    if temperature != 1.0:
-        gradient.div_(temperature)
-    return gradient
+    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature)
 
 
 # ---- chunks of tokens, on Triton or on torch ----
@@ -141,17 +116,39 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-# ---- public function ----
+# ---- torch references ----
 
 
-def token_logprobs(hidden, weight, targets, temperature=1.0):
-    """Log-probability of each target token and entropy of its distribution, each [T].
+def token_logprobs_reference(hidden, weight, targets, temperature=1.0):
+    logp = (wide(hidden) @ wide(weight).T / temperature).log_softmax(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
 
-    hidden: [T, D]. weight: [V, D], the head, tied or not. targets: [T] int64 in 0..V-1.
-    temperature: logits are divided by it.
 
-    fp32 (float64 for float64 input), differentiable in hidden and weight through both outputs.
-    Holds one bounded chunk of logits, forward and backward.
-    Uniform logits over V = 4: log-prob and -entropy are -1.386.
+def logit_stats_reference(logits, targets, temperature):
+    """Log-prob of the target, entropy and log-sum-exp, each [rows], of logits [rows, V].
+
+    Divides the logits by temperature in place.
     """
-    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    lse = logits.logsumexp(-1)
+    logp = logits - lse[:, None]
+    # -sum p log p, not lse - sum p x: there a rounding of lse is multiplied by x (1e-4 at x = 45),
+    # here by the entropy.
+    entropy = -torch.linalg.vecdot(logp.exp(), logp)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy, lse
+
+
+def logit_gradient_reference(logits, targets, lse, entropy, grad_logp, grad_entropy, temperature):
+    """dL/dz [rows, V], the formula at the top, from logits already divided by temperature.
+
+    Overwrites the logits.
+    """
+    probabilities = (logits - lse[:, None]).exp_()
+    distance = logits.sub_((lse - entropy)[:, None])
+    coefficient = distance.mul_(grad_entropy[:, None]).add_(grad_logp[:, None])
+    gradient = probabilities.mul_(coefficient).neg_()
+    gradient.scatter_add_(1, targets[:, None], grad_logp[:, None])
+    if temperature != 1.0:
+        gradient.div_(temperature)
+    return gradient
