@@ -31,7 +31,6 @@ import resource
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -47,13 +46,6 @@ from tasks.problems import load_problems
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-
-
-class Ceilings(NamedTuple):
-    """bandwidth: bytes per second of a copy, read plus written. rate: operations per second."""
-
-    bandwidth: float
-    rate: float
 
 
 @dataclass
@@ -208,7 +200,7 @@ def log_prob_gap(model, requests, completions, label):
 
 
 def bench_random(options):
-    ceilings = Ceilings(*measured_ceilings(512 if options.smoke else 8192))
+    ceilings = measured_ceilings(512 if options.smoke else 8192)
     print(
         f"copy {ceilings.bandwidth / 1e12:.3f} TB/s, "
         f"matrix product {ceilings.rate / 1e12:.1f} TFLOP/s"

@@ -8,8 +8,8 @@ its batch, and what this mode does instead, in the trainer's forward, in prefill
 - attention: training's flash kernel, and the shared prefix in decode, cut the keys differently ->
   every token is a query of the paged decode kernel, which reads its keys in splits of 256 from the
   first on and merges them in order;
-- the head: the draw's tile depends on the batch and the fused loss uses cuBLAS -> one tile, and
-  log-probs always from kernels.logprob.token_logprobs.
+- the head: the draw's tile depends on the batch -> one tile, and log-probs always from
+  kernels.logprob.token_logprobs.
 
 Norms, rotation and SwiGLU are row by row already. The gradient is that of the ordinary operations:
 only values of the forward are compared.
