@@ -11,7 +11,6 @@ from types import ModuleType
 import torch
 
 import gepo
-import grpo
 import rollout
 import sft
 from batches import make_optimizer
@@ -106,13 +105,13 @@ def build(settings, folder, language, pool, device, report):
         # Before anything is restored: GEPO's reference is the policy that the run starts from.
         run.groups = gepo.prepare(settings, tokenizer, model, device, folder, report)
 
-    limit = settings.max_prompt_tokens
+    limit = longest_prompt(settings, model.config.max_position_embeddings)
     if settings.task == "selfplay":
         run.task = selfplay
         run.play = selfplay.Play(settings, language, pool, run.sampler, tokenizer)
     else:
         run.problems = usable(task.problems, tokenizer, task.ask, limit, report)
-    run.held_out = usable(task.held_out, tokenizer, task.ask, limit, lambda _: None)
+    run.held_out = usable(task.held_out, tokenizer, task.ask, limit, report, "held-out ")
     return run
 
 
@@ -157,34 +156,56 @@ def make_judge(settings, pool, language):
     return Judge(pool, language, components, gate=settings.format_gate)
 
 
-def usable(problems, tokenizer, ask, limit, report):
+def longest_prompt(settings, positions):
+    """Most tokens of a prompt: --max_prompt_tokens, or what the model's positions leave."""
+    left = positions - settings.max_new_tokens
+    if left < 1 or (settings.task == "selfplay" and left < settings.max_prompt_tokens):
+        raise SystemExit(
+            f"--max_prompt_tokens {settings.max_prompt_tokens} and --max_new_tokens "
+            f"{settings.max_new_tokens} do not fit the model's {positions} positions: lower one"
+        )
+    return min(settings.max_prompt_tokens, left)
+
+
+def usable(problems, tokenizer, ask, limit, report, kind=""):
     """Drop problems whose prompt is longer than the limit; say how many."""
     kept = [problem for problem in problems if len(prompt_ids(tokenizer, ask(problem))) <= limit]
     if len(kept) < len(problems):
         report(
-            f"{len(problems) - len(kept)} of {len(problems)} problems dropped: their prompt is "
-            f"longer than --max_prompt_tokens {limit}"
+            f"{len(problems) - len(kept)} of {len(problems)} {kind}problems dropped: their prompt "
+            f"is longer than {limit} tokens (--max_prompt_tokens, or what the model's positions "
+            "leave beside --max_new_tokens)"
         )
     if not kept:
         raise SystemExit(
-            f"no problem is left: every prompt is longer than --max_prompt_tokens {limit}; "
-            "raise it, or lower --examples"
+            f"no {kind}problem is left: every prompt is longer than {limit} tokens; raise "
+            "--max_prompt_tokens, or lower --examples"
         )
     return kept
 
 
 def check(settings, device):
     """One sentence for settings that cannot work together."""
-    grpo.token_weights(settings.loss, [1], settings.max_new_tokens)
-    if settings.advantage not in grpo.ADVANTAGES:
-        raise ValueError(
-            f"unknown advantage {settings.advantage!r}: choose one of {', '.join(grpo.ADVANTAGES)}"
-        )
-    known = settings.old_logprobs in ("sampler", "trainer")
-    if not known or (settings.tis and settings.old_logprobs == "sampler"):
+    one_reward_a_group = settings.samples == 1 and settings.task != "selfplay"
+    if one_reward_a_group and settings.advantage != "reinforce++":
         raise SystemExit(
-            f"--old_logprobs {settings.old_logprobs} --tis {settings.tis}: choose sampler or "
-            "trainer, and trainer with --tis, which compares the two"
+            f"--samples 1 --advantage {settings.advantage}: a group of one has nothing to be compared "
+            "with; take more samples, or --advantage reinforce++"
+        )
+    if settings.temperature <= 0:
+        raise SystemExit(
+            f"--temperature {settings.temperature}: greedy samples of a prompt are all alike and the "
+            "loss divides by it; give more than 0 (--eval_temperature 0 is greedy evaluation)"
+        )
+    if settings.tis and settings.old_logprobs == "sampler":
+        raise SystemExit(
+            f"--tis {settings.tis} compares the trainer's log-probs with the sampler's: it needs "
+            "--old_logprobs trainer"
+        )
+    if settings.overlong_buffer > settings.max_new_tokens:
+        raise SystemExit(
+            f"--overlong_buffer {settings.overlong_buffer} is longer than --max_new_tokens "
+            f"{settings.max_new_tokens}: every completion would be punished"
         )
     if settings.exact and (device.type == "cpu" or settings.lora_rank):
         raise SystemExit(

@@ -5,18 +5,26 @@ Flags, --help and recipes (TOML) come from it.
 
 import argparse
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
+from grpo import ADVANTAGES, LOSSES
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def setting(default, text, section=None):
-    """A field with its sentence for --help. section: the title of the section that begins here."""
-    return field(default=default, metadata={"help": text, "section": section})
+def setting(default, text, section=None, least=None, most=None, choices=()):
+    """A field with its sentence for --help.
+
+    section: the title of the section that begins here. least, most: bounds of a number.
+    choices: all values that there are.
+    """
+    limits = {"least": least, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": text, "section": section, **limits})
 
 
 @dataclass
@@ -28,6 +36,7 @@ class Settings:
         "problems to train on: sums (built in), gsm8k, translate or selfplay (the model makes its "
         "own)",
         section="what is trained on what",
+        choices=("sums", "gsm8k", "translate", "selfplay"),
     )
     lang: str = setting(
         "prolog",
@@ -41,8 +50,8 @@ class Settings:
     data: str = setting(
         "", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)"
     )
-    problems: int = setting(0, "train on only so many problems of the task; 0 = all")
-    examples: int = setting(1, "worked examples in the prompt: 0, 1 or 5")
+    problems: int = setting(0, "train on only so many problems of the task; 0 = all", least=0)
+    examples: int = setting(1, "worked examples in the prompt: 0, 1 or 5", choices=(0, 1, 5))
     short_prompt: bool = setting(
         False, "leave the long instructions out (for models trained on this format)"
     )
@@ -58,27 +67,37 @@ class Settings:
         section="the run",
     )
     seed: int = setting(0, "decides data order and every sampled token")
-    steps: int = setting(1500, "rollout-and-update steps")
-    save_every: int = setting(100, "steps between checkpoints (the last step is always saved)")
-    keep: int = setting(2, "newest checkpoints to keep, beside the best of the evaluated ones")
-    wandb: str = setting("auto", "auto (online with a key, else offline), online, offline or off")
+    steps: int = setting(1500, "rollout-and-update steps", least=0)
+    save_every: int = setting(
+        100, "steps between checkpoints (the last step is always saved)", least=1
+    )
+    keep: int = setting(
+        2, "newest checkpoints to keep, beside the best of the evaluated ones", least=0
+    )
+    wandb: str = setting(
+        "auto",
+        "auto (online with a key, else offline), online, offline or off",
+        choices=("auto", "online", "offline", "off"),
+    )
 
     prompts: int = setting(
         32,
         "prompts per step, over all ranks (selfplay: for each task and role, 6 times as many)",
         section="rollouts",
+        least=1,
     )
-    samples: int = setting(8, "completions per prompt (the group)")
+    samples: int = setting(8, "completions per prompt (the group)", least=1)
     max_prompt_tokens: int = setting(
-        1024, "problems with a longer prompt are dropped, and counted at the start"
+        1024, "problems with a longer prompt are dropped, and counted at the start", least=1
     )
-    max_new_tokens: int = setting(512, "longest completion")
+    max_new_tokens: int = setting(512, "longest completion", least=1)
     temperature: float = setting(1.0, "of rollouts; the trainer's log-probs use it too")
     dynamic_sampling: int = setting(
         0,
         "most rounds of new prompts in place of groups whose rewards are all equal (DAPO); 0 = off",
+        least=0,
     )
-    slots: int = setting(256, "sequences sampled at the same time on one rank")
+    slots: int = setting(256, "sequences sampled at the same time on one rank", least=1)
 
     reward: str = setting(
         "correct=1",
@@ -98,54 +117,72 @@ class Settings:
     overlong_buffer: int = setting(
         0,
         "soft penalty on the last so many tokens before max_new_tokens, down to -1 (DAPO); 0 = off",
+        least=0,
     )
     reward_deadline: float = setting(
-        300.0, "seconds for all programs of a step; what is not judged by then is masked"
+        300.0, "seconds for all programs of a step; what is not judged by then is masked", least=0
     )
     sandbox: str = setting(
         "kernel",
         "weakest isolation level to accept: kernel or namespaces; portable is not a sandbox",
+        choices=("kernel", "namespaces"),
     )
 
     loss: str = setting(
-        "dapo", "grpo, dr_grpo, dapo, gspo or cispo (grpo.py)", section="advantage and loss"
+        "dapo",
+        "grpo, dr_grpo, dapo, gspo or cispo (grpo.py)",
+        section="advantage and loss",
+        choices=LOSSES,
     )
     advantage: str = setting(
         "grpo",
         "grpo, mean, rloo, batch, reinforce++ or reinforce++_baseline (grpo.py); selfplay: trr++",
+        choices=ADVANTAGES,
     )
-    clip_low: float = setting(0.2, "lower clip of the ratio")
-    clip_high: float = setting(0.28, "upper clip of the ratio (DAPO's clip-higher)")
+    clip_low: float = setting(0.2, "lower clip of the ratio", least=0, most=1)
+    clip_high: float = setting(0.28, "upper clip of the ratio (DAPO's clip-higher)", least=0)
     kl_coef: float = setting(
-        0.0, "weight of the KL to the starting model, with the right gradient (grpo.reference_kl)"
+        0.0,
+        "weight of the KL to the starting model, with the right gradient (grpo.reference_kl)",
+        least=0,
     )
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", least=0)
     old_logprobs: str = setting(
         "sampler",
         "log-probs that the ratio starts from: sampler (free) or trainer (one more forward pass)",
+        choices=("sampler", "trainer"),
     )
     tis: float = setting(
         0.0,
         "truncated importance weight: a token's loss times min(trainer / sampler probability, "
         "this); needs old_logprobs trainer; 0 = off",
+        least=0,
     )
-    minibatches: int = setting(1, "optimizer steps per pass over a rollout")
-    epochs: int = setting(1, "passes over a rollout")
+    minibatches: int = setting(1, "optimizer steps per pass over a rollout", least=1)
+    epochs: int = setting(1, "passes over a rollout", least=1)
 
-    lr: float = setting(1e-6, "peak learning rate", section="optimizer")
-    schedule: str = setting("constant", "after the warm-up: constant, linear or cosine")
-    warmup: int = setting(10, "steps of linear learning-rate warm-up")
-    weight_decay: float = setting(0.0, "AdamW weight decay of matrices")
-    beta2: float = setting(0.99, "AdamW's second-moment decay")
-    max_norm: float = setting(1.0, "clip the global gradient norm here; 0 = no clipping")
+    lr: float = setting(1e-6, "peak learning rate", section="optimizer", least=0)
+    schedule: str = setting(
+        "constant",
+        "after the warm-up: constant, linear or cosine",
+        choices=("constant", "linear", "cosine"),
+    )
+    warmup: int = setting(10, "steps of linear learning-rate warm-up", least=0)
+    weight_decay: float = setting(0.0, "AdamW weight decay of matrices", least=0)
+    beta2: float = setting(0.99, "AdamW's second-moment decay", least=0, most=1)
+    max_norm: float = setting(1.0, "clip the global gradient norm here; 0 = no clipping", least=0)
     lora_rank: int = setting(
         0,
         "train adapters of this rank beside every linear layer instead of the weights, alpha = "
         "rank (the first paper: 32); 0 = all weights",
+        least=0,
     )
 
     token_budget: int = setting(
-        16384, "most tokens in one micro-batch of one rank", section="memory and arithmetic"
+        16384,
+        "most tokens in one micro-batch of one rank",
+        section="memory and arithmetic",
+        least=1,
     )
     share_prompts: bool = setting(
         True, "compute a prompt once for all completions of its group in the update"
@@ -161,10 +198,11 @@ class Settings:
         100,
         "steps between evaluations on held-out problems; 0 = only before and after",
         section="evaluation in the loop",
+        least=0,
     )
-    eval_problems: int = setting(200, "held-out problems of an evaluation")
-    eval_samples: int = setting(1, "completions per held-out problem")
-    eval_temperature: float = setting(0.0, "of evaluation; 0 = greedy")
+    eval_problems: int = setting(200, "held-out problems of an evaluation", least=1)
+    eval_samples: int = setting(1, "completions per held-out problem", least=1)
+    eval_temperature: float = setting(0.0, "of evaluation; 0 = greedy", least=0)
 
     translate_data: str = setting(
         "",
@@ -175,22 +213,23 @@ class Settings:
         0.0,
         "weight of the GEPO loss on LLVM-IR groups beside the RL loss, whose weight is 1 "
         "(gepo.py); 0 = off",
+        least=0,
     )
     gepo_data: str = setting(".data/gepo/groups.jsonl", "groups that python gepo.py build made")
-    gepo_batch: int = setting(8, "groups per step, over all ranks")
-    gepo_winners: int = setting(2, "n, equivalent IRs of a group")
+    gepo_batch: int = setting(8, "groups per step, over all ranks", least=1)
+    gepo_winners: int = setting(2, "n, equivalent IRs of a group", least=1)
     gepo_losers: int = setting(
-        2, "m, inequivalent IRs of a group; n = m = 1 with --gepo_lam 0 is DPO"
+        2, "m, inequivalent IRs of a group; n = m = 1 with --gepo_lam 0 is DPO", least=1
     )
-    gepo_beta: float = setting(0.1, "factor of the log-ratio to the starting policy")
-    gepo_lam: float = setting(1.0, "weight of the variance of the winners' rewards")
+    gepo_beta: float = setting(0.1, "factor of the log-ratio to the starting policy", least=0)
+    gepo_lam: float = setting(1.0, "weight of the variance of the winners' rewards", least=0)
     gepo_length_norm: bool = setting(False, "mean log-prob per token instead of the sum")
     gepo_unbiased: bool = setting(False, "sample variance instead of population variance")
     gepo_cheap: bool = setting(
         False, "also draw the paper's kind of losers: edits that nobody has run, many no valid IR"
     )
     gepo_max_tokens: int = setting(
-        2048, "groups with a longer member (prompt and IR) are left out, and counted"
+        2048, "groups with a longer member (prompt and IR) are left out, and counted", least=1
     )
 
     propose_reward: str = setting(
@@ -202,16 +241,17 @@ class Settings:
     learn_samples: int = setting(
         8,
         "answers that tell how learnable a proposal is, sampled at the training temperature",
+        least=1,
     )
-    references: int = setting(6, "earlier programs that a proposer sees")
+    references: int = setting(6, "earlier programs that a proposer sees", least=1)
     composite: float = setting(
-        0.0, "share of proposals that must build on one or two earlier programs"
+        0.0, "share of proposals that must build on one or two earlier programs", least=0, most=1
     )
     buffer_size: int = setting(
-        16384, "most entries of each of the three buffers; the oldest go first"
+        16384, "most entries of each of the three buffers; the oldest go first", least=1
     )
     seed_problems: int = setting(
-        256, "entries of each buffer before the first step, proposed by the model itself"
+        256, "entries of each buffer before the first step, proposed by the model itself", least=0
     )
     seeds: str = setting(
         "",
@@ -222,6 +262,7 @@ class Settings:
         "triples",
         "what is evaluated in the loop: triples (built-in input/output prediction), humaneval or "
         "mbpp",
+        choices=("triples", "humaneval", "mbpp"),
     )
 
 
@@ -280,14 +321,34 @@ def parse_settings(arguments, description):
     resume = given.pop("resume")
 
     if resume:
-        values = {**read_config(Path(resume)), **given}
-        return Settings(**values), Path(resume), f"{resume} (resumed)"
+        settings = Settings(**{**read_config(Path(resume)), **given})
+        check_limits(settings)
+        return settings, Path(resume), f"{resume} (resumed)"
     if recipe:
         path, why = Path(recipe), "the recipe you named"
     else:
         path, why = default_recipe(given)
-    values = {**read_recipe(path), **given}
-    return Settings(**values), None, f"{path.parent.name}/{path.name} ({why})"
+    settings = Settings(**{**read_recipe(path), **given})
+    check_limits(settings)
+    return settings, None, f"{path.parent.name}/{path.name} ({why})"
+
+
+def check_limits(settings):
+    """SystemExit with one sentence for a value that no run can use."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        least, most = setting.metadata["least"], setting.metadata["most"]
+        choices = setting.metadata["choices"]
+        is_number = isinstance(value, int | float)
+        if is_number and not math.isfinite(value):
+            raise SystemExit(f"--{setting.name} {value}: give a finite number")
+        if least is not None and value < least:
+            raise SystemExit(f"--{setting.name} {value}: give at least {least}")
+        if most is not None and value > most:
+            raise SystemExit(f"--{setting.name} {value}: give at most {most}")
+        if choices and value not in choices:
+            known = ", ".join(map(str, choices))
+            raise SystemExit(f"unknown {setting.name} {value!r}: choose one of {known}")
 
 
 # ---- recipes and old runs ----
