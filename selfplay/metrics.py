@@ -1,0 +1,65 @@
+"""What a step of self-play logs: how valid, how learnable and how well solved the puzzles were."""
+
+import math
+from dataclasses import dataclass
+
+from selfplay.puzzles import REASONS, TASKS
+from tasks.verdicts import Verdict
+
+ROLES = ("propose", "solve")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the metrics need of one sample."""
+
+    task: str  # one of TASKS
+    role: str  # one of ROLES
+    verdict: Verdict
+
+
+def play_metrics(buffers, scored, accuracies, added):
+    """Metrics of a step over all ranks, by name.
+
+    scored: [Scored] of all samples. accuracies: of all valid proposals that could be judged.
+    added: {task: number of new entries}.
+    """
+    found = {}
+    has_signal = []  # one for each (task, role): are its rewards not all equal?
+    for task in TASKS:
+        for role in ROLES:
+            verdicts = [one.verdict for one in scored if (one.task, one.role) == (task, role)]
+            rewards = [v.reward for v in verdicts if not math.isnan(v.reward)]
+            name = "valid_frac" if role == "propose" else "accuracy"
+            found[f"{role}/{name}/{task}"] = mean(right_or_wrong(verdicts))
+            found[f"{role}/reward/{task}"] = mean(rewards)
+            has_signal.append(len(set(rewards)) > 1)
+        found[f"buffer/{task}"] = float(len(buffers[task]))
+        found[f"buffer/{task}_added"] = float(added[task])
+    found["frac_reward_zero_std"] = mean([not signal for signal in has_signal])
+
+    proposals = [one.verdict for one in scored if one.role == "propose"]
+    answers = [one.verdict for one in scored if one.role == "solve"]
+    found["propose/valid_frac"] = mean(right_or_wrong(proposals))
+    found["solve/accuracy"] = mean(right_or_wrong(answers))
+    found["solve/accuracy_moving"] = buffers.solver_accuracy
+    for reason in REASONS:
+        found[f"refused/{reason}"] = float(sum(v.status == reason for v in proposals))
+
+    found["learn/accuracy"] = mean(accuracies)
+    found["learn/none_right_frac"] = mean([accuracy == 0 for accuracy in accuracies])
+    found["learn/all_right_frac"] = mean([accuracy == 1 for accuracy in accuracies])
+    for low in (0.0, 0.25, 0.5, 0.75):  # between never and always: what equation (3) pays for
+        name = f"learn/from_{low:g}_frac"
+        found[name] = mean([0 < a < 1 and low <= a < low + 0.25 for a in accuracies])
+    return found
+
+
+def right_or_wrong(verdicts):
+    """[is it right?] of the verdicts that the sandbox could reach."""
+    return [verdict.correct for verdict in verdicts if verdict.status != "sandbox_error"]
+
+
+def mean(values):
+    """Also of truth values; nan where there are none (null in metrics.jsonl)."""
+    return sum(values) / len(values) if values else math.nan
