@@ -24,6 +24,9 @@ class Buffer:
     def __len__(self):
         return len(self.entries)
 
+    def __iter__(self):
+        return iter(self.entries.values())
+
     def add(self, entry):
         """False when it is there already. The oldest entry makes room."""
         key = (normalised(entry.program, self.language), entry.inputs)
@@ -36,19 +39,18 @@ class Buffer:
 
     def draw(self, rng, count):
         """Up to `count` different entries, uniformly."""
-        return rng.sample(list(self.entries.values()), min(count, len(self.entries)))
+        return rng.sample(list(self), min(count, len(self)))
 
     def newest_first(self, rng, count, step):
         """`count` entries for the solver: those of this step in random order, then uniform draws.
 
         The draws are from all entries, and repeat some where there are too few. Empty: [].
         """
-        entries = list(self.entries.values())
-        if not entries:
+        if not self.entries:
             return []
-        fresh = [entry for entry in entries if entry.step == step]
+        fresh = [entry for entry in self if entry.step == step]
         picked = rng.sample(fresh, min(count, len(fresh)))
-        return picked + rng.choices(entries, k=count - len(picked))
+        return picked + rng.choices(list(self), k=count - len(picked))
 
 
 class Buffers(dict):
@@ -62,7 +64,7 @@ class Buffers(dict):
         """JSON of everything; from_text gives exactly the same buffers in the same order."""
         stored = {"solver_accuracy": self.solver_accuracy}
         for task, buffer in self.items():
-            stored[task] = [asdict(entry) for entry in buffer.entries.values()]
+            stored[task] = [asdict(entry) for entry in buffer]
         return json.dumps(stored) + "\n"
 
     def from_text(self, text):
@@ -75,8 +77,13 @@ class Buffers(dict):
 
 
 def _stored_entry(row):
-    row = {**row, "inputs": tuple(row["inputs"]), "outputs": tuple(row["outputs"])}
-    return Entry(**row)
+    return Entry(
+        program=row["program"],
+        inputs=tuple(row["inputs"]),
+        outputs=tuple(row["outputs"]),
+        message=row["message"],
+        step=row["step"],
+    )
 
 
 # ---- programs from files ----
@@ -89,9 +96,10 @@ def add_seeds(buffers, path, runner, count, deadline):
     """
     seeds = read_seeds(path, runner.language)[: 4 * count]
     trials = [begin(runner, candidate) for _, candidate in seeds]
+    candidates = check(runner, trials, deadline)
 
     refused = {}
-    for (tasks, _), candidate in zip(seeds, check(runner, trials, deadline)):
+    for (tasks, _), candidate in zip(seeds, candidates):
         if candidate.entry is None:
             refused[candidate.reason] = refused.get(candidate.reason, 0) + 1
             continue
@@ -153,9 +161,10 @@ def _seed(row, language):
         return tasks, Candidate(reason="few_inputs")
 
     try:
-        canonical = tuple(input_text(read(text, language), language) for text in inputs[:PAIRS])
+        calls = [read(text, language) for text in inputs[:PAIRS]]
     except ValueError:
         return tasks, Candidate(reason="input_no_value")
+    canonical = tuple(input_text(arguments, language) for arguments in calls)
     return tasks, Candidate(Entry(program, canonical, (), row.get("message", "")))
 
 

@@ -12,6 +12,7 @@ output), abduction (program, output -> input) and induction (pairs -> program):
     set_advantages       per (task, role), TRR++
 """
 
+import itertools
 import math
 import random
 import time
@@ -29,11 +30,11 @@ from sampler import Completion, Request
 from selfplay import triples
 from selfplay.buffers import Buffers, add_seeds
 from selfplay.judge import SolveJudge
-from selfplay.metrics import ROLES, Scored, mean, play_metrics, right_or_wrong
+from selfplay.metrics import Scored, mean, play_metrics, right_or_wrong
 from selfplay.parse import parse_proposal
 from selfplay.prompts import propose_prompt, solve_prompt
 from selfplay.proposals import begin, check
-from selfplay.puzzles import OUT_OF_FORM, TASKS, Candidate, Entry, Puzzle, Refused
+from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle, Refused
 from selfplay.rewards import REFUSED, proposer_reward, read_setting
 from tasks.multipl_e import TestJudge, benchmark_prompt, load_benchmark
 from tasks.verdicts import Parsed, Verdict
@@ -45,6 +46,7 @@ STEP = 1 << 24
 LEARN = STEP // 4
 SOLVE = STEP // 2
 
+GROUPS = list(itertools.product(TASKS, ROLES))  # each has its own mean and deviation of rewards
 SEED_ROUNDS = 40  # most rounds of --prompts seed proposals
 IDLE_ROUNDS = 4  # of these in a row may give nothing new; then the model starts with what there is
 SMOOTHING = 0.1  # weight of a step in the moving average of the solver's accuracy
@@ -161,7 +163,8 @@ def seed(play, report):
     """
     settings = play.settings
     call = play.language.call
-    identity = Entry(call["identity"], (call["hello"],), (call["hello"],))
+    hello = (call["hello"],)
+    identity = Entry(call["identity"], inputs=hello, outputs=hello)
     for task in ("deduction", "abduction"):
         play.buffers[task].add(identity)
 
@@ -172,7 +175,8 @@ def seed(play, report):
     play.buffers.from_text(distributed.broadcast(play.buffers.to_text()))
 
     for tasks in (("deduction", "abduction"), ("induction",)):
-        if not settings.seeds or any(len(play.buffers[task]) == 0 for task in tasks):
+        has_all = all(len(play.buffers[task]) > 0 for task in tasks)
+        if not settings.seeds or not has_all:
             seed_itself(play, tasks, report)
 
 
@@ -196,10 +200,11 @@ def seed_itself(play, tasks, report):
     tasks: those that share the proposals; deduction and abduction start from the same programs.
     """
     wanted = play.settings.seed_problems
+    buffer = play.buffers[tasks[0]]
     counts = {}  # {"ok" or a reason: proposals}
     idle = 0
     for round_number in range(SEED_ROUNDS):
-        before = len(play.buffers[tasks[0]])
+        before = len(buffer)
         if before >= wanted or idle == IDLE_ROUNDS:
             break
 
@@ -207,19 +212,22 @@ def seed_itself(play, tasks, report):
         if tasks == ("induction",):
             step -= SEED_ROUNDS
         proposed = propose(play, step, proposals_of(play, step, tasks))
-        for candidate in distributed.gather([Candidate(p.entry, p.reason) for p in proposed]):
+        candidates = [Candidate(one.entry, one.reason) for one in proposed]
+        for candidate in distributed.gather(candidates):
             counts[candidate.reason] = counts.get(candidate.reason, 0) + 1
+            if candidate.entry is None:
+                continue
             for task in tasks:
-                if candidate.entry is not None and len(play.buffers[task]) < wanted:
+                if len(play.buffers[task]) < wanted:
                     play.buffers[task].add(candidate.entry)
-        idle = idle + 1 if len(play.buffers[tasks[0]]) == before else 0
+        idle = idle + 1 if len(buffer) == before else 0
 
     sizes = ", ".join(f"{len(play.buffers[task])} {task}" for task in tasks)
     report(
         f"seeds by the model itself, round {round_number + 1}: {sizes} of {wanted}; "
         f"proposals: {dict(sorted(counts.items()))}"
     )
-    if len(play.buffers[tasks[0]]) == 0:
+    if len(buffer) == 0:
         raise SystemExit(
             "the model gave no valid seed: warm-start it (sft.py --task selfplay), "
             "or give a file by --seeds"
@@ -249,18 +257,21 @@ def rollout(run, step):
     # Reward and log.
     proposers = [proposer_sample(play, step, one) for one in proposed]
     samples = [*proposers, *solvers]
-    scored = [Scored(one.problem.task, role_of(one), one.verdict) for one in samples]
+    pairs = distributed.gather([(sample.completion, sample.verdict) for sample in samples])
+    metrics = rollout_metrics(pairs, 1, play.tokenizer.stop_ids)
+
+    scored = []
+    for sample in samples:
+        scored.append(Scored(sample.problem.task, role_of(sample), sample.verdict))
     scored = distributed.gather(scored)
     accuracies = [one.accuracy for one in proposed if one.accuracy is not None]
-    metrics = play_metrics(play.buffers, scored, distributed.gather(accuracies), added)
+    metrics |= play_metrics(play.buffers, scored, distributed.gather(accuracies), added)
 
     # The next step's rewards know how good the solver is now.
     right = right_or_wrong([one.verdict for one in scored if one.role == "solve"])
     if right:
-        play.buffers.solver_accuracy += SMOOTHING * (mean(right) - play.buffers.solver_accuracy)
-
-    pairs = distributed.gather([(one.completion, one.verdict) for one in samples])
-    metrics = rollout_metrics(pairs, 1, play.tokenizer.stop_ids) | metrics
+        moving = play.buffers.solver_accuracy
+        play.buffers.solver_accuracy = moving + SMOOTHING * (mean(right) - moving)
     return samples, play.waited, metrics
 
 
@@ -271,16 +282,20 @@ def set_advantages(run, samples):
     loss: judged ones.
     """
     facts = []
-    for one in samples:
-        row = TASKS.index(one.problem.task) * len(ROLES) + ROLES.index(role_of(one))
-        facts.append((one.verdict.reward, row, len(one.completion.tokens)))
+    for sample in samples:
+        group = GROUPS.index((sample.problem.task, role_of(sample)))
+        facts.append((sample.verdict.reward, group, len(sample.completion.tokens)))
     facts, mine = distributed.gather_and_place(facts)
 
-    rewards, rows, lengths = zip(*facts)
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    values = grpo.advantages(rewards, torch.tensor(rows), "trr++", torch.tensor(lengths))
-    for one, value in zip(samples, values.tolist()[mine]):
-        one.sequence.advantage = value
+    rewards, groups, lengths = zip(*facts)
+    values = grpo.advantages(
+        torch.tensor(rewards, dtype=torch.float32),
+        torch.tensor(groups),
+        "trr++",
+        torch.tensor(lengths),
+    ).tolist()
+    for sample, value in zip(samples, values[mine]):
+        sample.sequence.advantage = value
     return judged_sequences(samples)
 
 
@@ -312,15 +327,15 @@ def ask(play, task, number, rng):
     id = f"propose/{task}/{number}"
 
     if task == "induction":
-        programs = [*buffers["deduction"].entries.values(), *buffers["abduction"].entries.values()]
-        about = rng.choice(programs)
+        about = rng.choice([*buffers["deduction"], *buffers["abduction"]])
         prompt = propose_prompt(task, play.language, [about], short=settings.short_prompt)
         return Proposal(id, task, prompt, program=about.program)
 
     references = buffers[task].draw(rng, settings.references)
     composed = ()
     if rng.random() < settings.composite:
-        composed = tuple(e.program for e in buffers[task].draw(rng, rng.randint(1, 2)))
+        earlier = buffers[task].draw(rng, rng.randint(1, 2))
+        composed = tuple(entry.program for entry in earlier)
     while True:
         prompt = propose_prompt(task, play.language, references, composed, settings.short_prompt)
         if len(references) <= 1 or fits(play, prompt):
@@ -334,7 +349,8 @@ def puzzles_of(play, step):
     puzzles = []
     for task in TASKS:
         for entry in play.buffers[task].newest_first(rng, play.settings.prompts, step):
-            puzzles.append(puzzle_of(play, task, entry, f"solve/{task}/{step}/{len(puzzles)}"))
+            id = f"solve/{task}/{step}/{len(puzzles)}"
+            puzzles.append(puzzle_of(play, task, entry, id))
     return puzzles
 
 
@@ -363,14 +379,15 @@ def propose(play, step, proposals):
     mine = distributed.share(proposals)
 
     def first_run(i, _, text):
-        one = mine[i]
+        asked = mine[i]
         try:
-            entry = parse_proposal(text, one.task, play.language, one.program, one.composed)
+            entry = parse_proposal(text, asked.task, play.language, asked.program, asked.composed)
         except Refused as refusal:
             return begin(runner, Candidate(reason=refusal.reason))
         return begin(runner, Candidate(entry))
 
-    sampled = sample(play, [one.prompt for one in mine], step * STEP, first_run)
+    prompts = [proposal.prompt for proposal in mine]
+    sampled = sample_prompts(play, prompts, step * STEP, first_run)
 
     started = time.perf_counter()
     trials = [one.started for one in sampled]
@@ -382,8 +399,8 @@ def propose(play, step, proposals):
         entry, reason = candidate.entry, candidate.reason
         if entry is not None:
             entry = replace(entry, step=max(step, 0))
-            # No solver could be given it.
-            if not fits(play, puzzle_of(play, proposal.task, entry, "").question):
+            puzzle = puzzle_of(play, proposal.task, entry, "")
+            if not fits(play, puzzle.question):  # no solver could be given it
                 entry, reason = None, "too_long"
         proposed.append(Proposed(proposal, one.completion, one.sequence, entry, reason))
     return proposed
@@ -403,7 +420,8 @@ def estimate_accuracy(play, step, proposed):
     n = play.settings.learn_samples
     answers = answer(play, puzzles, step * STEP + LEARN, n)
     for i, one in enumerate(valid):
-        right = right_or_wrong([sample.verdict for sample in answers[i * n : (i + 1) * n]])
+        mine = answers[i * n : (i + 1) * n]
+        right = right_or_wrong([sample.verdict for sample in mine])
         one.accuracy = mean(right) if right else None
 
 
@@ -412,7 +430,11 @@ def store(play, proposed):
 
     Returns {task: how many were new}.
     """
-    valid = [(one.proposal.task, one.entry) for one in proposed if one.entry is not None]
+    valid = []
+    for one in proposed:
+        if one.entry is not None:
+            valid.append((one.proposal.task, one.entry))
+
     added = dict.fromkeys(TASKS, 0)
     for task, entry in distributed.gather(valid):
         added[task] += play.buffers[task].add(entry)
@@ -425,7 +447,8 @@ def answer(play, puzzles, first_number, n=1):
     def submit(i, number, text):
         return play.judge.submit(puzzles[i], text, number)
 
-    sampled = sample(play, [puzzle.question for puzzle in puzzles], first_number, submit, n)
+    prompts = [puzzle.question for puzzle in puzzles]
+    sampled = sample_prompts(play, prompts, first_number, submit, n)
 
     started = time.perf_counter()
     submissions = [one.started for one in sampled]
@@ -438,7 +461,7 @@ def answer(play, puzzles, first_number, n=1):
     return samples
 
 
-def sample(play, prompts, first_number, start, n=1):
+def sample_prompts(play, prompts, first_number, start, n=1):
     """n completions of each of this rank's prompts -> [Sampled], prompt by prompt. A collective.
 
     first_number: request number of the first prompt of rank 0.
@@ -447,7 +470,9 @@ def sample(play, prompts, first_number, start, n=1):
     """
     settings = play.settings
     tokenizer = play.tokenizer
-    first_number += sum(distributed.gather([len(prompts)])[: distributed.rank()])
+    counts = distributed.gather([len(prompts)])
+    first_number += sum(counts[: distributed.rank()])
+
     requests = []
     for i, prompt in enumerate(prompts):
         request = Request(
@@ -467,8 +492,8 @@ def sample(play, prompts, first_number, start, n=1):
         request = requests[i]
         for one in completions:
             sequence = Sequence(request.prompt, one.tokens, one.logprobs, group=request.id)
-            started = start(i, one.sample, tokenizer.decode(one.tokens))
-            groups[i].append(Sampled(one, sequence, started))
+            text = tokenizer.decode(one.tokens)
+            groups[i].append(Sampled(one, sequence, start(i, one.sample, text)))
 
     play.sampler.generate(requests, on_done=on_done)
     return sum(groups, [])

@@ -3,10 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from selfplay.puzzles import REASONS, TASKS
+from selfplay.puzzles import REASONS, ROLES, TASKS
 from tasks.verdicts import Verdict
-
-ROLES = ("propose", "solve")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ def play_metrics(buffers, scored, accuracies, added):
     has_signal = []  # one for each (task, role): are its rewards not all equal?
     for task in TASKS:
         for role in ROLES:
-            verdicts = [one.verdict for one in scored if (one.task, one.role) == (task, role)]
+            mine = [one for one in scored if one.task == task and one.role == role]
+            verdicts = [one.verdict for one in mine]
             rewards = [v.reward for v in verdicts if not math.isnan(v.reward)]
             name = "valid_frac" if role == "propose" else "accuracy"
             found[f"{role}/{name}/{task}"] = mean(right_or_wrong(verdicts))

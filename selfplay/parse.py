@@ -33,7 +33,8 @@ def parse_proposal(text, task, language, program="", composed=()):
             raise Refused("no_input")
         inputs = inputs[:1]
 
-    canonical = tuple(input_text(inputs_of(one, language), language) for one in inputs)
+    calls = [inputs_of(one, language) for one in inputs]
+    canonical = tuple(input_text(arguments, language) for arguments in calls)
     return Entry(program, canonical, (), message)
 
 
@@ -110,9 +111,10 @@ def compose(code, composed, language):
         if not re.search(_whole_word(f"g_{i}"), code) or re.search(definition, code):
             raise Refused("no_composite")
 
-    earlier = [renamed(program, i, language) for i, program in enumerate(composed)]
-    header = language.call.get("header")
-    return "\n".join([*([header] if header else []), *earlier, code])
+    parts = [renamed(program, i, language) for i, program in enumerate(composed)]
+    if header := language.call.get("header"):
+        parts.insert(0, header)
+    return "\n".join([*parts, code])
 
 
 def renamed(program, number, language):

@@ -113,14 +113,11 @@ def propose_prompt(task, language, references, composed=(), short=False):
         "seconds": language.limits.cpu,
     }
     if task == "induction":
-        parts = [
-            PROPOSE["induction"].format(**words),
-            INDUCTION_FORM.format(**words),
-            f"# The program\n{examples[0]}",
-        ]
+        parts = [form.format(**words) for form in (PROPOSE[task], INDUCTION_FORM)]
+        parts.append(f"# The program\n{examples[0]}")
         return WRAPPER.format(task="\n\n".join(parts))
 
-    parts = [PROPOSE[task].format(**words), RULES.format(**words), PROPOSE_FORM.format(**words)]
+    parts = [form.format(**words) for form in (PROPOSE[task], RULES, PROPOSE_FORM)]
     if functions:
         names = ", ".join(f"g_{i}" for i in range(len(functions)))
         parts.append(BUILD_ON.format(names=names, functions="\n".join(functions)))

@@ -104,8 +104,9 @@ def _compare_second(runner, trial, running):
         trial.refuse("sandbox_error" if is_masked else "not_deterministic")
         return
 
-    expected = trial.values[::-1] + trial.values
-    if not all(same(a, b, runner.language) for a, b in zip(expected, again)):
+    language = runner.language
+    pairs = zip(trial.values[::-1] + trial.values, again)
+    if not all(same(a, b, language) for a, b in pairs):
         trial.refuse("not_deterministic")
 
 
@@ -119,8 +120,10 @@ def round_trip(runner, values, deadline=None):
     items = list(distinct.items())
     parts = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
 
-    identity = language.call["identity"]
-    jobs = [runner.start(identity, [[value] for _, value in part], IDENTITY) for part in parts]
+    jobs = []
+    for part in parts:
+        calls = [[value] for _, value in part]
+        jobs.append(runner.start(language.call["identity"], calls, IDENTITY))
     wait(jobs, deadline)
 
     found = {}

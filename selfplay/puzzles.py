@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sandbox.languages.values import MAX_TEXT
 
 TASKS = ("deduction", "abduction", "induction")
+ROLES = ("propose", "solve")
 PAIRS = 10  # induction: inputs of a proposal
 SHOWN = 5  # of these the solver sees the first five with their outputs; it is judged on the others
 

@@ -61,10 +61,12 @@ def read_setting(setting):
 
     "switch:100" -> ("switch", 100), "switch" -> ("switch", 64). ValueError for anything else.
     """
-    kind, colon, number = setting.partition(":")
-    if kind not in REWARDS or (colon and (kind != "switch" or not number.isdecimal())):
-        raise ValueError(
-            f"unknown --propose_reward {setting!r}: use {', '.join(REWARDS)}, "
-            "or switch:N with the last step of eq3"
-        )
-    return kind, int(number) if colon else SWITCH
+    if setting in REWARDS:
+        return setting, SWITCH
+    kind, _, number = setting.partition(":")
+    if kind == "switch" and number.isdecimal():
+        return kind, int(number)
+    raise ValueError(
+        f"unknown --propose_reward {setting!r}: use {', '.join(REWARDS)}, "
+        "or switch:N with the last step of eq3"
+    )

@@ -40,14 +40,15 @@ def triple(split, seed, index, language, pairs=1):
         kind = rng.choice(kinds)
         k = rng.randint(1, 5)
         l = rng.randint(0, 3)
-        program = demos[kind].replace("{k}", str(k)).replace("{l}", str(l)).strip("\n")
+        program = demos[kind].strip("\n").replace("{k}", str(k)).replace("{l}", str(l))
         calls = [_draw_arguments(kind, rng) for _ in range(pairs)]
         inputs = tuple(input_text(arguments, language) for arguments in calls)
         is_test = zlib.crc32(f"{program}{inputs}".encode()) % 5 == 0
         if is_test == (split == "test"):
             break
 
-    outputs = tuple(write(_output(kind, k, l, *arguments), language) for arguments in calls)
+    values = [_output(kind, k, l, *arguments) for arguments in calls]
+    outputs = tuple(write(value, language) for value in values)
     return Entry(program, inputs, outputs, message=kind if pairs > 1 else "")
 
 
@@ -56,7 +57,8 @@ def _draw_arguments(kind, rng):
         return [rng.randint(0, 9)]
     if kind == "two":
         return [rng.randint(0, 5), rng.randint(0, 5)]
-    return [[rng.randint(0, 5) for _ in range(rng.randint(1, 3))]]
+    length = rng.randint(1, 3)
+    return [[rng.randint(0, 5) for _ in range(length)]]
 
 
 def _output(kind, k, l, a, b=0):
@@ -108,7 +110,8 @@ def _demonstration(language, index, seed, references, short):
     inputs = [block("input", text) for text in entry.inputs]
     if task == "induction":
         prompt = propose_prompt(task, language, [entry], short=short)
-        return prompt, _completion("\n".join([*inputs, block("message", entry.message)]))
+        answer = "\n".join([*inputs, block("message", entry.message)])
+        return prompt, _completion(answer)
 
     rng = random.Random(f"references/{seed}/{index}")
     others = []
