@@ -30,7 +30,7 @@ from sampler import Completion, Request
 from selfplay import triples
 from selfplay.buffers import Buffers, add_seeds
 from selfplay.judge import SolveJudge
-from selfplay.metrics import Scored, mean, play_metrics, right_or_wrong
+from selfplay.metrics import Scored, mean, play_metrics, right_or_wrong, verdicts_of
 from selfplay.parse import parse_proposal
 from selfplay.prompts import propose_prompt, solve_prompt
 from selfplay.proposals import begin, check
@@ -268,7 +268,7 @@ def rollout(run, step):
     metrics |= play_metrics(play.buffers, scored, distributed.gather(accuracies), added)
 
     # The next step's rewards know how good the solver is now.
-    right = right_or_wrong([one.verdict for one in scored if one.role == "solve"])
+    right = right_or_wrong(verdicts_of(scored, "solve"))
     if right:
         moving = play.buffers.solver_accuracy
         play.buffers.solver_accuracy = moving + SMOOTHING * (mean(right) - moving)

@@ -26,8 +26,7 @@ def play_metrics(buffers, scored, accuracies, added):
     has_signal = []  # one for each (task, role): are its rewards not all equal?
     for task in TASKS:
         for role in ROLES:
-            mine = [one for one in scored if one.task == task and one.role == role]
-            verdicts = [one.verdict for one in mine]
+            verdicts = verdicts_of(scored, role, task)
             rewards = [v.reward for v in verdicts if not math.isnan(v.reward)]
             name = "valid_frac" if role == "propose" else "accuracy"
             found[f"{role}/{name}/{task}"] = mean(right_or_wrong(verdicts))
@@ -37,20 +36,28 @@ def play_metrics(buffers, scored, accuracies, added):
         found[f"buffer/{task}_added"] = float(added[task])
     found["frac_reward_zero_std"] = mean([not signal for signal in has_signal])
 
-    proposals = [one.verdict for one in scored if one.role == "propose"]
-    answers = [one.verdict for one in scored if one.role == "solve"]
+    proposals = verdicts_of(scored, "propose")
     found["propose/valid_frac"] = mean(right_or_wrong(proposals))
-    found["solve/accuracy"] = mean(right_or_wrong(answers))
+    found["solve/accuracy"] = mean(right_or_wrong(verdicts_of(scored, "solve")))
     found["solve/accuracy_moving"] = buffers.solver_accuracy
     for reason in REASONS:
         found[f"refused/{reason}"] = float(sum(v.status == reason for v in proposals))
 
     found["learn/accuracy"] = mean(accuracies)
-    found["learn/none_right_frac"] = mean([accuracy == 0 for accuracy in accuracies])
-    found["learn/all_right_frac"] = mean([accuracy == 1 for accuracy in accuracies])
+    found["learn/none_right_frac"] = mean([a == 0 for a in accuracies])
+    found["learn/all_right_frac"] = mean([a == 1 for a in accuracies])
     for low in (0.0, 0.25, 0.5, 0.75):  # between never and always: what equation (3) pays for
         name = f"learn/from_{low:g}_frac"
         found[name] = mean([0 < a < 1 and low <= a < low + 0.25 for a in accuracies])
+    return found
+
+
+def verdicts_of(scored, role, task=None):
+    """Verdicts of a role, of all tasks or one."""
+    found = []
+    for one in scored:
+        if one.role == role and task in (None, one.task):
+            found.append(one.verdict)
     return found
 
 

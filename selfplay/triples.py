@@ -23,7 +23,7 @@ def held_out_triples(language, count, seed=0, tasks=TASKS):
     puzzles = []
     for i in range(count):
         task = tasks[i % len(tasks)]
-        entry = triple("test", seed, i, language, PAIRS if task == "induction" else 1)
+        entry = triple("test", seed, i, language, pairs_of(task))
         puzzles.append(Puzzle(f"triples/{task}/{i}", task, entry, question=entry.program))
     return puzzles
 
@@ -50,6 +50,10 @@ def triple(split, seed, index, language, pairs=1):
     values = [_output(kind, k, l, *arguments) for arguments in calls]
     outputs = tuple(write(value, language) for value in values)
     return Entry(program, inputs, outputs, message=kind if pairs > 1 else "")
+
+
+def pairs_of(task):
+    return PAIRS if task == "induction" else 1
 
 
 def _draw_arguments(kind, rng):
@@ -89,13 +93,16 @@ def demonstrations(language, count, seed, references, short):
 
     references: most earlier programs in a proposer's prompt, as in the training run.
     """
-    return [_demonstration(language, index, seed, references, short) for index in range(count)]
+    found = []
+    for index in range(count):
+        found.append(_demonstration(language, index, seed, references, short))
+    return found
 
 
 def _demonstration(language, index, seed, references, short):
     task = TASKS[index % 3]
     solve = index // 3 % 3 > 0  # two of three: answers take more learning than proposals
-    entry = triple("train", seed, index, language, PAIRS if task == "induction" else 1)
+    entry = triple("train", seed, index, language, pairs_of(task))
     program = block(language.fence[0], entry.program)
 
     if solve:

@@ -62,7 +62,7 @@ class Runner:
             )
         self.pool = pool
         self.language = language
-        self._secret = os.urandom(16)
+        self._secret = os.urandom(16)  # a model cannot work out the nonce of its program
 
     def start(self, program, calls, run=1):
         """Start one process that calls f on every element of `calls`.
@@ -71,8 +71,8 @@ class Runner:
         """
         inputs = [input_text(arguments, self.language) for arguments in calls]
         text = "\0".join([program, str(run), *inputs])
-        digest = hmac.new(self._secret, text.encode(errors="replace"), "sha256")
-        nonce = digest.hexdigest()[:24]
+        message = text.encode(errors="replace")
+        nonce = hmac.new(self._secret, message, "sha256").hexdigest()[:24]
 
         files = call_files(self.language, program, calls, nonce)
         future = self.pool.submit(Job(self.language.name, files))
@@ -86,8 +86,9 @@ class Runner:
 
 
 def wait(jobs, deadline=None):
-    """Until all of the Running jobs are done, at most `deadline` seconds. None among them is skipped."""
-    concurrent.futures.wait([job.future for job in jobs if job], timeout=deadline)
+    """Until all of the Running jobs are done, at most `deadline` seconds; skips None among them."""
+    futures = [job.future for job in jobs if job]
+    concurrent.futures.wait(futures, timeout=deadline)
 
 
 def call_files(language, program, calls, nonce):
@@ -97,19 +98,24 @@ def call_files(language, program, calls, nonce):
     if header and not program.lstrip().startswith(header.split()[0]):
         program = f"{header}\n{program}"
 
-    inputs = [call["arguments"].format(input_text(arguments, language)) for arguments in calls]
+    inputs = [input_text(arguments, language) for arguments in calls]
+    inputs = [call["arguments"].format(text) for text in inputs]
     between = "\n" if table_of(language)["family"] == "lists" else ", "
-    words = {"{code}": program, "{nonce}": nonce, "{inputs}": between.join(inputs)}
+    words = {
+        "{code}": program,
+        "{nonce}": nonce,
+        "{inputs}": between.join(inputs),
+    }
     for name in ("banned", "modules", "mentions", "macros"):
-        words[f"{{{name}}}"] = write(call.get(name, []), language, limit=math.inf)
+        names = call.get(name, [])
+        words[f"{{{name}}}"] = write(names, language, limit=math.inf)
 
     # All in one pass: what a program says, such as {nonce}, is not filled in.
     pattern = "|".join(map(re.escape, words))
-    templates = {language.file: call["main"], **call.get("files", {})}
-    return {
-        name: re.sub(pattern, lambda match: words[match[0]], text)
-        for name, text in templates.items()
-    }
+    files = {language.file: call["main"], **call.get("files", {})}
+    for name, template in files.items():
+        files[name] = re.sub(pattern, lambda match: words[match[0]], template)
+    return files
 
 
 def input_text(arguments, language):
@@ -122,13 +128,16 @@ def outcomes(result, nonce, count):
     """One Outcome for each of the `count` calls of a job that has ended."""
     printed = result.stdout.decode(errors="surrogateescape")
     pattern = rf"^{nonce} (\w+) (\d+) (.*?) {nonce}$"
-    found = re.findall(pattern, printed, re.DOTALL | re.MULTILINE)
+    lines = re.findall(pattern, printed, re.DOTALL | re.MULTILINE)
 
-    for kind, _, text in found:
+    for kind, _, text in lines:
         if kind in STOPS:
             return [Outcome(kind, text)] * count
     if result.status != "ok":
         return [Outcome(result.status, "")] * count
 
-    by_number = {int(number): Outcome(kind, text) for kind, number, text in found}
-    return [by_number.get(number, Outcome("error", "")) for number in range(count)]
+    found = [Outcome("error", "")] * count
+    for kind, number, text in lines:
+        if int(number) < count:
+            found[int(number)] = Outcome(kind, text)
+    return found
