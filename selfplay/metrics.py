@@ -27,7 +27,7 @@ def play_metrics(buffers, scored, accuracies, added):
     for task in TASKS:
         for role in ROLES:
             verdicts = verdicts_of(scored, role, task)
-            rewards = [v.reward for v in verdicts if not math.isnan(v.reward)]
+            rewards = [verdict.reward for verdict in verdicts if verdict.judged]
             name = "valid_frac" if role == "propose" else "accuracy"
             found[f"{role}/{name}/{task}"] = mean(right_or_wrong(verdicts))
             found[f"{role}/reward/{task}"] = mean(rewards)

@@ -5,16 +5,14 @@ Real interpreters, real sandbox.
 
 import json
 import math
-import os
 import random
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from test_values import HERE
 
 import grpo
@@ -31,8 +29,6 @@ from selfplay.prompts import solve_prompt
 from selfplay.proposals import begin, check
 from selfplay.puzzles import PAIRS, REASONS, TASKS, Candidate, Entry, Puzzle, Refused
 from settings import Settings, read_recipe
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -496,29 +492,10 @@ def flags(warm, *more):
     return [*files.split(), "--lang", "lua", *LOOP, *more]
 
 
-def run(arguments, folder, **environment):
-    """What `python ARGUMENTS` prints, in a folder."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def straight(warm):
     """The folder of a run of four steps."""
-    run([str(ROOT / "train.py"), *flags(warm, "--name", "straight")], warm)
-    return warm / "runs" / "straight"
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return whole_run(warm, *flags(warm), name="straight")
 
 
 def test_self_play_learns_from_proposals_and_answers(straight):
@@ -545,27 +522,19 @@ def test_a_resumed_run_is_the_straight_run_to_the_last_bit(warm, straight):
     cut = warm / "runs" / "cut"
     shutil.copytree(straight, cut)
     shutil.rmtree(cut / "checkpoints" / "step_4")
-    run([str(ROOT / "train.py"), "--resume", str(cut)], warm)
-    for name in (
-        "metrics.jsonl",
-        "checkpoints/step_4/selfplay.json",
-        "checkpoints/step_4/model.safetensors",
-        "checkpoints/step_4/optimizer.safetensors",
-    ):
-        assert (cut / name).read_bytes() == (straight / name).read_bytes(), name
+    resume(cut)
+    assert_same_bits(cut, straight, 4, "selfplay.json")
 
 
 @pytest.mark.slow
 def test_two_ranks_propose_and_solve_the_same(warm, straight):
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    arguments = flags(warm, "--name", "two", "--steps", "1")
-    run([*torchrun, str(ROOT / "train.py"), *arguments], warm, OMP_NUM_THREADS="1")
+    two = whole_run(warm, *flags(warm, "--steps", "1"), name="two", ranks=2)
 
     def of_self_play(row):
         groups = ("propose", "solve", "buffer", "refused", "learn")
         return {key: value for key, value in row.items() if key.split("/")[0] in groups}
 
-    assert of_self_play(rows(warm / "runs" / "two")[0]) == of_self_play(rows(straight)[0])
+    assert of_self_play(rows(two)[0]) == of_self_play(rows(straight)[0])
 
 
 @pytest.mark.slow
@@ -573,7 +542,15 @@ def test_crux_evaluation_of_a_buffer(warm, straight, tmp_path):
     buffer = straight / "checkpoints/step_4/selfplay.json"
     files = f"--model {warm / 'model'} --programs {buffer} --out out"
     limits = "--bench crux --lang lua --short_prompt true --problems 4 --max_new_tokens 60"
-    printed = run([str(ROOT / "eval.py"), *files.split(), *limits.split()], tmp_path)
-    results = json.loads(printed.splitlines()[-1])["results"]
+    done = subprocess.run(
+        command(*files.split(), *limits.split(), script="eval.py"),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
     assert [cell["cell"] for cell in results] == ["crux output lua", "crux input lua"]
     assert [cell["problems"] for cell in results] == [4, 4]
