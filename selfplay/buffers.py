@@ -1,4 +1,4 @@
-"""Self-play's three buffers: capped (the oldest go first), without duplicates, with the step of every entry; seeds from a file."""
+"""Self-play's three buffers, and programs from files: seeds for them, or puzzles to evaluate."""
 
 import json
 from dataclasses import asdict, replace
@@ -8,18 +8,24 @@ from sandbox.languages.calls import input_text
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import write
 from selfplay.parse import normalised
-from selfplay.proposals import PAIRS, TASKS, Entry, Puzzle, Refused, check
+from selfplay.proposals import begin, check
+from selfplay.puzzles import PAIRS, TASKS, Candidate, Entry, Puzzle
 from tasks.data import read_jsonl
 
 
 class Buffer:
-    """Entries in the order they came. Two entries are the same when normalised source and inputs are."""
+    """Entries in the order they came. Two are the same when normalised source and inputs are."""
 
     def __init__(self, capacity, language):
-        self.capacity, self.language, self.entries = capacity, language, {}
+        self.capacity = capacity
+        self.language = language
+        self.entries = {}  # {normalised program and inputs: Entry}
 
     def __len__(self):
         return len(self.entries)
+
+    def __iter__(self):
+        return iter(self.entries.values())
 
     def add(self, entry):
         """False when it is there already. The oldest entry makes room."""
@@ -33,14 +39,18 @@ class Buffer:
 
     def draw(self, rng, count):
         """Up to `count` different entries, uniformly."""
-        return rng.sample(list(self.entries.values()), min(count, len(self.entries)))
+        return rng.sample(list(self), min(count, len(self)))
 
     def newest_first(self, rng, count, step):
-        """`count` entries for the solver: those of this step in random order, then uniform draws from all (again, when there are too few)."""
-        entries = list(self.entries.values())
-        fresh = [e for e in entries if e.step == step]
+        """`count` entries for the solver: those of this step in random order, then uniform draws.
+
+        The draws are from all entries, and repeat some where there are too few. Empty: [].
+        """
+        if not self.entries:
+            return []
+        fresh = [entry for entry in self if entry.step == step]
         picked = rng.sample(fresh, min(count, len(fresh)))
-        return picked + rng.choices(entries, k=count - len(picked)) if entries else []
+        return picked + rng.choices(list(self), k=count - len(picked))
 
 
 class Buffers(dict):
@@ -52,100 +62,122 @@ class Buffers(dict):
 
     def to_text(self):
         """JSON of everything; from_text gives exactly the same buffers in the same order."""
-        rows = {task: [asdict(e) for e in buffer.entries.values()] for task, buffer in self.items()}
-        return json.dumps({"solver_accuracy": self.solver_accuracy, **rows}) + "\n"
+        stored = {"solver_accuracy": self.solver_accuracy}
+        for task, buffer in self.items():
+            stored[task] = [asdict(entry) for entry in buffer]
+        return json.dumps(stored) + "\n"
 
     def from_text(self, text):
-        found = json.loads(text)
-        self.solver_accuracy = found["solver_accuracy"]
+        stored = json.loads(text)
+        self.solver_accuracy = stored["solver_accuracy"]
         for task, buffer in self.items():
             buffer.entries.clear()
-            for row in found[task]:
-                buffer.add(entry_of(row))
+            for row in stored[task]:
+                buffer.add(_stored_entry(row))
 
 
-def entry_of(row):
+def _stored_entry(row):
     return Entry(
-        row["program"], tuple(row["inputs"]), tuple(row["outputs"]), row["message"], row["step"]
+        program=row["program"],
+        inputs=tuple(row["inputs"]),
+        outputs=tuple(row["outputs"]),
+        message=row["message"],
+        step=row["step"],
     )
 
 
-def read_seeds(path, language):
-    """Rows of a file as unchecked proposals [(tasks, Entry or Refused)]: azr_seeds, cruxeval (Python), or a checkpoint's selfplay.json.
-
-    A row has a program (program, snippet or code), and input or inputs, and a message for induction. Outputs are computed anew.
-    """
-    if str(path).endswith("selfplay.json"):
-        found = json.loads(Path(path).read_text("utf-8"))
-        return [
-            ((task,), entry_of({**row, "outputs": (), "step": 0}))
-            for task in TASKS
-            for row in found[task]
-        ]
-    return read_jsonl(path, lambda _, row: _seed(row, language))
-
-
-def _seed(row, language):
-    program = next(row[name] for name in ("program", "snippet", "code") if name in row)
-    inputs = row["inputs"] if "inputs" in row else [row["input"]]
-    tasks = ("induction",) if len(inputs) > 1 else ("deduction", "abduction")
-    if len(inputs) > 1 and len(inputs) < PAIRS:
-        return tasks, Refused("few_inputs")
-    try:
-        canonical = tuple(input_text(read(text, language), language) for text in inputs[:PAIRS])
-    except ValueError:
-        return tasks, Refused("input_no_value")
-    return tasks, Entry(program, canonical, (), row.get("message", ""))
-
-
-def load_puzzles(path, task, language):
-    """Input or output prediction (CRUXEval's form) from a file of programs with inputs and outputs -> (list[Puzzle], rows left out because
-    a value is no literal that values.py has)."""
-    rows = (
-        read_jsonl(path, lambda _, row: _known(row, language))
-        if not str(path).endswith("selfplay.json")
-        else _stored(path)
-    )
-    whole = [(i, e) for i, e in enumerate(rows) if isinstance(e, Entry)]
-    return [Puzzle(f"crux/{task}/{i}", task, e, e.program) for i, e in whole], len(rows) - len(
-        whole
-    )
-
-
-def _stored(path):
-    found = json.loads(Path(path).read_text("utf-8"))
-    return [entry_of(row) for row in found["deduction"]]
-
-
-def _known(row, language):
-    _, entry = _seed(
-        {**row, "inputs": [row["input"]] if "input" in row else row["inputs"][:1]}, language
-    )
-    if isinstance(entry, Refused):
-        return entry
-    try:
-        return replace(
-            entry,
-            outputs=(
-                write(
-                    read_one(row["output"] if "output" in row else row["outputs"][0], language),
-                    language,
-                ),
-            ),
-        )
-    except ValueError:
-        return Refused("no_value")
+# ---- programs from files ----
 
 
 def add_seeds(buffers, path, runner, count, deadline):
-    """Fill the buffers from a file, at most `count` each, every row checked like a proposal -> {reason: rows refused}."""
-    rows = [row for row in read_seeds(path, runner.language)][: 4 * count]
+    """Fill the buffers from a file, at most `count` each -> {reason: rows refused}.
+
+    Every row is checked like a proposal.
+    """
+    seeds = read_seeds(path, runner.language)[: 4 * count]
+    trials = [begin(runner, candidate) for _, candidate in seeds]
+    candidates = check(runner, trials, deadline)
+
     refused = {}
-    for (tasks, _), entry in zip(rows, check(runner, [entry for _, entry in rows], deadline)):
-        if isinstance(entry, Refused):
-            refused[str(entry)] = refused.get(str(entry), 0) + 1
+    for (tasks, _), candidate in zip(seeds, candidates):
+        if candidate.entry is None:
+            refused[candidate.reason] = refused.get(candidate.reason, 0) + 1
             continue
         for task in tasks:
             if len(buffers[task]) < count:
-                buffers[task].add(replace(entry, step=0))
+                buffers[task].add(candidate.entry)
     return refused
+
+
+def read_seeds(path, language):
+    """Rows of a file as unchecked proposals: [(tasks that it is for, Candidate)].
+
+    path: azr_seeds, cruxeval (Python), or a checkpoint's selfplay.json. A row has a program
+    (program, snippet or code), input or inputs, and a message for induction. Outputs are computed
+    anew.
+    """
+    if not _is_checkpoint(path):
+        return read_jsonl(path, lambda _, row: _seed(row, language))
+
+    stored = json.loads(Path(path).read_text("utf-8"))
+    seeds = []
+    for task in TASKS:
+        for row in stored[task]:
+            entry = _stored_entry({**row, "outputs": (), "step": 0})
+            seeds.append(((task,), Candidate(entry)))
+    return seeds
+
+
+def load_puzzles(path, task, language):
+    """Input or output prediction (CRUXEval's form) from programs with inputs and outputs.
+
+    path: as for read_seeds. Returns (list[Puzzle], number of rows left out because a value is not a
+    literal).
+    """
+    if _is_checkpoint(path):
+        stored = json.loads(Path(path).read_text("utf-8"))
+        entries = [_stored_entry(row) for row in stored["deduction"]]
+    else:
+        entries = read_jsonl(path, lambda _, row: _known_entry(row, language))
+
+    puzzles = []
+    for i, entry in enumerate(entries):
+        if entry is not None:
+            puzzles.append(Puzzle(f"crux/{task}/{i}", task, entry, question=entry.program))
+    return puzzles, len(entries) - len(puzzles)
+
+
+def _is_checkpoint(path):
+    return str(path).endswith("selfplay.json")
+
+
+def _seed(row, language):
+    """(tasks, Candidate) of a row: one input makes deduction and abduction, several induction."""
+    names = [name for name in ("program", "snippet", "code") if name in row]
+    program = row[names[0]]
+    inputs = row["inputs"] if "inputs" in row else [row["input"]]
+    tasks = ("induction",) if len(inputs) > 1 else ("deduction", "abduction")
+    if 1 < len(inputs) < PAIRS:
+        return tasks, Candidate(reason="few_inputs")
+
+    try:
+        calls = [read(text, language) for text in inputs[:PAIRS]]
+    except ValueError:
+        return tasks, Candidate(reason="input_no_value")
+    canonical = tuple(input_text(arguments, language) for arguments in calls)
+    return tasks, Candidate(Entry(program, canonical, (), row.get("message", "")))
+
+
+def _known_entry(row, language):
+    """The Entry of a row's first input and output, or None when one of them is not a literal."""
+    given = row["input"] if "input" in row else row["inputs"][0]
+    _, candidate = _seed({**row, "inputs": [given]}, language)
+    if candidate.entry is None:
+        return None
+
+    printed = row["output"] if "output" in row else row["outputs"][0]
+    try:
+        output = write(read_one(printed, language), language)
+    except ValueError:
+        return None
+    return replace(candidate.entry, outputs=(output,))

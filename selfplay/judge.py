@@ -1,116 +1,124 @@
-"""Answers to puzzles, judged: the reward is equation (2) of Inoue & Tsuruoka."""
+"""Answers to puzzles, judged by running them."""
 
 import math
 from dataclasses import dataclass
 
-from sandbox.languages.calls import Runner, wait
+from sandbox.languages.calls import Outcome, Runner, Running, wait
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import same, write
-from selfplay.parse import answer_of, blocks, code_of, inputs_of
-from selfplay.proposals import SHOWN, Refused, value_of
+from selfplay.parse import answer_of, blocks, code_of, inputs_of, value_of
+from selfplay.puzzles import OUT_OF_FORM, SHOWN, Refused
+from selfplay.rewards import equation_2
 from tasks.verdicts import Parsed, Submission, Verdict
 
 
+@dataclass(frozen=True)
+class Answer(Submission):
+    """A solver's completion; parsed.code is the value or the program that it gives."""
+
+    running: Running | None = None  # None: nothing has to run
+    status: str = "ok"  # or why it was refused before it could run
+
+
 class SolveJudge:
-    """Judges answers to puzzles, with submit and collect as rewards.Judge. The reward is equation (2) of Inoue & Tsuruoka:
-    1 right, 0 wrong, -0.5 in form but no value or a program that fails, -1 out of form; nan when the sandbox could not judge."""
+    """Judges answers to puzzles, with submit and collect as rewards.Judge.
+
+    The reward is equation (2); nan when the sandbox could not judge.
+    """
 
     def __init__(self, pool, language):
-        self.runner, self.language = Runner(pool, language), language
+        self.runner = Runner(pool, language)
+        self.language = language
 
     def submit(self, puzzle, text, sample=0):
-        """Starts what has to run: nothing for deduction, f of the answer for abduction, the answer on the hidden inputs for induction."""
-        program, started = "", None
+        """Start what has to run for a completion. Returns the Answer that collect() takes."""
+        given = ""
+        running = None
+        status = "ok"
         try:
-            answer = answer_of(text)
-            program = self._answer(puzzle, answer)
-            status = "ok"
-            if puzzle.task == "abduction":
-                started = self.runner.start(
-                    puzzle.entry.program, [inputs_of(program, self.language)]
-                )
-            elif puzzle.task == "induction":
-                hidden = [read(i, self.language) for i in puzzle.entry.inputs[SHOWN:]]
-                started = self.runner.start(program, hidden)
-        except Refused as reason:
-            status = str(reason)
-        parsed = Parsed(
-            "", program, "", status not in ("format", "no_program", "no_input", "no_output")
-        )
-        return _Answer(
-            puzzle,
-            sample,
-            text,
-            parsed,
-            "",
-            started[0] if started else None,
-            started=started,
+            given = self._given(puzzle, answer_of(text))
+            running = self._start(puzzle, given)
+        except Refused as refusal:
+            status = refusal.reason
+
+        return Answer(
+            problem=puzzle,
+            sample=sample,
+            text=text,
+            parsed=Parsed("", given, "", format_ok=status not in OUT_OF_FORM),
+            nonce="",
+            future=running.future if running else None,
+            running=running,
             status=status,
         )
 
-    def _answer(self, puzzle, answer):
+    def collect(self, answers, deadline=None):
+        """Verdicts in order; what is not done `deadline` seconds from now is a sandbox_error."""
+        wait([answer.running for answer in answers], deadline)
+        return [self._verdict(answer) for answer in answers]
+
+    def _given(self, puzzle, text):
+        """The part of an answer that is judged."""
         if puzzle.task == "induction":
-            return code_of(answer, self.language)
-        kind = {"deduction": "output", "abduction": "input"}[puzzle.task]
-        found = blocks(answer, [kind])
+            return code_of(text, self.language)
+        kind = "output" if puzzle.task == "deduction" else "input"
+        found = blocks(text, [kind])
         if not found:
             raise Refused(f"no_{kind}")
         return found[0]
 
-    def collect(self, submissions, deadline=None):
-        wait([s.started for s in submissions], deadline)
-        return [self._verdict(s) for s in submissions]
+    def _start(self, puzzle, given):
+        """The job that an answer needs, if any.
 
-    def _verdict(self, submission):
-        status, correct, value = submission.status, False, None
+        Abduction: f of the answer. Induction: the answer on the hidden inputs.
+        """
+        if puzzle.task == "deduction":
+            return None
+        if puzzle.task == "abduction":
+            return self.runner.start(puzzle.entry.program, [inputs_of(given, self.language)])
+        hidden = [read(text, self.language) for text in puzzle.entry.inputs[SHOWN:]]
+        return self.runner.start(given, hidden)
+
+    def _verdict(self, answer):
+        status = answer.status
+        correct = False
+        value = None
         if status == "ok":
             try:
-                correct, value = self._compare(submission)
-            except Refused as reason:
-                status = str(reason)
-        reward = (
-            math.nan
-            if status == "sandbox_error"
-            else solver_reward(submission.parsed.format_ok, status == "ok", correct)
-        )
-        program, parsed = submission.parsed.code, submission.parsed
-        return Verdict(
-            submission.problem.id,
-            reward,
-            {"correct": float(correct)},
-            correct,
-            status,
-            value,
-            program,
-            parsed,
-            False,
-            False,
-        )
+                correct, value = self._compare(answer)
+            except Refused as refusal:
+                status = refusal.reason
 
-    def _compare(self, submission):
-        entry, language = submission.problem.entry, self.language
-        if submission.started is None:
-            texts = [("value", submission.parsed.code)]
+        if status == "sandbox_error":
+            reward = math.nan
         else:
-            texts = self.runner.finish(submission.started)
-        outputs = entry.outputs[SHOWN:] if submission.problem.task == "induction" else entry.outputs
-        values = [value_of(kind, text, language) for kind, text in texts]
-        return all(
-            same(v, read_one(o, language), language) for v, o in zip(values, outputs)
-        ), "; ".join(write(v, language) for v in values)
+            reward = equation_2(answer.parsed.format_ok, status == "ok", correct)
+        return Verdict(
+            problem=answer.problem.id,
+            reward=reward,
+            components={"correct": float(correct)},
+            correct=correct,
+            status=status,
+            value=value,
+            program=answer.parsed.code,
+            parsed=answer.parsed,
+            constant=False,
+            leaked=False,
+        )
 
+    def _compare(self, answer):
+        """(are all values right, the values as text); Refused when there is none."""
+        puzzle = answer.problem
+        language = self.language
+        if answer.running is None:
+            found = [Outcome("value", answer.parsed.code)]
+        else:
+            found = self.runner.finish(answer.running)
+        values = [value_of(outcome, language) for outcome in found]
 
-@dataclass(frozen=True)
-class _Answer(Submission):
-    started: tuple | None = None
-    status: str = ""
-
-
-def solver_reward(formatted, runnable, correct):
-    """Equation (2): accuracy if the answer can be read and run, -0.5 if only its form is right, else -1.
-
-    The public implementation gives -0.5 to a wrong answer in the right form; the paper's equation, and its text, give it accuracy 0.
-    """
-    if not formatted:
-        return -1.0
-    return float(correct) if runnable else -0.5
+        outputs = puzzle.entry.outputs
+        if puzzle.task == "induction":
+            outputs = outputs[SHOWN:]
+        wanted = [read_one(text, language) for text in outputs]
+        correct = all(same(a, b, language) for a, b in zip(values, wanted))
+        return correct, "; ".join(write(value, language) for value in values)

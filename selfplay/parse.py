@@ -1,15 +1,51 @@
-"""Completions of self-play taken apart: proposals (program, inputs, message) and answers."""
+"""What self-play reads: proposals and answers in completions, and values that programs print."""
 
 import re
 
 from sandbox.languages.calls import input_text
-from sandbox.languages.literals import read
+from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import MAX_TEXT
-from selfplay.proposals import PAIRS, Entry, Refused
+from selfplay.puzzles import PAIRS, Entry, Refused
+
+MAX_MESSAGE = 1000  # characters of an induction proposal's message that are kept
+
+
+def parse_proposal(text, task, language, program="", composed=()):
+    """Completion -> Entry without outputs; Refused with the reason.
+
+    program: the one that an induction proposal is about.
+    composed: programs that the new one must call as g_0, g_1, ...
+    """
+    answer = answer_of(text)
+    inputs = blocks(answer, ["input"])
+    message = ""
+    if task == "induction":
+        messages = blocks(answer, ["message"])
+        if len(inputs) < PAIRS:
+            raise Refused("few_inputs")
+        if not messages or not messages[0].strip():
+            raise Refused("no_message")
+        inputs = inputs[-PAIRS:]
+        message = messages[0].strip()[:MAX_MESSAGE]
+    else:
+        program = compose(code_of(answer, language), composed, language)
+        if not inputs:
+            raise Refused("no_input")
+        inputs = inputs[:1]
+
+    calls = [inputs_of(one, language) for one in inputs]
+    canonical = tuple(input_text(arguments, language) for arguments in calls)
+    return Entry(program, canonical, (), message)
+
+
+# ---- parts of a completion ----
 
 
 def answer_of(text):
-    """What stands between the answer tags of a completion of "... <think>"; Refused unless it has both tags in order."""
+    """What stands between the answer tags of a completion of "... <think>".
+
+    Refused unless it has both tags in order.
+    """
     thought, _, rest = text.partition("</think>")
     answer, end, _ = rest.lstrip().partition("</answer>")
     if not end or not answer.startswith("<answer>") or "<answer>" in thought:
@@ -18,16 +54,15 @@ def answer_of(text):
 
 
 def blocks(answer, names):
-    """Contents of all ```name blocks."""
-    found = re.findall(
-        rf"```(?:{'|'.join(map(re.escape, names))})[ \t]*\n(.*?)```",
-        answer,
-        re.DOTALL | re.IGNORECASE,
-    )
+    """Contents of all blocks that start with ``` and one of the names."""
+    any_name = "|".join(map(re.escape, names))
+    pattern = rf"```(?:{any_name})[ \t]*\n(.*?)```"
+    found = re.findall(pattern, answer, re.DOTALL | re.IGNORECASE)
     return [text.rstrip(" \t").removesuffix("\n") for text in found]
 
 
 def code_of(answer, language):
+    """The first program of an answer."""
     found = [code for code in blocks(answer, language.fence) if code.strip()]
     if not found:
         raise Refused("no_program")
@@ -35,7 +70,7 @@ def code_of(answer, language):
 
 
 def inputs_of(text, language):
-    """Arguments of f from an input block; Refused when they are no literals."""
+    """Arguments of f from an input block; Refused when they are not literals."""
     if len(text.strip()) > MAX_TEXT:
         raise Refused("too_long")
     try:
@@ -47,61 +82,59 @@ def inputs_of(text, language):
     return found
 
 
-def parse_proposal(text, task, language, program="", composed=()):
-    """Completion -> Entry without outputs; Refused with the reason. program: the one that an induction proposal is about; composed:
-    programs that the new one must call as g_0, g_1, ..."""
-    answer = answer_of(text)
-    given = blocks(answer, ["input"])
-    message = ""
-    if task == "induction":
-        messages = blocks(answer, ["message"])
-        if len(given) < PAIRS:
-            raise Refused("few_inputs")
-        if not messages or not messages[0].strip():
-            raise Refused("no_message")
-        given, message = given[-PAIRS:], messages[0].strip()[:1000]
-    else:
-        program = compose(code_of(answer, language), composed, language)
-        if not given:
-            raise Refused("no_input")
-        given = given[:1]
-    return Entry(
-        program, tuple(input_text(inputs_of(one, language), language) for one in given), (), message
-    )
+def value_of(outcome, language):
+    """What a call printed (an Outcome of calls.py), as data; Refused with the reason."""
+    if outcome.kind != "value":
+        raise Refused(outcome.kind)
+    if len(outcome.text) > MAX_TEXT:
+        raise Refused("too_long")
+    try:
+        return read_one(outcome.text, language)
+    except ValueError:
+        raise Refused("no_value") from None
 
 
-def named(name):
-    """A regular expression that matches a name of any language as a whole word."""
-    return rf"(?<![\w\-!?*]){re.escape(name)}(?![\w\-!?*])"
+# ---- programs as text ----
+
+
+def compose(code, composed, language):
+    """The new f behind the earlier programs, which are called g_0, g_1, ...
+
+    Refused unless it calls every one, or when it defines one again.
+    """
+    if not composed:
+        return code
+
+    code = _without_header(code, language)
+    for i in range(len(composed)):
+        definition = language.call["defines"].replace("NAME", f"g_{i}")
+        if not re.search(_whole_word(f"g_{i}"), code) or re.search(definition, code):
+            raise Refused("no_composite")
+
+    parts = [renamed(program, i, language) for i, program in enumerate(composed)]
+    if header := language.call.get("header"):
+        parts.insert(0, header)
+    return "\n".join([*parts, code])
 
 
 def renamed(program, number, language):
     """An earlier program with its f called g_NUMBER, without the line that names the language."""
-    return re.sub(named("f"), f"g_{number}", _bare(program, language))
+    return re.sub(_whole_word("f"), f"g_{number}", _without_header(program, language))
 
 
-def _bare(program, language):
-    return re.sub(r"^\s*#lang .*\n", "", program) if language.call.get("header") else program
+def _whole_word(name):
+    """A regular expression that matches a name of any language as a whole word."""
+    return rf"(?<![\w\-!?*]){re.escape(name)}(?![\w\-!?*])"
 
 
-def compose(code, composed, language):
-    """The new f with the earlier programs under the names g_0, g_1, ... before it; Refused unless it calls every one."""
-    if not composed:
-        return code
-    parts = [renamed(part, i, language) for i, part in enumerate(composed)]
-    code = _bare(code, language)
-    for i in range(len(composed)):
-        if not re.search(named(f"g_{i}"), code) or re.search(
-            language.call["defines"].replace("NAME", f"g_{i}"), code
-        ):
-            raise Refused("no_composite")
-    return "\n".join([*filter(None, [language.call.get("header")]), *parts, code])
+def _without_header(program, language):
+    if not language.call.get("header"):
+        return program
+    return re.sub(r"^\s*#lang .*\n", "", program)
 
 
 def normalised(program, language):
     """Source without comments and white space differences: what makes two programs the same."""
-    lines = [
-        re.sub(rf"(?<![\\\"']){re.escape(language.comment)}.*", "", line)
-        for line in program.splitlines()
-    ]
+    comment = rf"(?<![\\\"']){re.escape(language.comment)}.*"
+    lines = [re.sub(comment, "", line) for line in program.splitlines()]
     return " ".join(" ".join(lines).split())

@@ -1,179 +1,155 @@
-"""Self-play's dealings with programs: completions -> checked proposals, completions -> judged answers.
+"""Proposals checked by running them, before they may enter a buffer.
 
-A proposal is run in two processes of its own before it may enter a buffer; every refusal has one of the REASONS below and is counted. Values go in and out as data (values.py, literals.py), so no text of
-the model but its program stands in a program, and the right answer of a puzzle is in no process at all.
+    trials = [begin(runner, candidate) for candidate in candidates]     at once, while others sample
+    check(runner, trials)  ->  the candidates with outputs, or with the reason why they are refused
+
+Values go in and out as data (values.py, literals.py), so no text of the model but its program
+stands in a program, and the right answer of a puzzle is in no process at all.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sandbox.languages.calls import wait
-from sandbox.languages.literals import read, read_one
-from sandbox.languages.values import MAX_TEXT, same, write
+from sandbox.languages.calls import Running, wait
+from sandbox.languages.literals import read
+from sandbox.languages.values import same, write
+from selfplay.parse import value_of
+from selfplay.puzzles import Candidate, Refused
 
-TASKS = ("deduction", "abduction", "induction")
-PAIRS, SHOWN = (
-    10,
-    5,
-)  # induction: inputs of a proposal; the solver sees the first five and is judged on the others
-
-REASONS = {
-    "format": "not <think>...</think> <answer>...</answer>",
-    "no_program": "no code block in the language",
-    "no_input": "no input block",
-    "few_inputs": f"induction with fewer than {PAIRS} input blocks",
-    "no_message": "induction without a message block",
-    "no_composite": "does not call the functions it was asked to build on, or defines them again",
-    "input_no_value": "an input is no literal",
-    "too_long": f"an input or output has more than {MAX_TEXT} characters (never cut)",
-    "syntax": "does not parse",
-    "banned": "uses randomness, time, files, processes, evaluation or another banned construct, under whatever name",
-    "no_f": "defines no f",
-    "error": "fails on an input",
-    "no_value": "an output has no literal (a function, an infinite number)",
-    "not_deterministic": "two processes gave different outputs",
-    "no_round_trip": "an output changes when it is written and read back",
-    "cpu_limit": "",
-    "wall_limit": "",
-    "memory_limit": "",
-    "output_limit": "",
-    "file_limit": "",
-    "crash": "",
-    "compile_error": "",
-    "sandbox_error": "the sandbox could not judge: masked, not refused",
-}
+# Numbers of the runs, so that the pool's cache does not answer one with another's result.
+FIRST, SECOND, IDENTITY = 1, 2, 3
+CHUNK = 40  # values that one process passes through the identity function
 
 
-class Refused(Exception):
-    """Its text is the reason."""
+@dataclass
+class Trial:
+    """A candidate under check."""
+
+    candidate: Candidate
+    running: Running | None = None  # its first run; None for one that was refused before
+    values: list | None = None  # what f gave for the inputs, as data
+
+    def refuse(self, reason):
+        self.candidate = Candidate(reason=reason)
+        self.values = None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A checked program with inputs and outputs as canonical text; induction has PAIRS of them and a message."""
-
-    program: str
-    inputs: tuple
-    outputs: tuple
-    message: str = ""
-    step: int = 0
+def begin(runner, candidate):
+    """Start the first run of a candidate without outputs, if there is a program -> Trial."""
+    if candidate.entry is None:
+        return Trial(candidate)
+    running = runner.start(candidate.entry.program, _calls(candidate, runner.language), FIRST)
+    return Trial(candidate, running)
 
 
-@dataclass(frozen=True)
-class Puzzle:
-    """What a solver is given."""
+def check(runner, trials, deadline=None):
+    """The candidates of Trials, with outputs, or with the reason why they are refused.
 
-    id: str
-    task: str  # one of TASKS
-    entry: Entry
-    question: str = ""  # the prompt, for samples.jsonl
-    answer: str | None = None
+    Each program runs in two processes of its own. The second calls f twice on every input, in
+    reverse order first: a clock, a counter kept between calls or an address shows as a difference.
+    Then all outputs pass through the identity function, and must come back as they were.
 
-
-# ---- completions ----
-
-
-# ---- programs ----
-
-
-def value_of(kind, text, language):
-    """A printed value as data; Refused with its reason."""
-    if kind != "value":
-        raise Refused(kind)
-    if len(text) > MAX_TEXT:
-        raise Refused("too_long")
-    try:
-        return read_one(text, language)
-    except ValueError:
-        raise Refused("no_value") from None
-
-
-# ---- checking proposals ----
-
-
-def begin(runner, proposal):
-    """Start the first run of a proposal, which check() waits for; None for one that is refused already."""
-    return (
-        runner.start(proposal.program, _calls(proposal, runner.language))
-        if isinstance(proposal, Entry)
-        else None
-    )
-
-
-def _calls(proposal, language):
-    return [read(text, language) for text in proposal.inputs]
-
-
-def check(runner, proposals, deadline=None, first=None):
-    """[Entry without outputs, or Refused] -> [Entry with outputs, or Refused], each run in two processes of its own. first: what begin() gave.
-
-    The second starts when every first one has ended, and calls f twice on every input, in reverse order first: a clock, a counter kept
-    between calls or an address shows as a difference. Then all outputs pass through the identity function, and must come back as they were.
+    deadline: seconds for each of the three rounds; what is not done then is a sandbox_error.
     """
     language = runner.language
-    first = [begin(runner, p) for p in proposals] if first is None else first
-    wait(first, deadline)
+    wait([trial.running for trial in trials], deadline)
     time.sleep(1 - time.time() % 1)  # so that even a clock of whole seconds shows
-    values = [_values(runner, s) if s else p for p, s in zip(proposals, first)]
-    again = lambda p: _calls(p, language)[::-1] + _calls(p, language)
-    second = [
-        runner.start(p.program, again(p), 2) if isinstance(v, list) else None
-        for p, v in zip(proposals, values)
-    ]
-    wait(second, deadline)
-    for i, started in enumerate(second):
-        if started:
-            found = _values(runner, started)
-            if isinstance(found, Refused):
-                values[i] = found if str(found) == "sandbox_error" else Refused("not_deterministic")
-            elif not all(same(a, b, language) for a, b in zip(values[i][::-1] + values[i], found)):
-                values[i] = Refused("not_deterministic")
-    returned = round_trip(
-        runner, [v for value in values if isinstance(value, list) for v in value], deadline
-    )
-    return [_checked(p, value, returned, language) for p, value in zip(proposals, values)]
+    for trial in trials:
+        _read_first(runner, trial)
+
+    second_runs = [_begin_second(runner, trial) for trial in trials]
+    wait(second_runs, deadline)
+    for trial, running in zip(trials, second_runs):
+        _compare_second(runner, trial, running)
+
+    values = []
+    for trial in trials:
+        values += trial.values or []
+    returned = round_trip(runner, values, deadline)
+    return [_conclude(trial, returned, language) for trial in trials]
 
 
-def _values(runner, started):
+def _calls(candidate, language):
+    return [read(text, language) for text in candidate.entry.inputs]
+
+
+def _values(runner, running):
+    """What the calls of a job gave, as data; Refused with the first reason."""
+    return [value_of(outcome, runner.language) for outcome in runner.finish(running)]
+
+
+def _read_first(runner, trial):
+    if trial.running is None:
+        return
     try:
-        return [value_of(kind, text, runner.language) for kind, text in runner.finish(started)]
-    except Refused as reason:
-        return reason
+        trial.values = _values(runner, trial.running)
+    except Refused as refusal:
+        trial.refuse(refusal.reason)
 
 
-def _checked(proposal, values, returned, language):
-    if isinstance(values, Refused):
-        return values
-    texts = [write(v, language) for v in values]
-    bad = {returned[text] for text in texts} - {True}
-    if bad:
-        return Refused("sandbox_error" if "sandbox_error" in bad else "no_round_trip")
-    return Entry(proposal.program, proposal.inputs, tuple(texts), proposal.message)
+def _begin_second(runner, trial):
+    if trial.values is None:
+        return None
+    calls = _calls(trial.candidate, runner.language)
+    return runner.start(trial.candidate.entry.program, calls[::-1] + calls, SECOND)
 
 
-def round_trip(runner, values, deadline=None, chunk=40):
-    """{canonical text: True, False or "sandbox_error"}: is the value, written into a program, printed as the same value again?"""
+def _compare_second(runner, trial, running):
+    if running is None:
+        return
+    try:
+        again = _values(runner, running)
+    except Refused as refusal:
+        is_masked = refusal.reason == "sandbox_error"
+        trial.refuse("sandbox_error" if is_masked else "not_deterministic")
+        return
+
     language = runner.language
-    distinct = {write(v, language): v for v in values}
-    parts = [list(distinct.items())[i : i + chunk] for i in range(0, len(distinct), chunk)]
-    started = [
-        runner.start(language.call["identity"], [[v] for _, v in part], run=3) for part in parts
-    ]
-    wait(started, deadline)
+    pairs = zip(trial.values[::-1] + trial.values, again)
+    if not all(same(a, b, language) for a, b in pairs):
+        trial.refuse("not_deterministic")
+
+
+def round_trip(runner, values, deadline=None):
+    """{canonical text: "ok", "no_round_trip" or "sandbox_error"} of values.
+
+    ok: written into a program, the value is printed as the same value again.
+    """
+    language = runner.language
+    distinct = {write(value, language): value for value in values}
+    items = list(distinct.items())
+    parts = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
+
+    jobs = []
+    for part in parts:
+        calls = [[value] for _, value in part]
+        jobs.append(runner.start(language.call["identity"], calls, IDENTITY))
+    wait(jobs, deadline)
+
     found = {}
-    for part, one in zip(parts, started):
-        for (text, value), (kind, printed) in zip(part, runner.finish(one)):
-            found[text] = (
-                kind if kind == "sandbox_error" else _returns(kind, printed, value, language)
-            )
+    for part, job in zip(parts, jobs):
+        for (text, value), outcome in zip(part, runner.finish(job)):
+            found[text] = _returned(outcome, value, language)
     return found
 
 
-def _returns(kind, printed, value, language):
+def _returned(outcome, value, language):
+    if outcome.kind == "sandbox_error":
+        return "sandbox_error"
     try:
-        return same(value_of(kind, printed, language), value, language)
+        is_same = same(value_of(outcome, language), value, language)
     except Refused:
-        return False
+        is_same = False
+    return "ok" if is_same else "no_round_trip"
 
 
-# ---- judging answers ----
+def _conclude(trial, returned, language):
+    """The candidate with its outputs, unless one of them did not come back."""
+    if trial.values is None:
+        return trial.candidate
+    outputs = tuple(write(value, language) for value in trial.values)
+    reasons = {returned[text] for text in outputs}
+    for reason in ("sandbox_error", "no_round_trip"):
+        if reason in reasons:
+            return Candidate(reason=reason)
+    return Candidate(replace(trial.candidate.entry, outputs=outputs))

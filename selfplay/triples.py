@@ -1,7 +1,8 @@
-"""Small synthetic (program, input, output) triples in a language, in the prompts' own form: the warm start of a tiny model, and held-out
-input/output prediction problems. A model of one million parameters can neither propose nor solve anything without.
+"""Small synthetic programs with inputs and outputs in a language, in the prompts' own form.
 
-The kinds of programs are those below; a language's TOML ([call.demos]) says how each is written.
+They are the warm start of a tiny model, which can neither propose nor solve anything without, and
+the held-out input/output prediction problems. The kinds of programs are those below; a language's
+TOML ([call.demos]) says how each is written.
 """
 
 import random
@@ -10,90 +11,122 @@ import zlib
 from sandbox.languages.calls import input_text
 from sandbox.languages.values import write
 from selfplay.prompts import block, propose_prompt, solve_prompt
-from selfplay.proposals import PAIRS, TASKS, Entry, Puzzle
+from selfplay.puzzles import PAIRS, TASKS, Entry, Puzzle
 
-# name: (inputs by a generator, output). k and l are the program's constants.
-KINDS = {
-    "add": (lambda r: [r.randint(0, 9)], lambda k, l, a: a + k),
-    "affine": (lambda r: [r.randint(0, 9)], lambda k, l, a: a * k + l),
-    "square": (lambda r: [r.randint(0, 9)], lambda k, l, a: a * a + k),
-    "two": (lambda r: [r.randint(0, 5), r.randint(0, 5)], lambda k, l, a, b: a + b * k),
-    "front": (lambda r: [_digits(r)], lambda k, l, a: [k] + a),
-    "reverse": (lambda r: [_digits(r)], lambda k, l, a: a[::-1] + [k]),
-    "shift": (lambda r: [_digits(r)], lambda k, l, a: [x + k for x in a]),
-    "above": (lambda r: [_digits(r)], lambda k, l, a: [x for x in a if x > k]),
-    "total": (lambda r: [_digits(r)], lambda k, l, a: sum(a) + k),
-}
-
-
-def _digits(rng):
-    return [rng.randint(0, 5) for _ in range(rng.randint(1, 3))]
-
-
-def triple(split, seed, index, language, pairs=1):
-    """Entry number `index` of a split; no program with its inputs is in both splits (every fifth, by a hash, is a test triple)."""
-    rng = random.Random(f"{split}/{seed}/{index}")
-    names = [name for name in KINDS if name in language.call["demos"]]
-    while True:
-        name, k, l = rng.choice(names), rng.randint(1, 5), rng.randint(0, 3)
-        inputs_of, function = KINDS[name]
-        program = (
-            language.call["demos"][name].replace("{k}", str(k)).replace("{l}", str(l)).strip("\n")
-        )
-        arguments = [inputs_of(rng) for _ in range(pairs)]
-        inputs = tuple(input_text(a, language) for a in arguments)
-        if (zlib.crc32(f"{program}{inputs}".encode()) % 5 == 0) == (split == "test"):
-            break
-    outputs = tuple(write(function(k, l, *a), language) for a in arguments)
-    return Entry(program, inputs, outputs, name if pairs > 1 else "")
-
-
-def demonstrations(language, count, seed, references, short):
-    """[(prompt, completion)]: the six prompts, answered rightly with train triples. `references` as in the training run."""
-    return [_demonstration(language, index, seed, references, short) for index in range(count)]
-
-
-def _demonstration(language, index, seed, references, short):
-    task, solve = (
-        TASKS[index % 3],
-        index // 3 % 3 > 0,
-    )  # two of three solve: answers take more learning than proposals
-    entry = triple("train", seed, index, language, PAIRS if task == "induction" else 1)
-    if solve:
-        puzzle = Puzzle("", task, entry)
-        name, text = {
-            "deduction": ("output", entry.outputs[0]),
-            "abduction": ("input", entry.inputs[0]),
-            "induction": (language.fence[0], entry.program),
-        }[task]
-        return solve_prompt(puzzle, language, short), completion(block(name, text))
-    if task == "induction":
-        answer = "\n".join(
-            [*(block("input", i) for i in entry.inputs), block("message", entry.message)]
-        )
-        return propose_prompt(task, language, [entry], short=short), completion(answer)
-    rng = random.Random(f"references/{seed}/{index}")
-    others = [
-        triple("train", seed, rng.randrange(10**6), language)
-        for _ in range(rng.randint(min(1, references), references))
-    ]
-    return propose_prompt(task, language, others, short=short), completion(
-        f"{block(language.fence[0], entry.program)}\n{block('input', entry.inputs[0])}"
-    )
-
-
-def completion(answer):
-    return f"ok</think>\n<answer>\n{answer}\n</answer>"
+# Of one number; "two" of two numbers; the others of a list of digits.
+NUMBER_KINDS = ("add", "affine", "square")
+KINDS = (*NUMBER_KINDS, "two", "front", "reverse", "shift", "above", "total")
 
 
 def held_out_triples(language, count, seed=0, tasks=TASKS):
     """Puzzles from test triples, the tasks in turn."""
-    kinds = [tasks[i % len(tasks)] for i in range(count)]
-    entries = [
-        triple("test", seed, i, language, PAIRS if kind == "induction" else 1)
-        for i, kind in enumerate(kinds)
-    ]
-    return [
-        Puzzle(f"triples/{kind}/{i}", kind, entry, entry.program)
-        for i, (kind, entry) in enumerate(zip(kinds, entries))
-    ]
+    puzzles = []
+    for i in range(count):
+        task = tasks[i % len(tasks)]
+        entry = triple("test", seed, i, language, pairs_of(task))
+        puzzles.append(Puzzle(f"triples/{task}/{i}", task, entry, question=entry.program))
+    return puzzles
+
+
+def triple(split, seed, index, language, pairs=1):
+    """Entry number `index` of a split, "train" or "test".
+
+    No program with its inputs is in both splits: every fifth, by a hash, is a test triple.
+    """
+    rng = random.Random(f"{split}/{seed}/{index}")
+    demos = language.call["demos"]
+    kinds = [kind for kind in KINDS if kind in demos]
+    while True:
+        kind = rng.choice(kinds)
+        k = rng.randint(1, 5)
+        l = rng.randint(0, 3)
+        program = demos[kind].strip("\n").replace("{k}", str(k)).replace("{l}", str(l))
+        calls = [_draw_arguments(kind, rng) for _ in range(pairs)]
+        inputs = tuple(input_text(arguments, language) for arguments in calls)
+        is_test = zlib.crc32(f"{program}{inputs}".encode()) % 5 == 0
+        if is_test == (split == "test"):
+            break
+
+    values = [_output(kind, k, l, *arguments) for arguments in calls]
+    outputs = tuple(write(value, language) for value in values)
+    return Entry(program, inputs, outputs, message=kind if pairs > 1 else "")
+
+
+def pairs_of(task):
+    return PAIRS if task == "induction" else 1
+
+
+def _draw_arguments(kind, rng):
+    if kind in NUMBER_KINDS:
+        return [rng.randint(0, 9)]
+    if kind == "two":
+        return [rng.randint(0, 5), rng.randint(0, 5)]
+    length = rng.randint(1, 3)
+    return [[rng.randint(0, 5) for _ in range(length)]]
+
+
+def _output(kind, k, l, a, b=0):
+    """What a program of a kind with the constants k and l gives."""
+    match kind:
+        case "add":
+            return a + k
+        case "affine":
+            return a * k + l
+        case "square":
+            return a * a + k
+        case "two":
+            return a + b * k
+        case "front":
+            return [k, *a]
+        case "reverse":
+            return [*a[::-1], k]
+        case "shift":
+            return [x + k for x in a]
+        case "above":
+            return [x for x in a if x > k]
+        case "total":
+            return sum(a) + k
+
+
+def demonstrations(language, count, seed, references, short):
+    """[(prompt, completion)]: the six prompts, answered rightly with train triples.
+
+    references: most earlier programs in a proposer's prompt, as in the training run.
+    """
+    found = []
+    for index in range(count):
+        found.append(_demonstration(language, index, seed, references, short))
+    return found
+
+
+def _demonstration(language, index, seed, references, short):
+    task = TASKS[index % 3]
+    solve = index // 3 % 3 > 0  # two of three: answers take more learning than proposals
+    entry = triple("train", seed, index, language, pairs_of(task))
+    program = block(language.fence[0], entry.program)
+
+    if solve:
+        prompt = solve_prompt(Puzzle("", task, entry), language, short)
+        answers = {
+            "deduction": block("output", entry.outputs[0]),
+            "abduction": block("input", entry.inputs[0]),
+            "induction": program,
+        }
+        return prompt, _completion(answers[task])
+
+    inputs = [block("input", text) for text in entry.inputs]
+    if task == "induction":
+        prompt = propose_prompt(task, language, [entry], short=short)
+        answer = "\n".join([*inputs, block("message", entry.message)])
+        return prompt, _completion(answer)
+
+    rng = random.Random(f"references/{seed}/{index}")
+    others = []
+    for _ in range(rng.randint(min(1, references), references)):
+        others.append(triple("train", seed, rng.randrange(10**6), language))
+    prompt = propose_prompt(task, language, others, short=short)
+    return prompt, _completion(f"{program}\n{inputs[0]}")
+
+
+def _completion(answer):
+    return f"ok</think>\n<answer>\n{answer}\n</answer>"

@@ -1,91 +1,143 @@
-"""How f of a program is called on values, and what it gave, in any language whose TOML has a [call] table."""
+"""How f of a program is called on values in the sandbox, and what it gave, in any language.
+
+    runner = Runner(pool, load_language("lua"))
+    running = runner.start("function f(a) return a + 1 end", [[1], [2]])
+    wait([running])
+    runner.finish(running)  ->  [Outcome("value", "2"), Outcome("value", "3")]
+
+A language's TOML says how, in its [call] table:
+
+    main       the harness, with {nonce}, {inputs} (the literals of every call, each in the form
+               `arguments`), and the lists of strings {banned}, {modules}, {mentions} and {macros}
+    files      the program's own files, with {code}
+    header     a first line that a program must have, such as "#lang racket"
+    defines    a regular expression that finds a definition of NAME
+    identity   and hello: the program and the input that self-play starts from
+    rules      a sentence for the prompts
+
+The harness prints lines NONCE KIND NUMBER TEXT NONCE: one of STOPS before any call, or value, error
+or no_value for each call.
+"""
 
 import concurrent.futures
 import hmac
 import math
 import os
 import re
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox.jobs import Job
 from sandbox.languages.values import table_of, write
 
-_STOPS = ("syntax", "banned", "no_f")
+STOPS = ("syntax", "banned", "no_f")  # what the harness finds before it calls f; then it ends
 
 
-def input_text(arguments, language):
-    joint = " " if table_of(language)["family"] == "lists" else ", "
-    return joint.join(write(v, language) for v in arguments)
+class Outcome(NamedTuple):
+    """What one call gave."""
+
+    kind: str  # "value", or why there is none (a key of selfplay's REASONS)
+    text: str  # the value as the language printed it
 
 
-def call_files(language, program, calls, nonce):
-    """{file name: text} of a job that checks a program for banned constructs, then prints f of every element of calls (argument lists).
+@dataclass(frozen=True)
+class Running:
+    """A job in flight: f of a program, called on `count` inputs."""
 
-    The [call] table: main is the harness, with {nonce}, {inputs} (every call's literals in the form `arguments`), {banned}, {modules},
-    {mentions} and {macros} (lists of strings); files hold {code}. It prints lines NONCE KIND NUMBER TEXT NONCE: syntax, banned or no_f (and ends), and for
-    each call value, error or no_value. identity and hello are the first seed, rules a sentence for the prompts, defines finds a definition of NAME.
-    """
-    call = language.call
-    header = call.get("header", "")
-    if header and not program.lstrip().startswith(header.split()[0]):
-        program = f"{header}\n{program}"
-    words = {"{code}": program, "{nonce}": nonce}
-    words["{inputs}"] = ("\n" if table_of(language)["family"] == "lists" else ", ").join(
-        call["arguments"].format(input_text(arguments, language)) for arguments in calls
-    )
-    for name in ("banned", "modules", "mentions", "macros"):
-        words[f"{{{name}}}"] = _strings(call.get(name, []), language)
-    templates = {language.file: call["main"], **call.get("files", {})}
-    return {
-        name: re.sub("|".join(map(re.escape, words)), lambda match: words[match[0]], text)
-        for name, text in templates.items()
-    }
-
-
-def _strings(names, language):
-    """A list of strings in the language, for the harness."""
-    if language.name == "prolog":
-        return "[" + ", ".join(write(name, language) for name in names) + "]"
-    text = write(list(names), language, limit=math.inf)
-    return text[1:] if language.name == "lisp" else text
-
-
-def outcomes(result, nonce, count):
-    """[(kind, text)] of the count calls of a job: kind "value", or why there is none (a key of REASONS)."""
-    printed = result.stdout.decode(errors="surrogateescape")
-    found = re.findall(rf"^{nonce} (\w+) (\d+) (.*?) {nonce}$", printed, re.DOTALL | re.MULTILINE)
-    for kind, _, text in found:
-        if kind in _STOPS:
-            return [(kind, text)] * count
-    if result.status != "ok":
-        return [(result.status, "")] * count
-    by_number = {int(number): (kind, text) for kind, number, text in found}
-    return [by_number.get(number, ("error", "")) for number in range(count)]
+    future: concurrent.futures.Future
+    nonce: str
+    count: int
 
 
 class Runner:
-    """Runs f of programs on inputs in the sandbox. Equal runs have equal nonces, so that the pool's cache runs them once."""
+    """Runs f of programs on inputs in the sandbox.
+
+    Equal runs have equal nonces, so that the pool's cache runs them once.
+    """
 
     def __init__(self, pool, language):
         if "main" not in language.call:
             raise ValueError(
                 f"{language.name} cannot be used for self-play: its TOML has no [call] table"
             )
-        self.pool, self.language, self._secret = pool, language, os.urandom(16)
+        self.pool = pool
+        self.language = language
+        self._secret = os.urandom(16)  # a model cannot work out the nonce of its program
 
     def start(self, program, calls, run=1):
-        """(future, nonce, number of calls)."""
-        text = "\0".join([program, str(run), *(input_text(c, self.language) for c in calls)])
-        nonce = hmac.new(self._secret, text.encode(errors="replace"), "sha256").hexdigest()[:24]
+        """Start one process that calls f on every element of `calls`.
+
+        calls: argument lists, as data. run: equal programs and calls with another number run anew.
+        """
+        inputs = [input_text(arguments, self.language) for arguments in calls]
+        text = "\0".join([program, str(run), *inputs])
+        message = text.encode(errors="replace")
+        nonce = hmac.new(self._secret, message, "sha256").hexdigest()[:24]
+
         files = call_files(self.language, program, calls, nonce)
-        return self.pool.submit(Job(self.language.name, files)), nonce, len(calls)
+        future = self.pool.submit(Job(self.language.name, files))
+        return Running(future, nonce, len(calls))
 
-    def finish(self, started):
-        """[(kind, text)] per call; sandbox_error for a job that is not done."""
-        future, nonce, count = started
-        if not future.done():
-            return [("sandbox_error", "")] * count
-        return outcomes(future.result(), nonce, count)
+    def finish(self, running):
+        """One Outcome per call; sandbox_error for a job that is not done."""
+        if not running.future.done():
+            return [Outcome("sandbox_error", "")] * running.count
+        return outcomes(running.future.result(), running.nonce, running.count)
 
 
-def wait(started, deadline=None):
-    concurrent.futures.wait([s[0] for s in started if s], timeout=deadline)
+def wait(jobs, deadline=None):
+    """Until all of the Running jobs are done, at most `deadline` seconds; skips None among them."""
+    futures = [job.future for job in jobs if job]
+    concurrent.futures.wait(futures, timeout=deadline)
+
+
+def call_files(language, program, calls, nonce):
+    """{file name: text} of the job that checks a program and prints f of every argument list."""
+    call = language.call
+    header = call.get("header", "")
+    if header and not program.lstrip().startswith(header.split()[0]):
+        program = f"{header}\n{program}"
+
+    inputs = [input_text(arguments, language) for arguments in calls]
+    inputs = [call["arguments"].format(text) for text in inputs]
+    between = "\n" if table_of(language)["family"] == "lists" else ", "
+    words = {
+        "{code}": program,
+        "{nonce}": nonce,
+        "{inputs}": between.join(inputs),
+    }
+    for name in ("banned", "modules", "mentions", "macros"):
+        names = call.get(name, [])
+        words[f"{{{name}}}"] = write(names, language, limit=math.inf)
+
+    # All in one pass: what a program says, such as {nonce}, is not filled in.
+    pattern = "|".join(map(re.escape, words))
+    files = {language.file: call["main"], **call.get("files", {})}
+    for name, template in files.items():
+        files[name] = re.sub(pattern, lambda match: words[match[0]], template)
+    return files
+
+
+def input_text(arguments, language):
+    """The arguments of one call as canonical literals: 1, "a" or, in the Lisp family, 1 "a"."""
+    between = " " if table_of(language)["family"] == "lists" else ", "
+    return between.join(write(value, language) for value in arguments)
+
+
+def outcomes(result, nonce, count):
+    """One Outcome for each of the `count` calls of a job that has ended."""
+    printed = result.stdout.decode(errors="surrogateescape")
+    pattern = rf"^{nonce} (\w+) (\d+) (.*?) {nonce}$"
+    lines = re.findall(pattern, printed, re.DOTALL | re.MULTILINE)
+
+    for kind, _, text in lines:
+        if kind in STOPS:
+            return [Outcome(kind, text)] * count
+    if result.status != "ok":
+        return [Outcome(result.status, "")] * count
+
+    found = [Outcome("error", "")] * count
+    for kind, number, text in lines:
+        if int(number) < count:
+            found[int(number)] = Outcome(kind, text)
+    return found

@@ -1,9 +1,11 @@
-"""Literals of any language, as text -> Python objects, driven by the [call.values] table of its TOML.
+"""Literals of any language, read as Python objects: the [call.values] table of its TOML says how.
 
-    read('1, "a"', python) -> [1, 'a']        read_one("'(1 (a . 2))", racket) -> [1, Pair(Symbol("a"), 2)]
+    read('1, "a"', python) -> [1, 'a']
+    read_one("'(1 (a . 2))", racket) -> [1, Pair(Symbol("a"), 2)]
 
-A model's text is never evaluated: read() is a parser that raises ValueError for anything but literals. What enters a program is
-never that text but values.write() of what was read, so a text that closes the call and goes on cannot pass.
+A model's text is never evaluated: read() is a parser that raises ValueError for anything but
+literals. What enters a program is never that text but values.write() of what was read, so a text
+that closes the call and goes on cannot pass.
 """
 
 import re
@@ -13,6 +15,7 @@ from fractions import Fraction
 from sandbox.languages.values import (
     LUA_SMALLEST,
     MAX_TEXT,
+    SMALLEST,
     Char,
     Compound,
     Map,
@@ -25,32 +28,11 @@ from sandbox.languages.values import (
     write,
 )
 
-MAX_DEPTH = 30
-
-
-def read(text, language):
-    """The values of a text, a list: separated by commas, or by white space in the Lisp family. ValueError says what is no literal."""
-    table = table_of(language)
-    if len(text) > MAX_TEXT:
-        raise ValueError(f"the value has more than {MAX_TEXT} characters")
-    reader = (_ListReader if table["family"] == "lists" else _BracketReader)(text, table)
-    found = reader.sequence()
-    for value in found:
-        write(
-            value, language
-        )  # what cannot be written (an infinite float, a control character) is no value either
-    return found
-
-
-def read_one(text, language):
-    found = read(text, language)
-    if len(found) != 1:
-        raise ValueError(f"one value is expected, not {len(found)}")
-    return found[0]
-
+MAX_DEPTH = 30  # levels of nesting
+MAX_TERMS = 3 * MAX_DEPTH  # operators of a Prolog term, members of a dotted list: each nests once
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d{1,4})?")
-_SIMPLE_ESCAPES = {
+_ESCAPES = {
     "n": "\n",
     "t": "\t",
     "r": "\r",
@@ -63,8 +45,32 @@ _SIMPLE_ESCAPES = {
 }
 
 
+def read(text, language):
+    """The values of a text, separated by commas, or by white space in the Lisp family.
+
+    ValueError says what is not a literal.
+    """
+    table = table_of(language)
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"the value has more than {MAX_TEXT} characters")
+
+    reader_of = {"lists": _ListReader, "brackets": _BracketReader}
+    found = reader_of[table["family"]](text, table).sequence()
+    for value in found:
+        # What cannot be written (an infinite float, a control character) is not a value either.
+        write(value, language)
+    return found
+
+
+def read_one(text, language):
+    found = read(text, language)
+    if len(found) != 1:
+        raise ValueError(f"one value is expected, not {len(found)}")
+    return found[0]
+
+
 def _number(text, table):
-    """Exact value of a numeral: int, Fraction (in the language's notation) or float; None when it is none."""
+    """Exact value of a numeral: int, Fraction (in the language's notation) or float; else None."""
     ratio = table.get("ratio")
     if ratio and re.fullmatch(rf"[-+]?\d+{re.escape(ratio)}\d+", text):
         above, below = text.split(ratio)
@@ -72,18 +78,28 @@ def _number(text, table):
             raise ValueError(f"{text} divides by zero")
         value = Fraction(int(above), int(below))
         return int(value) if value.denominator == 1 else value
+
     if not _NUMBER.fullmatch(text):
         return None
     if not re.fullmatch(r"[-+]?\d+", text):
         return float(text)
-    bits = table.get("integer_bits")  # Lua: a longer numeral is a float
+
     value = int(text)
-    return value if not bits or -(2 ** (bits - 1)) <= value < 2 ** (bits - 1) else float(text)
+    bits = table.get("integer_bits")
+    if bits and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        return float(text)  # Lua: a longer numeral is a float
+    return value
 
 
 class _Reader:
+    """A place in a text, and what both families read alike."""
+
     def __init__(self, text, table):
-        self.text, self.table, self.at, self.depth, self.terms = text, table, 0, 0, 0
+        self.text = text
+        self.table = table
+        self.at = 0
+        self.depth = 0
+        self.terms = 0
 
     def fail(self, why):
         raise ValueError(f"{why} at {self.text[self.at : self.at + 20]!r}")
@@ -95,9 +111,10 @@ class _Reader:
     def take(self, pattern):
         """Text of a regular expression that matches here (moves on), or None."""
         match = re.compile(pattern).match(self.text, self.at)
-        if match:
-            self.at = match.end()
-        return match and match[0]
+        if match is None:
+            return None
+        self.at = match.end()
+        return match[0]
 
     def nested(self, read):
         self.depth += 1
@@ -109,32 +126,49 @@ class _Reader:
 
     def quoted(self, quote):
         """The rest of a string after its opening quote."""
+        special = re.escape(self.table.get("interpolation", ""))
         parts = []
         while True:
-            parts.append(
-                self.take(rf"[^\\{quote}{re.escape(self.table.get('interpolation', ''))}]*")
-            )
+            parts.append(self.take(rf"[^\\{quote}{special}]*"))
             if self.at >= len(self.text):
                 self.fail("a string without an end")
+
             mark = self.text[self.at]
             self.at += 1
             if mark == quote:
                 return "".join(parts)
             if mark != "\\":  # Julia's $: "$(run(`...`))" is a program
-                self.fail("interpolation is no literal")
+                self.fail("interpolation is not a literal")
             parts.append(self.escape())
 
     def escape(self):
-        if code := self.take(
-            r"x[0-9a-fA-F]{1,6}\\?" if self.table.get("escape_ends") else r"x[0-9a-fA-F]{2}"
-        ):
+        """The letter that is meant by what follows a backslash."""
+        in_hex = r"x[0-9a-fA-F]{2}"
+        if self.table.get("escape_ends"):
+            in_hex = r"x[0-9a-fA-F]{1,6}\\?"
+        if code := self.take(in_hex):
             return chr(int(code.strip("x\\"), 16))
         if code := self.take(r"u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]{1,6}\}"):
             return chr(int(code.strip("u{}"), 16))
+
         mark = self.take(r"[^\W\d]|0(?!\d)|[^\w]")
-        if mark is None or (mark.isalnum() and mark not in _SIMPLE_ESCAPES):
+        if mark is None or (mark.isalnum() and mark not in _ESCAPES):
             self.fail("unknown escape")
-        return _SIMPLE_ESCAPES.get(mark, mark)
+        return _ESCAPES.get(mark, mark)
+
+
+# ---- the family "brackets" ----
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A key with its value, inside of a dictionary."""
+
+    key: object
+    value: object
+
+
+_TRAILING = object()  # a comma before the closing parenthesis, which makes (1,) a tuple
 
 
 class _BracketReader(_Reader):
@@ -142,172 +176,185 @@ class _BracketReader(_Reader):
 
     def sequence(self):
         values = self.items(r"\Z")
-        if any(isinstance(v, _Entry) for v in values):
+        if any(isinstance(value, _Item) for value in values):
             self.fail("a key with a value outside of a dictionary")
         return values
 
     def items(self, closer):
+        """Values and _Items up to the regular expression `closer`, which is taken too."""
+        separator = re.escape(self.table.get("separator", ","))
         values = []
         self.space()
         while self.take(closer) is None:
-            if values and not self.take(re.escape(self.table.get("separator", ","))):
+            if values and not self.take(separator):
                 self.fail("a comma or an end is missing")
             self.space()
             if values and self.take(closer) is not None:  # a comma at the end
-                return values + [_TRAILING] if closer == r"\)" else values
-            values.append(self.entry())
+                return [*values, _TRAILING] if closer == r"\)" else values
+            values.append(self.item())
             self.space()
         return values
 
-    def entry(self):
-        """A value, or key and value of a dictionary."""
-        arrow = self.table.get("arrow")
-        if self.table.get("key") and (
-            name := self.take(r"\[\s*|[A-Za-z_]\w*(?=\s*=)")
-        ):  # Lua: [1] = 2, name = 2
-            key = name if name[0] != "[" else self.nested(self.value)
-            self.space()
-            if name[0] == "[" and not self.take(r"\]"):
-                self.fail("] is missing")
-        else:
-            key = self.nested(self.value)
+    def item(self):
+        """A value, or an _Item of a dictionary."""
+        key = self.key()
         self.space()
+        arrow = self.table.get("arrow")
         if not arrow or not self.take(re.escape(arrow)):
             return key
+
         self.space()
-        return _Entry(key, self.nested(self.value))
+        return _Item(key, self.nested(self.value))
+
+    def key(self):
+        """What may stand before an arrow. Lua: [1] = 2, name = 2."""
+        opened = None
+        if self.table.get("key"):
+            opened = self.take(r"\[\s*|[A-Za-z_]\w*(?=\s*=)")
+        if opened is None:
+            return self.nested(self.value)
+        if opened[0] != "[":
+            return opened
+
+        key = self.nested(self.value)
+        self.space()
+        if not self.take(r"\]"):
+            self.fail("] is missing")
+        return key
 
     def value(self):
+        """A value, in Prolog perhaps with operators: a-1, k=v."""
         value = self.simple()
         self.space()
-        while operator := self.table.get("operators") and self.take(
-            self.table["operators"]
-        ):  # Prolog: a-1, k=v
+        operators = self.table.get("operators")
+        while operators and (operator := self.take(operators)):
             self.space()
             self.terms += 1
-            if self.terms > 3 * MAX_DEPTH:
+            if self.terms > MAX_TERMS:
                 self.fail("too many operators")
             value = Compound(operator, (value, self.simple()))
             self.space()
         return value
 
     def simple(self):
-        table, start = self.table, self.at
-        if table.get("ratio") and (
-            text := self.take(rf"[-+]?\d+{re.escape(table['ratio'])}\d+(?!\w)")
-        ):
-            return _number(text, table)
+        """A value without operators."""
+        table = self.table
+        start = self.at
+
+        # Numbers.
+        if ratio := table.get("ratio"):
+            if text := self.take(rf"[-+]?\d+{re.escape(ratio)}\d+(?!\w)"):
+                return _number(text, table)
         if text := self.take(rf"{_NUMBER.pattern}(?![\w.])"):
             return _number(text, table)
         if table.get("integer_bits") and self.take(re.escape(LUA_SMALLEST)):
-            return -(2**63)
+            return SMALLEST
+
+        # Collections.
         if "empty_set" in table and self.take(re.escape(table["empty_set"])):
             return Set(())
         for kind in ("map", "set", "list", "tuple"):
             if kind in table and (opened := self.take(self.opener(kind))):
                 values = self.collection(kind)
-                return promoted(values) if table.get("promotes") and opened == "[" else values
+                return _promoted(values) if table.get("promotes") and opened == "[" else values
+
+        # Characters, strings, symbols.
         if "char" in table and self.take("'"):
             text = self.quoted("'")
             return Char(text) if len(text) == 1 else self.fail("a character has one letter")
         if quote := self.take(f"[{table['quotes']}]"):
             return self.quoted(quote)
-        if "symbol" in table and (
-            text := self.take(
-                table["symbol"].split("...")[0] + f"(?:{table['symbol_name']})(?!\\w)"
-            )
-        ):
-            return self.word(text)
+        if "symbol" in table:
+            before = table["symbol"].split("...")[0]
+            if text := self.take(rf"{before}(?:{table['symbol_name']})(?!\w)"):
+                return self.symbol(text)
         if "atom_quote" in table and self.take(table["atom_quote"]):
-            return self.compound(self.quoted(table["atom_quote"]))
-        if (text := self.take(r"[A-Za-z_]\w*")) in [
-            table.get(k) for k in ("true", "false", "none")
-        ] and text:
-            return {table.get("true"): True, table.get("false"): False}.get(text)
+            return self.term(self.quoted(table["atom_quote"]))
+
+        # Words: the longest, so that "trueish" is none.
+        word = self.take(r"[A-Za-z_]\w*")
+        for name, value in (("true", True), ("false", False), ("none", None)):
+            if word is not None and word == table.get(name):
+                return value
+
         self.at = start
-        self.fail("no literal")
+        self.fail("not a literal")
 
-    def word(self, text):
-        """A symbol; in Prolog perhaps with arguments."""
-        if "operators" not in self.table:
-            return Symbol(text[1:])
-        return self.compound(text)
+    def symbol(self, text):
+        if "operators" in self.table:  # Prolog: perhaps with arguments
+            return self.term(text)
+        return Symbol(text[1:])  # Julia: :name
 
-    def compound(self, name):
-        if "operators" in self.table and self.take(r"\("):
-            args = self.nested(lambda: self.items(r"\)"))
-            return (
-                Compound(name, tuple(args))
-                if args and _TRAILING not in args
-                else self.fail("arguments are missing")
-            )
-        return Symbol(name)
+    def term(self, name):
+        """A Prolog atom, with arguments where a parenthesis follows."""
+        if "operators" not in self.table or not self.take(r"\("):
+            return Symbol(name)
+        args = self.nested(lambda: self.items(r"\)"))
+        if not args or _TRAILING in args:
+            self.fail("arguments are missing")
+        return Compound(name, tuple(args))
 
     def opener(self, kind):
+        """A regular expression for what opens a collection."""
         return self.table.get(f"read_{kind}") or re.escape(self.table[kind].split("...")[0])
 
     def collection(self, kind):
-        closer = re.escape(self.table[kind].split("...")[1])
+        """The rest of a map, set, list or tuple after what opens it."""
+        table = self.table
+        closer = re.escape(table[kind].split("...")[1])
         values = self.nested(lambda: self.items(closer))
-        entries = [v for v in values if isinstance(v, _Entry)]
-        if entries:
+        if any(isinstance(value, _Item) for value in values):
             return self.dictionary(kind, values)
-        shared = "set" in self.table and self.table.get("set") == self.table.get("map")
-        if kind == "map" and shared:  # Python: {} is a dictionary, {1} a set
-            return Set(tuple(values)) if values else Map(())
-        if kind == "map":  # Lua: {1, 2} is a list
-            return (
-                values
-                if self.table["list"] == self.table["map"]
-                else Map(())
-                if not values
-                else self.fail("a key is missing")
-            )
+
+        if kind == "map":
+            if table["map"] == table.get("set"):  # Python: {} is a dictionary, {1} a set
+                return Set(tuple(values)) if values else Map(())
+            if table["map"] == table["list"]:  # Lua: {1, 2} is a list
+                return values
+            return Map(()) if not values else self.fail("a key is missing")
         if kind == "tuple":
             if len(values) == 1:
                 return values[0]  # (1) is 1 in parentheses
-            return tuple(v for v in values if v is not _TRAILING)
+            return tuple(value for value in values if value is not _TRAILING)
         return Set(tuple(values)) if kind == "set" else values
 
     def dictionary(self, kind, values):
-        if kind != "map" or (
-            not self.table.get("key") and not all(isinstance(v, _Entry) for v in values)
-        ):
+        """A Map of values of which one at least is an _Item."""
+        has_places = "key" in self.table  # Lua: what has no key has the next place
+        if kind != "map":
             self.fail("keys and values where none are allowed")
-        places = iter(range(1, len(values) + 1))  # Lua: what has no key has the next place
-        pairs = {
-            (key_of(e.key, self.table)): (e.key, e.value)
-            for e in (v if isinstance(v, _Entry) else _Entry(next(places), v) for v in values)
-        }
-        return (
-            _table_as_list(Map(tuple(pairs.values())))
-            if self.table.get("key")
-            else Map(tuple(pairs.values()))
-        )
+        if not has_places and not all(isinstance(value, _Item) for value in values):
+            self.fail("keys and values where none are allowed")
+
+        place = 0
+        pairs = {}
+        for value in values:
+            if not isinstance(value, _Item):
+                place += 1
+                value = _Item(place, value)
+            pairs[key_of(value.key, self.table)] = (value.key, value.value)
+
+        found = Map(tuple(pairs.values()))
+        return _table_as_list(found) if has_places else found
 
 
-def promoted(values):
+def _promoted(values):
     """Julia makes [1, 2.5] a list of floats (Any[1, 2.5] stays as it is)."""
-    mixed = {type(v) for v in values} - {int, Fraction, float} == set() and any(
-        isinstance(v, float) for v in values
-    )
-    return [float(v) for v in values] if mixed else values
+    all_numbers = {type(value) for value in values} <= {int, Fraction, float}
+    if all_numbers and any(isinstance(value, float) for value in values):
+        return [float(value) for value in values]
+    return values
 
 
 def _table_as_list(found):
     """Lua has one type for both: the keys 1 ... n make a list."""
     by_key = {k: v for k, v in found.items if type(k) is int}
-    whole = len(by_key) == len(found.items) and set(by_key) == set(range(1, len(by_key) + 1))
-    return [by_key[k] for k in sorted(by_key)] if whole else found
+    if len(by_key) != len(found.items) or set(by_key) != set(range(1, len(by_key) + 1)):
+        return found
+    return [by_key[k] for k in sorted(by_key)]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    key: object
-    value: object
-
-
-_TRAILING = Symbol("a comma at the end, which makes (1,) a tuple")
+# ---- the family "lists" ----
 
 
 class _ListReader(_Reader):
@@ -322,13 +369,15 @@ class _ListReader(_Reader):
         return values
 
     def value(self):
-        """A literal, or a constructor with literals: (list 1 2), (cons 1 2), (vector 1 2), (hash "a" 1)."""
+        """A literal, or a constructor with literals: (list 1 2), (cons 1 2), (hash "a" 1)."""
         self.space()
         if self.take("'"):
             return self.datum()
         if not self.take(r"\((?!\s*\))"):
             return self.datum(quoted=False)
-        name, args = self.take(r"[^\s()'\"]+"), []
+
+        name = self.take(r"[^\s()'\"]+")
+        args = []
         self.space()
         while self.take(r"\)") is None:
             args.append(self.nested(self.value))
@@ -338,7 +387,8 @@ class _ListReader(_Reader):
     def construct(self, name, args):
         table = self.table
         if name == "quote" or name not in table["constructors"]:
-            self.fail(f"({name} ...) is no literal")
+            self.fail(f"({name} ...) is not a literal")
+
         kind = table["constructors"][name]
         if kind == "pair":
             return cons(*args) if len(args) == 2 else self.fail("cons takes two values")
@@ -347,76 +397,93 @@ class _ListReader(_Reader):
                 self.fail("a key without a value")
             return Map(tuple(zip(args[::2], args[1::2])))
         if kind == "alist":
-            return (
-                self.map_of(args[0])
-                if len(args) == 1 and isinstance(args[0], list)
-                else self.fail("a list of pairs is missing")
-            )
+            if len(args) != 1 or not isinstance(args[0], list):
+                self.fail("a list of pairs is missing")
+            return self.map_of(args[0])
         return tuple(args) if kind == "vector" else args
 
     def datum(self, quoted=True):
+        """What may stand behind a quote. quoted: not behind one, a symbol is a variable."""
         self.space()
         table = self.table
         if self.take('"'):
             return self.quoted('"')
+
+        # Collections.
         if "map" in table and self.take(table["read_map"]):
             return self.map_of(self.nested(lambda: self.list_items(")")))
         if self.take(r"#\("):
             return tuple(self.nested(lambda: self.list_items(")")))
         if opened := self.take(r"[(\[]"):
-            return self.nested(lambda: self.list_items(")" if opened == "(" else "]"))
+            closer = {"(": ")", "[": "]"}[opened]
+            return self.nested(lambda: self.list_items(closer))
+
+        # A character: #\a, #\space.
         if self.take(r"#\\"):
             name = self.take(r"[A-Za-z]+|[\s\S]") or self.fail("a character is missing")
             letter = name if len(name) == 1 else table["char_names"].get(name.lower())
             return Char(letter) if letter else self.fail("unknown character")
-        return self.atom(
-            self.take(r"[^\s()\[\]{}\"';`,|#\\][^\s()\[\]{}\"';`,|\\]*|#[a-z]+|\|[^|\\]*\|") or "",
-            quoted,
-        )
+
+        plain = r"[^\s()\[\]{}\"';`,|#\\][^\s()\[\]{}\"';`,|\\]*"
+        text = self.take(rf"{plain}|#[a-z]+|\|[^|\\]*\|")
+        return self.atom(text or "", quoted)
 
     def atom(self, text, quoted):
+        """A number, a word such as #t, or a symbol."""
         table = self.table
-        number = _number(
-            re.sub(r"(?<=[\d.])[dDfF](?=[-+]?\d+$)", "e", text) if table.get("casefold") else text,
-            table,
-        )
+        numeral = text
+        if table.get("casefold"):  # Common Lisp's 1.5d0
+            numeral = re.sub(r"(?<=[\d.])[dDfF](?=[-+]?\d+$)", "e", text)
+        number = _number(numeral, table)
         if number is not None:
             return number
+
         name = text.lower() if table.get("casefold") else text
         if name in table["words"]:
             return {"true": True, "false": False, "empty": []}[table["words"][name]]
-        if (
-            not text
-            or text[0] in "#|"
-            or (not quoted and text[0] != ":")
-            or name == "."
-            or not re.fullmatch(r"[\x21-\x7e]+", text)
-        ):
-            self.fail("no literal")
+
+        if not text or text[0] in "#|" or name == ".":
+            self.fail("not a literal")
+        if not quoted and text[0] != ":":  # a variable
+            self.fail("not a literal")
+        if not re.fullmatch(r"[\x21-\x7e]+", text):
+            self.fail("not a literal")
         return Symbol(name)
 
     def list_items(self, closer):
-        values, tail = [], None
+        """The rest of a list after its opening parenthesis; Pairs when it has a dot."""
+        values = []
+        tail = []  # the one value behind a dot
         self.space()
         while self.take(re.escape(closer)) is None:
-            if self.at >= len(self.text) or tail is not None:
+            if self.at >= len(self.text) or tail:
                 self.fail(f"{closer} is missing")
             if values and self.take(r"\.(?=[\s()])"):
                 tail = [self.nested(self.datum)]
             else:
                 values.append(self.nested(self.datum))
             self.space()
-        if tail and len(values) > 3 * MAX_DEPTH:
+
+        if not tail:
+            return values
+        if len(values) > MAX_TERMS:
             self.fail("a dotted list is too long")
-        for first in reversed(values if tail else []):
-            tail = [cons(first, tail[0])]
-        return tail[0] if tail else values
+        found = tail[0]
+        for first in reversed(values):
+            found = cons(first, found)
+        return found
 
     def map_of(self, pairs):
-        if not isinstance(pairs, list) or not all(
-            isinstance(p, Pair) or (isinstance(p, list) and p) for p in pairs
-        ):
+        """A Map of what '((a . 1) (b 2)) gives: Pairs and lists."""
+        if not isinstance(pairs, list):
             self.fail("a dictionary is made of pairs")
-        return Map(
-            tuple((p.first, p.second) if isinstance(p, Pair) else (p[0], p[1:]) for p in pairs)
-        )
+
+        items = []
+        for pair in pairs:
+            if isinstance(pair, Pair):
+                items.append((pair.first, pair.second))
+            elif isinstance(pair, list) and pair:
+                items.append((pair[0], pair[1:]))
+            else:
+                self.fail("a dictionary is made of pairs")
+        return Map(tuple(items))

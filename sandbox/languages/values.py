@@ -1,8 +1,13 @@
-"""Values as data: types, equality and canonical literals in any language, as its TOML's [call.values] table says.
+"""Values as data: types, equality and canonical literals in any language.
 
-    write([1, "a"], lua) -> '{1, "a"}'        same(1, 1.0, python) -> True, same(1, 1.0, racket) -> False
+    write([1, "a"], lua) -> '{1, "a"}'
+    same(1, 1.0, python) -> True, same(1, 1.0, racket) -> False
 
-literals.py reads what write() writes.
+A language's TOML says how its literals look, in its [call.values] table: "family" is "brackets"
+([1, 2], {"a": 1}, f(x)) or "lists" ('(1 2), the Lisp family). literals.py reads what write() gives.
+
+Integers, floats, strings, truth values, None, lists and tuples (vectors in the Lisp family) are
+Python's own; ratios are Fractions. The other kinds are below.
 """
 
 import math
@@ -10,10 +15,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-LUA_SMALLEST = (
-    "(-9223372036854775807-1)"  # -2**63: as a numeral it would be the negative of a float
-)
 MAX_TEXT = 2000  # characters of a value; longer ones are refused, never cut
+SMALLEST = -(2**63)
+LUA_SMALLEST = "(-9223372036854775807-1)"  # as a numeral it would be the negative of a float
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Char:
 
 @dataclass(frozen=True)
 class Pair:
-    """A cons cell whose second part is no list: (a . b)."""
+    """A cons cell whose second part is not a list: (a . b)."""
 
     first: object
     second: object
@@ -46,7 +50,7 @@ class Set:
 
 @dataclass(frozen=True)
 class Compound:
-    """A Prolog term name(args) that is no list."""
+    """A Prolog term name(args) that is not a list."""
 
     name: str
     args: tuple
@@ -57,6 +61,7 @@ def cons(first, second):
 
 
 def table_of(language):
+    """A language's [call.values] table; ValueError when it has none."""
     if "values" not in language.call:
         raise ValueError(
             f"{language.name} cannot be used for self-play: its TOML has no [call.values] table"
@@ -68,7 +73,10 @@ def table_of(language):
 
 
 def same(a, b, language):
-    """Equality as the language sees it: [call.values] numbers = "value" (1 equals 1.0) or "exact" (it does not)."""
+    """Equality as the language sees it.
+
+    [call.values] numbers = "value": 1 equals 1.0; "exact": it does not.
+    """
     table = table_of(language)
     return key_of(a, table) == key_of(b, table)
 
@@ -77,21 +85,21 @@ def key_of(value, table):
     """Nested tuples that are equal when the values are; sets and dictionaries have no order."""
     if value is None or isinstance(value, bool):
         return ("word", value)
+
     if isinstance(value, (int, float, Fraction)):
-        return (
-            ("number", Fraction(value))
-            if table["numbers"] == "value"
-            else ("number", isinstance(value, float), Fraction(value))
-        )
+        if table["numbers"] == "value":
+            return ("number", Fraction(value))
+        return ("number", isinstance(value, float), Fraction(value))
+
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *(key_of(v, table) for v in value))
+
     if isinstance(value, Map):
-        return (
-            "map",
-            *sorted(((key_of(k, table), key_of(v, table)) for k, v in value.items), key=repr),
-        )
+        pairs = [(key_of(k, table), key_of(v, table)) for k, v in value.items]
+        return ("map", *sorted(pairs, key=repr))
     if isinstance(value, Set):
         return ("set", *sorted({key_of(v, table) for v in value.items}, key=repr))
+
     if isinstance(value, Pair):
         return ("pair", key_of(value.first, table), key_of(value.second, table))
     if isinstance(value, Compound):
@@ -103,32 +111,37 @@ def key_of(value, table):
 
 
 def write(value, language, limit=MAX_TEXT):
-    """The canonical literal of a value (also of plain JSON: dict, list, str, numbers, None); dictionaries and sets sorted.
-    ValueError when the language has none, such as an infinite float or a tuple in Lua."""
+    """The canonical literal of a value, dictionaries and sets sorted.
+
+    value: also plain JSON, with dicts. limit: most characters.
+    ValueError when the text is longer, or when the language has no literal for the value: an
+    infinite float, a tuple in Lua.
+    """
     table = table_of(language)
-    if isinstance(value, dict):
-        value = Map(tuple(value.items()))
-    text = (_write_lists if table["family"] == "lists" else _write_brackets)(value, table)
+    if table["family"] == "lists":
+        text = _write_lists(value, table)
+    else:
+        text = _write_brackets(value, table)
+
     if len(text) > limit:
         raise ValueError(f"the value has more than {limit} characters")
     return text
 
 
 def _plain(value, table):
-    """Numbers, strings, words and characters; None for the rest."""
+    """Numbers, strings, truth values and None as text; None for the rest."""
     if isinstance(value, bool) or value is None:
-        word = table.get({True: "true", False: "false", None: "none"}[value])
-        return word if word is not None else _no(value)
+        name = {True: "true", False: "false", None: "none"}[value]
+        return table[name] if name in table else _no_literal(value)
+
     if isinstance(value, int):
-        if table.get("integer_bits") == 64 and value == -(2**63):
+        if table.get("integer_bits") == 64 and value == SMALLEST:
             return LUA_SMALLEST
         return str(value)
     if isinstance(value, Fraction):
-        return (
-            f"{value.numerator}{table['ratio']}{value.denominator}"
-            if "ratio" in table
-            else _no(value)
-        )
+        if "ratio" not in table:
+            _no_literal(value)
+        return f"{value.numerator}{table['ratio']}{value.denominator}"
     if isinstance(value, float):
         return _write_float(value)
     if isinstance(value, str):
@@ -136,71 +149,82 @@ def _plain(value, table):
     return None
 
 
-def _no(value):
+def _no_literal(value):
     raise ValueError(f"this language has no literal for {type(value).__name__}")
 
 
 def _write_float(value):
-    """Shortest text that gives the same double, with a decimal point: 1e16 -> 1.0e16, as every language reads it."""
+    """Shortest text that gives the same double, with a point for every language: 1e16 -> 1.0e16."""
     if not math.isfinite(value):
         raise ValueError("an infinite or undefined number has no literal")
+
     digits, mark, exponent = repr(value).partition("e")
-    return (digits if "." in digits else f"{digits}.0") + (f"e{int(exponent)}" if mark else "")
+    if "." not in digits:
+        digits += ".0"
+    return f"{digits}e{int(exponent)}" if mark else digits
 
 
 def _write_string(text, table, quote):
-    named = (
-        {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-        if table["escapes"] == "c"
-        else {"\n": "\n", "\t": "\t"}
-    )
-    named |= {"\\": "\\\\", quote: f"\\{quote}"} | {
-        mark: f"\\{mark}" for mark in table.get("interpolation", "")
-    }
+    if table["escapes"] == "c":
+        named = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    else:  # Common Lisp: a line break stands for itself
+        named = {"\n": "\n", "\t": "\t"}
+    for mark in ("\\", quote, *table.get("interpolation", "")):
+        named[mark] = f"\\{mark}"
+
     if any(letter not in named and not letter.isprintable() for letter in text):
         raise ValueError("a control character has no literal")
     return quote + "".join(named.get(letter, letter) for letter in text) + quote
 
 
+def _as_map(items):
+    """A Map, also of a Python dict."""
+    return Map(tuple(items.items())) if isinstance(items, dict) else items
+
+
+# ---- the family "brackets" ----
+
+
 def _write_brackets(value, table):
-    inner = lambda v: _write_brackets(v, table)
-    if (text := _plain(value, table)) is not None:
+    """[1, "a"], {"k": 1}, foo(1): all punctuation comes from the table."""
+    text = _plain(value, table)
+    if text is not None:
         return text
     if isinstance(value, Symbol):
         return _write_symbol(value.name, table)
     if isinstance(value, Compound):
-        if (
-            value.name in table["infix"]
-            and len(value.args) == 2
-            and not any(_needs_parentheses(v) for v in value.args)
-        ):
-            return f"{inner(value.args[0])}{value.name}{inner(value.args[1])}"  # Prolog: a-1
-        return f"{_write_symbol(value.name, table)}({', '.join(map(inner, value.args))})"
+        return _write_compound(value, table)
     if isinstance(value, Char) and "char" in table:
         return _write_string(value.text, table, "'")
-    if isinstance(value, dict):
-        value = Map(tuple(value.items()))
+
+    value = _as_map(value)
     kind = {list: "list", tuple: "tuple", Map: "map", Set: "set"}.get(type(value))
     if kind not in table:
-        _no(value)
+        _no_literal(value)
+
     if kind == "map":
-        key = table.get("key", "...")
-        items = sorted(
-            f"{key.replace('...', inner(k))}{table.get('write_arrow', ' ' + table['arrow'] + ' ')}{inner(v)}"
-            for k, v in value.items
-        )
+        items = sorted(_write_item(k, v, table) for k, v in value.items)
     else:
-        items = [inner(v) for v in (value.items if kind == "set" else value)]
-        items = sorted(set(items)) if kind == "set" else items
-    text = f"{table.get('separator', ',')} ".join(items) + (
-        "," if kind == "tuple" and len(items) == 1 else ""
-    )
-    form = (
-        table["mixed"][kind] if kind in table.get("mixed", {}) and _is_mixed(value) else table[kind]
-    )
+        items = [_write_brackets(v, table) for v in _members(value)]
+    if kind == "set":
+        items = sorted(set(items))
+    text = f"{table.get('separator', ',')} ".join(items)
+    if kind == "tuple" and len(items) == 1:
+        text += ","
+
+    form = table[kind]
+    if kind in table.get("mixed", {}) and _is_mixed(value):
+        form = table["mixed"][kind]
     if kind == "set" and not items:
         form = table.get("empty_set", form)
     return form.replace("...", text, 1)
+
+
+def _write_item(key, value, table):
+    """One entry of a dictionary: "a": 1 in Python, ["a"] = 1 in Lua, "a" => 1 in Julia."""
+    key_text = table.get("key", "...").replace("...", _write_brackets(key, table))
+    arrow = table.get("write_arrow", f" {table['arrow']} ")
+    return f"{key_text}{arrow}{_write_brackets(value, table)}"
 
 
 def _write_symbol(name, table):
@@ -209,38 +233,57 @@ def _write_symbol(name, table):
         return form.replace("...", name)
     if "atom_quote" in table:
         return _write_string(name, table, table["atom_quote"])
-    raise ValueError(f"{name!r} is no symbol that has a literal here")
+    raise ValueError(f"{name!r} is not a symbol that has a literal here")
+
+
+def _write_compound(term, table):
+    """A Prolog term: foo(bar, -1), or a-1 where the reader needs no parentheses."""
+    args = [_write_brackets(v, table) for v in term.args]
+    is_infix = term.name in table["infix"] and len(args) == 2
+    if is_infix and not any(_needs_parentheses(v) for v in term.args):
+        return f"{args[0]}{term.name}{args[1]}"
+    return f"{_write_symbol(term.name, table)}({', '.join(args)})"
 
 
 def _needs_parentheses(value):
-    return isinstance(value, Compound) or (isinstance(value, (int, float, Fraction)) and value < 0)
+    if isinstance(value, Compound):
+        return True
+    return isinstance(value, (int, float, Fraction)) and value < 0
+
+
+def _members(value):
+    return value.items if isinstance(value, Set) else value
 
 
 def _is_mixed(value):
     """Julia would make [1, 2.0] a list of floats: members of different kinds need Any[...]."""
     if isinstance(value, Map):
-        return (
-            len({_shape(k) for k, _ in value.items}) > 1
-            or len({_shape(v) for _, v in value.items}) > 1
-        )
-    return len({_shape(v) for v in (value.items if isinstance(value, Set) else value)}) > 1
+        keys = {_shape(k) for k, _ in value.items}
+        values = {_shape(v) for _, v in value.items}
+        return len(keys) > 1 or len(values) > 1
+    return len({_shape(v) for v in _members(value)}) > 1
 
 
 def _shape(value):
+    """What Julia's own type of a value depends on."""
     if isinstance(value, (list, tuple, Set)):
-        return (
-            type(value),
-            *sorted({repr(_shape(v)) for v in (value.items if isinstance(value, Set) else value)}),
-        )
-    return (Map, repr(value)) if isinstance(value, Map) else type(value)
+        return (type(value), *sorted({repr(_shape(v)) for v in _members(value)}))
+    if isinstance(value, Map):
+        return (Map, repr(value))
+    return type(value)
+
+
+# ---- the family "lists" ----
 
 
 def _write_lists(value, table):
-    if (text := _plain(value, table)) is not None:
+    """'(1 (a . 2)), :key, or a constructor for what a quoted datum cannot hold."""
+    text = _plain(value, table)
+    if text is not None:
         return text
-    if isinstance(value, Char) or (
-        isinstance(value, Symbol) and value.name.startswith(":") and table.get("casefold")
-    ):
+
+    is_keyword = isinstance(value, Symbol) and value.name.startswith(":") and table.get("casefold")
+    if isinstance(value, Char) or is_keyword:
         return _write_datum(value, table)
     if table["constructor_map"] and _has_map(value):
         return _write_constructor(value, table)
@@ -248,55 +291,66 @@ def _write_lists(value, table):
 
 
 def _has_map(value):
+    if isinstance(value, (dict, Map)):
+        return True
     if isinstance(value, Pair):
         return _has_map(value.first) or _has_map(value.second)
-    return isinstance(value, (dict, Map)) or (
-        isinstance(value, (list, tuple)) and any(map(_has_map, value))
-    )
+    return isinstance(value, (list, tuple)) and any(map(_has_map, value))
 
 
 def _write_datum(value, table):
-    inner = lambda v: _write_datum(v, table)
-    if (text := _plain(value, table)) is not None:
+    """What stands behind a quote."""
+    text = _plain(value, table)
+    if text is not None:
         return text
-    if isinstance(value, dict):
-        value = Map(tuple(value.items()))
+
+    value = _as_map(value)
     if isinstance(value, Symbol):
         return value.name
     if isinstance(value, Char):
-        names = {letter: name for name, letter in table["char_names"].items()}
-        return "#\\" + (
-            value.text
-            if value.text.isprintable() and value.text != " "
-            else names.get(value.text) or _no(value)
-        )
+        return _write_char(value, table)
     if isinstance(value, list):
-        return f"({' '.join(map(inner, value))})"
+        return "(" + " ".join(_write_datum(v, table) for v in value) + ")"
     if isinstance(value, tuple):
-        return f"#({' '.join(map(inner, value))})"
+        return "#(" + " ".join(_write_datum(v, table) for v in value) + ")"
+
     if isinstance(value, Pair):
         parts = []
         while isinstance(value, Pair):
-            parts.append(inner(value.first))
+            parts.append(_write_datum(value.first, table))
             value = value.second
-        return f"({' '.join(parts)} . {inner(value)})"
+        return f"({' '.join(parts)} . {_write_datum(value, table)})"
+
     if isinstance(value, Map) and "map" in table:
-        return table["map"].replace(
-            "...", " ".join(sorted(f"({inner(k)} . {inner(v)})" for k, v in value.items)), 1
-        )
-    _no(value)
+        pairs = [f"({_write_datum(k, table)} . {_write_datum(v, table)})" for k, v in value.items]
+        return table["map"].replace("...", " ".join(sorted(pairs)), 1)
+    _no_literal(value)
+
+
+def _write_char(value, table):
+    if value.text.isprintable() and value.text != " ":
+        return "#\\" + value.text
+    for name, letter in table["char_names"].items():
+        if letter == value.text:
+            return "#\\" + name
+    _no_literal(value)
 
 
 def _write_constructor(value, table):
-    """Common Lisp has no literal for hash tables: (list 1 (alist-hash-table (list (cons 'a 2))))."""
-    inner = lambda v: _write_constructor(v, table)
+    """(list 1 (alist-hash-table (list (cons 'a 2)))): Common Lisp has no literal for hash maps."""
     if not _has_map(value):
         return _write_lists(value, table)
+
     if isinstance(value, Pair):
-        return f"(cons {inner(value.first)} {inner(value.second)})"
-    if isinstance(value, (dict, Map)):
-        items = value.items if isinstance(value, Map) else tuple(value.items())
-        return table["constructor_map"].replace(
-            "...", " ".join(sorted(f"(cons {inner(k)} {inner(v)})" for k, v in items)), 1
-        )
-    return f"({'list' if isinstance(value, list) else 'vector'} {' '.join(map(inner, value))})"
+        return _write_cons(value.first, value.second, table)
+    value = _as_map(value)
+    if isinstance(value, Map):
+        pairs = sorted(_write_cons(k, v, table) for k, v in value.items)
+        return table["constructor_map"].replace("...", " ".join(pairs), 1)
+
+    name = "list" if isinstance(value, list) else "vector"
+    return f"({name} {' '.join(_write_constructor(v, table) for v in value)})"
+
+
+def _write_cons(first, second, table):
+    return f"(cons {_write_constructor(first, table)} {_write_constructor(second, table)})"

@@ -1,0 +1,342 @@
+"""Values as data in every language: literals, equality, and f of a program called on them.
+
+Real interpreters, real sandbox.
+"""
+
+import random
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from sandbox import Pool, Result
+from sandbox.languages import language_names, load_language
+from sandbox.languages.calls import Runner, outcomes, wait
+from sandbox.languages.literals import read_one
+from sandbox.languages.values import Char, Compound, Map, Pair, Set, Symbol, same, write
+
+LANGUAGES = [name for name in language_names() if load_language(name).call]
+
+
+def if_here(name):
+    """A parameter that is skipped where the language's interpreter is missing."""
+    missing = load_language(name).missing()
+    return pytest.param(name, marks=pytest.mark.skipif(bool(missing), reason=missing or ""))
+
+
+HERE = [if_here(name) for name in LANGUAGES]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(workers=2) as started:
+        yield started
+
+
+# ---- literals ----
+
+COMMON = [
+    [[1, [2, []], -3], "a\"b\\c'd\n\te", -7, 123456, 1.5, -0.25, 1e300, 1e-07, "", "é日"],
+    10**30,
+]
+VALUES = {
+    "python": [
+        *COMMON, Map((("k", [1, (2,)]), (3, None))), Set((1, 2)), Set(()), (True, ()),
+    ],
+    "lua": [
+        COMMON[0], Map((("k", [1, 2]), (2.5, True))), 2**63 - 1, [-(2**63)],
+        Map(((0, 1), (2, 3))),
+    ],
+    "julia": [
+        *COMMON, Map((("k", [1, 2.5]), ("l", "$x"))), Symbol("a_b"), Char("'"), None,
+        Fraction(3, 4), Set((1, 2)), (1,), [True, 1], [[1], [2.5]],
+    ],
+    "racket": [
+        *COMMON, Map(((Symbol("k"), [1, 2]), ("s", 1.5))), Symbol("list->vector"), Char(" "),
+        Char("("), Fraction(-3, 4), Pair(1, Pair(2, 3)), (1, "a"), [True, False],
+    ],
+    "lisp": [
+        [[1, [2, []], -3], "a\"b\\c'd\n e", -7, 1.5, 1e300, 1e-07], 10**30,
+        Map((("k", [1, 2]), (Symbol("x"), Fraction(1, 3)))), Symbol("foo-bar"), Symbol(":key"),
+        Char("a"), Pair(1, 2), (1, "a"), [True, []], [1, Map(((1, 2),))],
+    ],
+    "prolog": [
+        *COMMON, Symbol("it's"), Compound("foo", (Symbol("bar"), -1)), Compound("-", ("k", [1])),
+        Compound("-", (-1, Compound("-", (1, 2)))), Symbol("true"), Fraction(1, 3),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_literal_is_read_as_the_value_that_was_written(name):
+    language = load_language(name)
+    for value in VALUES[name]:
+        text = write(value, language)
+        assert same(read_one(text, language), value, language), text
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_values_come_back_from_the_language_as_they_went_in(pool, name):
+    language = load_language(name)
+    runner = Runner(pool, language)
+    running = runner.start(language.call["identity"], [[value] for value in VALUES[name]])
+    wait([running])
+    for value, outcome in zip(VALUES[name], runner.finish(running)):
+        assert outcome.kind == "value", (value, outcome)
+        assert same(read_one(outcome.text, language), value, language), (value, outcome)
+
+
+@pytest.mark.parametrize(
+    "name,text,value",
+    [
+        ("python", "[1, -2.5]", [1, -2.5]),
+        ("python", "(1)", 1),
+        ("python", "{'a': [1,],}", Map((("a", [1]),))),
+        ("python", "'a\\x41'", "aA"),
+        ("julia", 'Dict{String,Int64}("a" => 1)', Map((("a", 1),))),
+        ("julia", "Int64[1, 2]", [1, 2]),
+        ("julia", "[1, 2.5]", [1.0, 2.5]),
+        ("julia", '"\\$5"', "$5"),
+        ("racket", "'(1 . (2 3))", [1, 2, 3]),
+        ("racket", "(list 'a (list 1))", [Symbol("a"), [1]]),
+        ("racket", '(hash "a" 1)', Map((("a", 1),))),
+        ("lisp", "'(A b NIL t)", [Symbol("a"), Symbol("b"), [], True]),
+        ("lisp", "1.5d0", 1.5),
+        ("lua", "{a = 1, ['b c'] = {2}}", Map((("a", 1), ("b c", [2])))),
+        ("lua", "{[2] = 'y', [1] = 'x'}", ["x", "y"]),
+        ("lua", "9223372036854775808", 2.0**63),
+        ("prolog", "[a-1, 'B c', \"s\"]", [Compound("-", (Symbol("a"), 1)), Symbol("B c"), "s"]),
+    ],
+)
+def test_literals_as_people_write_them(name, text, value):
+    language = load_language(name)
+    assert same(read_one(text, language), value, language)
+
+
+@pytest.mark.parametrize(
+    "name,a,b,equal",
+    [
+        ("python", 1, 1.0, True),
+        ("lua", 1, 1.0, True),
+        ("racket", 1, 1.0, False),
+        ("prolog", 1, 1.0, False),
+        ("python", 1, True, False),
+        ("python", Map(((1, 2), (3, 4))), Map(((3, 4), (1, 2))), True),
+        ("julia", [1, 2], (1, 2), False),
+    ],
+)
+def test_equality_is_the_languages_own(name, a, b, equal):
+    assert same(a, b, load_language(name)) == equal
+
+
+# Answers that would close the call, force a truth or run something, if pasted into a program.
+ATTACKS = {
+    "python": [
+        "1) or True or f(1", "1)\nprint('x'", "__import__('os').getcwd()", "f(1)",
+        "[x for x in [1]]", "lambda: 1", "1 if True else 2", "f'{1}'", "'a' 'b' or 1",
+    ],
+    "lua": [
+        "1) or true or f(1", "f(1)", "(function() return 1 end)()", "os.time()", "{f()}", "1 --",
+        "[[x]]",
+    ],
+    "julia": [
+        "1) || true || f(1", '"$(run(`ls`))"', '"$x"', "[x for x in 1:2]", "f(1)", "`ls`",
+        "1; exit()", "[1:3]", "begin 1 end",
+    ],
+    "racket": [
+        "1) (f 1", "(f 1)", "(list (f 1))", ",(f 1)", "`(1 ,(f 1))", "#.(f 1)", "1 ; x", "'(1 2",
+        "#<procedure>", "(hash 'a)",
+    ],
+    "lisp": [
+        "1) (f 1", "(f 1)", "#.(f 1)", "`(1 ,(f 1))", "'#.(f 1)", "#'f", "sb-ext:*posix-argv*",
+        "'(1 . 2 3)", "|a b|", "1 ; x",
+    ],
+    "prolog": [
+        "1), true ; f(1", "X", "[A|B]", "f(_)", "1, true ; true", "{a}", "a:-b", "\"a", "[1|2]",
+    ],
+}  # fmt: skip
+NEVER_LITERALS = [
+    "", "\x00", "1e999", "[" * 200, "(" * 200, "'(" * 100, "{" * 200, '"' + "a" * 3000 + '"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_an_answer_that_is_a_program_is_refused(name):
+    for text in [*ATTACKS[name], *NEVER_LITERALS]:
+        with pytest.raises(ValueError):
+            read_one(text, load_language(name))
+
+
+PARTS = [
+    *"1 -2 .5 1e400 'a' \"b\" \" ' ( ) [ ] { } , : = => - . # \\ $ a True true nil f(".split(),
+    *"Dict( Set([ (list (cons :k #( #hash( 1/2 1//2 1r2 ; |".split(),
+    " ",
+]
+LONG = [
+    "[[" * 900, "'(" * 900, "1" * 1999, "1-" * 900 + "1", "'(" + "1 " * 800 + ". 2)", "-" * 1999,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_no_text_breaks_the_parser(name):
+    """Parts of literals at random: a value that can be written and read again, or a ValueError.
+
+    Never anything else, and never slowly: 10,000 texts take 0.2 s.
+    """
+    language = load_language(name)
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(PARTS, k=rng.randint(1, 6))) for _ in range(10000)]
+    started = time.perf_counter()
+    accepted = 0
+    for text in [*LONG, *texts]:
+        try:
+            value = read_one(text, language)
+        except ValueError:
+            continue
+        assert same(read_one(write(value, language), language), value, language), text
+        accepted += 1
+    assert accepted > 200
+    assert time.perf_counter() - started < 20
+
+
+# ---- calls ----
+
+BANNED = {
+    "python": [
+        "import random as r\ndef f(a):\n    return r.random()",
+        "from time import time as t\ndef f(a):\n    return t()",
+        "def f(a):\n    g = getattr\n    return g(a, 'x', 1)",
+        "from statistics import random as r\ndef f(a):\n    return r.random()",
+        "import statistics\ndef f(a):\n    return statistics.random.random()",
+        "def f(a):\n    return ().__class__.__base__.__subclasses__()",
+        "def f(a):\n    return __import__('ti' + 'me').time()",
+        "e = exec\ndef f(a):\n    return e('b=1')",
+        "def f(a):\n    return __builtins__['open']",
+        "def f(a):\n    return open('main.py').read()",
+        "import string\ndef f(a):\n    return string._re",
+    ],
+    "lua": [
+        "function f(a) return math.random() end",
+        "local m = math\nlocal r = m['ran'..'dom']\nfunction f(a) return r(10) end",
+        "function f(a) return _G['o'..'s']['ti'..'me']() end",
+        "local e = _ENV\nfunction f(a) return e.os.clock() end",
+        "function f(a) pcall(function() io.open('x') end) return 1 end",
+        "function f(a) return load('return 1')() end",
+        "function f(a) return ('').dump(f) end",
+        "local d = require\nfunction f(a) return d('os').time() end",
+        "function f(a) return getmetatable('').__index.dump(f) end",
+    ],
+    "julia": [
+        "r = rand\nf(a) = r(1:10)",
+        "import Base: rand\nf(a) = rand()",
+        "using Random\nf(a) = shuffle(a)",
+        "const B = Base\nf(a) = B.time()",
+        "f(a) = Base.time_ns()",
+        'f(a) = getfield(parentmodule(sum), Symbol("ra", "nd"))()',
+        'f(a) = eval(Meta.parse("rand()"))',
+        "f(a) = @eval rand()",
+        "f(a) = read(`ls`, String)",
+        "f(a) = ccall(:time, Int, (Ptr{Nothing},), C_NULL)",
+        "f(a) = typeof(sum).name.module.rand()",
+        "f(a) = @elapsed 1+1",
+        "f(a) = [1,2] .|> rand",
+    ],
+    "racket": [
+        "(define r random)\n(define (f a) (r 10))",
+        "(require (rename-in racket/base [random q]))\n(define (f a) (q 10))",
+        "(require (prefix-in b: racket/base))\n(define (f a) (b:random 10))",
+        "(require racket/random)\n(define (f a) (crypto-random-bytes 3))",
+        "(define (f a) (eval '(random 10)))",
+        "(define-syntax-rule (r x) (random x))\n(define (f a) (r 10))",
+        '(define (f a) ((dynamic-require \'racket/base (string->symbol "random")) 10))',
+        "(define (f a) (shuffle '(1 2 3)))",
+        "(begin-for-syntax (displayln 1))\n(define (f a) 1)",
+        "(require (only-in racket/base [current-seconds now]))\n(define (f a) (now))",
+        "(require '#%unsafe)\n(define (f a) 1)",
+        "(module m racket/base (random))\n(define (f a) 1)",
+        '(define (f a) (file->string "main.rkt"))',
+    ],
+    "lisp": [
+        "(defun f (a) (funcall 'random 10))",
+        "(setf (symbol-function 'q) #'random)\n(defun f (a) (q 10))",
+        '(defun f (a) (funcall (intern "RANDOM" :cl) 10))',
+        '(defun f (a) (sb-ext:run-program "/bin/ls" nil))',
+        '(defun f (a) (funcall (find-symbol "GET-UNIVERSAL-TIME" "CL")))',
+        '(defun f (a) (read-from-string "(1 2)"))',
+        "(defun f (a) (common-lisp:random 10))",
+        "(defun f (a) (sb-unix:unix-getpid))",
+        '(defun f (a) (format nil "~/sb-posix:getpid/" 1))',
+        "(in-package :cl-user)\n(defun f (a) 1)",
+    ],
+    "prolog": [
+        "f(_, B) :- random(B).",
+        "f(_, B) :- G =.. [get_time, B], call(G).",
+        "f(_, B) :- X = random, call(X, B).",
+        "f(_, B) :- atom_concat(ran, dom, X), call(X, B).",
+        "f(_, B) :- X = cputime, B is X.",
+        "f(_, B) :- maplist(random, [B]).",
+        "f(_, B) :- shell(ls), B = 1.",
+        ":- initialization(writeln(hi)).\nf(A, A).",
+        "f(_, B) :- system:get_time(B).",
+        "term_expansion(a, b).\nf(A, A).",
+        "f(_, B) :- atom_to_term('random(X)', T, _), call(T), B = T.",
+    ],
+}
+FINE = {
+    "python": [
+        "import math as m\nfrom collections import Counter\ndef f(a):\n    time = 3\n"
+        "    return [m.gcd(4, 6), Counter('abca'), time, sorted({1, 2})]",
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+        "def f(a):\n    return A(a).x",
+    ],
+    "lua": [
+        "local function f(a) local t = {} for i = 1, 3 do t[#t+1] = i * 2 end "
+        "table.sort(t, function(x, y) return x > y end) "
+        "return {t, math.max(1, 2), ('x'):rep(3), a} end"
+    ],
+    "julia": [
+        "using Statistics\nf(a) = mean([1, 2, 3])",
+        "import Base: +\nstruct P; x::Int; end\n+(a::P, b::P) = P(a.x + b.x)\n"
+        "f(a) = (P(1) + P(2)).x",
+        "f(a) = Base.length([x^2 for x in 1:a if isodd(x)])",
+    ],
+    "racket": [
+        "(require racket/list racket/string)\n(define time 3)\n(define (f a) "
+        "(for/list ([i (in-range 3)]) (match (list i 2) [(list x y) (+ x y time)])))",
+        "#lang racket/base\n(struct p (x y))\n(define (f a #:k [k 1]) "
+        "(with-handlers ([exn:fail? (lambda (e) 1)]) (p-x (p k 2))))",
+    ],
+    "lisp": [
+        "(defmacro tw (x) `(* 2 ,x))\n(defstruct p x)\n(defun f (a) (let ((h (make-hash-table))) "
+        "(setf (gethash 'a h) (tw (p-x (make-p :x a)))) (format nil \"~a\" (gethash 'a h))))"
+    ],
+    "prolog": [
+        ":- use_module(library(clpfd)).\nf(_, B) :- X #= 3 + 4, B = X.",
+        "f(_, B) :- maplist([X,Y]>>(Y is X * 2), [1,2], B).",
+        "f(X, Y) :- ( X > 0 -> Y = pos ; Y = neg ).",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_banned_constructs_are_seen_under_other_names_and_ordinary_programs_pass(pool, name):
+    runner = Runner(pool, load_language(name))
+    wanted = {code: "banned" for code in BANNED[name]} | {code: "value" for code in FINE[name]}
+    jobs = [runner.start(code, [[3]]) for code in wanted]
+    wait(jobs)
+    for code, running in zip(wanted, jobs):
+        outcome = runner.finish(running)[0]
+        assert outcome.kind == wanted[code], (code, outcome)
+
+
+OK = Result("ok", b"", b"", 0, None, 0.0, 0.0, 0, "kernel", False)
+
+
+def test_how_a_job_ended_is_the_outcome_of_all_its_calls():
+    assert outcomes(replace(OK, status="wall_limit"), "n", 2) == [("wall_limit", "")] * 2
+
+
+def test_lines_without_the_nonce_are_not_outcomes():
+    printed = replace(OK, stdout=b"\nN value 0 1 N\nn value 0 2 n\n")
+    assert outcomes(printed, "n", 2) == [("value", "2"), ("error", "")]
