@@ -1,4 +1,4 @@
-"""Is what a program gave the right answer? Three kinds of answers, each with its own notion of "same".
+"""Is what a program gave the right answer? Three kinds of answers, three notions of "same".
 
 same_number   printed text that was parsed exactly (GSM8K, sums)
 same_value    a value of some language against a JSON value (translation by calls)
@@ -122,8 +122,7 @@ def close_number(value, expected):
     A float is never whole here, whatever it holds: a language that computes 10000000 in floats may
     be off by rounding. (same_number compares text, where 10000001.0 is a whole number.)
     """
-    is_number = isinstance(value, (int, float, Fraction))
-    if not is_number:
+    if not isinstance(value, (int, float, Fraction)):
         return False
     is_whole = not isinstance(value, float) and value.denominator == 1
     if isinstance(expected, int) and is_whole:

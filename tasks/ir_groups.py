@@ -1,6 +1,6 @@
 """Groups of LLVM IR for GEPO: winners and losers of one C function.
 
-    python gepo.py build --src ../shared/data/transcoder_gfg/gfg.jsonl.gz --out .data/gepo/groups.jsonl
+    python gepo.py build --src ../shared/data/transcoder_gfg/gfg.jsonl.gz --out groups.jsonl
 
 Winners are the function's optimisation levels, losers are edits that a run shows to differ. A row:
 
@@ -216,7 +216,7 @@ def _round_robin(losers):
 
 
 def cheap_losers(right, rng):
-    """The paper's kind: edits that nobody has run; many are not even valid IR, and the row says which."""
+    """The paper's kind: edits that nobody has run. The row says which are valid IR at all."""
     found = edits(right, ir_mutations.CHEAP, CHEAP_TRIES, rng)
     return [loser | {"valid": verifies(loser["ir"])} for loser in found]
 

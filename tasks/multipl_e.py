@@ -31,13 +31,15 @@ SOURCES = {
 }
 
 # Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
-THINK = """# Task: You will be given a question (problem specification) and will generate a correct {title} program that matches the \
-specification and passes all tests. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> \
-tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. Your final answer should be \
-wrapped in ```{fence}``` tags.
+THINK = """# Task: You will be given a question (problem specification) and will generate a \
+correct {title} program that matches the specification and passes all tests. The reasoning process \
+and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., \
+<think> reasoning process here </think> <answer> answer here </answer>. Your final answer should \
+be wrapped in ```{fence}``` tags.
 Question: {question}
 
-You will use the following starter code to write the solution to the problem and enclose your code within delimiters.
+You will use the following starter code to write the solution to the problem and enclose your \
+code within delimiters.
 ```{fence}
 {starter}
 {comment} YOUR CODE HERE
@@ -67,9 +69,9 @@ def load_benchmark(bench, language, data=None, version="v3", source="python", co
     """list[BenchmarkProblem] of a benchmark in a language (name or Language).
 
     version: of MultiPL-E's data, v3 or v0.4.
-    source: of translate, whose programs are HumanEval's (python) or HumanEval-X's, and whose
-        prompts and tests are MultiPL-E's; of crosspleval, which reads crosspleval/SOURCE-TARGET.jsonl
-        of the user's: rows of id, source, prompt, tests, stop_tokens.
+    source: language to translate from. The programs of translate are HumanEval's (python) or
+        HumanEval-X's, prompts and tests MultiPL-E's; crosspleval reads the user's
+        crosspleval/SOURCE-TARGET.jsonl: rows of id, source, prompt, tests, stop_tokens.
     count: a sample drawn by `seed`, in file order.
     Raises ValueError with one sentence where the benchmark does not have the language or the data
     is missing.

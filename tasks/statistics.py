@@ -11,8 +11,9 @@ from tasks.verdicts import shares
 def summary(rows):
     """Figures of one evaluation, from the rows of its samples.jsonl.
 
-    pass@k with its 95 % interval for k = 1, 2, 4, ... up to the fewest samples of a problem, any-of-n
-    and all-of-n, lengths, and the shares of verdicts.shares. ValueError when no sample was judged.
+    pass@k with its 95 % interval for k = 1, 2, 4, ... up to the fewest samples of a problem,
+    any-of-n and all-of-n, lengths, and the shares of verdicts.shares. ValueError when no sample was
+    judged.
     """
     outcomes = per_problem(rows)
     if not outcomes:
@@ -75,7 +76,8 @@ def interval(rates, z=1.96):
         count = count * mean * (1 - mean) / spread
 
     middle = mean + z * z / (2 * count)
-    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
+    variance = mean * (1 - mean) / count
+    half = z * math.sqrt(variance + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
 

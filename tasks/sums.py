@@ -22,8 +22,8 @@ NAMES = {
     "She": "Ann Mia Eva Zoe Lily Nina Sara Ruth".split(),
 }
 THINGS = "apples cards stickers pencils cookies shells coins books stamps balls cups eggs".split()
-# Number classes of the slots: {n}, {m2}, ... draw from the range named by their letter; c is a price
-# such as 2.5.
+# Number classes of the slots: {n}, {m2}, ... draw from the range named by their letter; c is a
+# price such as 2.5.
 RANGES = {"n": (10, 90), "m": (3, 40), "k": (2, 9), "h": (100, 300), "c": (0, 9)}
 STEP_SHARES = (0.25, 0.35, 0.25, 0.15)  # of problems with one, two, three and four steps
 DISTRACTOR_SHARE = 0.25
