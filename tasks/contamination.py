@@ -30,8 +30,8 @@ class Benchmark:
     def __init__(self, data=None):
         self.names, self.grams = set(), set()
         for family in ("humaneval", "mbpp"):
-            rows = read_if_here(f"multipl_e/v3/{family}-py-reworded.jsonl", _name_and_prompt, data)
-            for name, prompt in rows:
+            file = f"multipl_e/v3/{family}-py-reworded.jsonl"
+            for name, prompt in read_if_here(file, _name_and_prompt, data):
                 self.names.add(_bare(name.split("_", 2)[2]))
                 self.grams |= grams(prompt, WORDS)
         self.names -= MEANINGLESS
@@ -44,11 +44,12 @@ class Benchmark:
 
     def contains(self, problem):
         """Whether a Translation overlaps: a name that it defines, or 13 words in a row."""
-        title = problem.id.split("/")[2 if problem.id.startswith("translate/") else 1]
+        parts = problem.id.split("/")  # translate/SET/TITLE/... or user/TITLE/...
+        title = parts[2] if parts[0] == "translate" else parts[1]
         # Helpers too: is_palindrome is a problem of its own.
         defined = re.findall(r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{", problem.question)
         names = [problem.entry, title, *map("".join, defined)]
-        if self.names & set(map(_bare, names)):
+        if not self.names.isdisjoint(map(_bare, names)):
             return True
         return not self.grams.isdisjoint(grams(problem.question, WORDS))
 
@@ -68,7 +69,8 @@ def _bare(name):
 def grams(text, n):
     """All sequences of n words in a row of a text, as a set of strings."""
     words = re.findall(r"[a-z0-9]+", text.lower())
-    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
+    starts = range(len(words) - n + 1)
+    return {" ".join(words[i : i + n]) for i in starts}
 
 
 def shows_cases(problem):
@@ -78,7 +80,8 @@ def shows_cases(problem):
     """
     arguments = [case.args for case in problem.cases if case.args]
     for args in arguments:
-        if f"{problem.entry}({', '.join(map(repr, args))})" in problem.question:
+        call = f"{problem.entry}({', '.join(map(repr, args))})"
+        if call in problem.question:
             return True
     if len(arguments) < 2:
         return False
@@ -86,4 +89,5 @@ def shows_cases(problem):
 
 
 def _compares(source, value):
-    return re.search(rf"==\s*{re.escape(repr(value))}(?![\w.])", source)
+    literal = re.escape(repr(value))
+    return re.search(rf"==\s*{literal}(?![\w.])", source) is not None

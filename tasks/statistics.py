@@ -2,7 +2,7 @@
 
 import math
 import random
-import statistics
+from statistics import fmean, pvariance
 from types import SimpleNamespace
 
 from tasks.verdicts import shares
@@ -24,18 +24,20 @@ def summary(rows):
 
     found = {}
     fewest = min(map(len, outcomes.values()))
-    for k in [2**i for i in range(fewest.bit_length())]:
+    k = 1
+    while k <= fewest:
         rates = [pass_at_k(len(correct), sum(correct), k) for correct in outcomes.values()]
         low, high = interval(rates)
-        found[f"pass@{k}"] = statistics.fmean(rates)
+        found[f"pass@{k}"] = fmean(rates)
         found[f"pass@{k}_low"] = low
         found[f"pass@{k}_high"] = high
+        k *= 2
     if fewest > 1:
-        found["any_of_n"] = statistics.fmean(map(any, outcomes.values()))
-        found["all_of_n"] = statistics.fmean(map(all, outcomes.values()))
+        found["any_of_n"] = fmean(map(any, outcomes.values()))
+        found["all_of_n"] = fmean(map(all, outcomes.values()))
 
-    found["mean_tokens"] = statistics.fmean(row["tokens"] for row in rows)
-    found["cut_frac"] = statistics.fmean(row["finish_reason"] == "length" for row in rows)
+    found["mean_tokens"] = fmean(row["tokens"] for row in rows)
+    found["cut_frac"] = fmean(row["finish_reason"] == "length" for row in rows)
     return found | shares([_as_verdict(row) for row in rows])
 
 
@@ -69,9 +71,9 @@ def interval(rates, z=1.96):
     p (1 - p) / (variance of the mean): the number of problems when n = 1, more when samples agree
     less. interval([1, 0, 1, 1]) = (0.301, 0.954).
     """
-    mean = statistics.fmean(rates)
+    mean = fmean(rates)
     count = len(rates)
-    spread = statistics.pvariance(rates)
+    spread = pvariance(rates)
     if 0 < mean < 1 and spread > 0:
         count = count * mean * (1 - mean) / spread
 
@@ -79,7 +81,9 @@ def interval(rates, z=1.96):
     variance = mean * (1 - mean) / count
     half = z * math.sqrt(variance + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max((middle - half) / scale, 0.0), min((middle + half) / scale, 1.0)
+    low = (middle - half) / scale
+    high = (middle + half) / scale
+    return max(low, 0.0), min(high, 1.0)
 
 
 def compare(rows_a, rows_b, draws=10_000):
@@ -96,15 +100,11 @@ def compare(rows_a, rows_b, draws=10_000):
             "the two evaluations have no problem in common: "
             "compare runs of the same --bench and --lang"
         )
-    before = [statistics.fmean(a[id]) for id in common]
-    after = [statistics.fmean(b[id]) for id in common]
+    before = [fmean(a[id]) for id in common]
+    after = [fmean(b[id]) for id in common]
     differences = [new - old for old, new in zip(before, after)]
 
-    rng = random.Random(0)
-    means = []
-    for _ in range(draws):
-        means.append(statistics.fmean(rng.choices(differences, k=len(differences))))
-    means.sort()
+    means = _bootstrap(differences, draws)
     not_above = sum(mean <= 0 for mean in means)
     not_below = sum(mean >= 0 for mean in means)
 
@@ -112,9 +112,9 @@ def compare(rows_a, rows_b, draws=10_000):
         "problems": len(common),
         "only_in_a": len(a) - len(common),
         "only_in_b": len(b) - len(common),
-        "pass@1_a": statistics.fmean(before),
-        "pass@1_b": statistics.fmean(after),
-        "difference": statistics.fmean(differences),
+        "pass@1_a": fmean(before),
+        "pass@1_b": fmean(after),
+        "difference": fmean(differences),
         "difference_low": means[int(0.025 * draws)],
         "difference_high": means[int(0.975 * draws) - 1],
         "p": min(1.0, 2 * min(not_above, not_below) / draws),
@@ -122,3 +122,13 @@ def compare(rows_a, rows_b, draws=10_000):
         "lost": [id for id, change in zip(common, differences) if change < 0],
         "unchanged": sum(change == 0 for change in differences),
     }
+
+
+def _bootstrap(values, draws):
+    """Means of samples with replacement, in order; always the same ones."""
+    rng = random.Random(0)
+    means = []
+    for _ in range(draws):
+        drawn = rng.choices(values, k=len(values))
+        means.append(fmean(drawn))
+    return sorted(means)

@@ -68,11 +68,6 @@ class Verdict:
         """False exactly when the reward is nan: the sample counts nowhere."""
         return not math.isnan(self.reward)
 
-    @property
-    def judged(self):
-        """False when the sandbox could not judge: the reward is nan."""
-        return not math.isnan(self.reward)
-
 
 def shares(verdicts):
     """{metric name: share} over a batch of verdicts.
