@@ -395,13 +395,9 @@ def test_no_benchmark_row_is_reachable_from_translation(split):
 
 
 @needs_data
-def test_targets_are_drawn_by_the_seed():
-    targets = [load_language(name) for name in ("lua", "racket", "java", "bash")]
-    problems = load_translations("train", targets)
-    for target in targets:
-        assert sum(problem.target == target.name for problem in problems) > 300
-    assert problems == load_translations("train", targets)
-    assert problems != load_translations("train", targets, seed=1)
+def test_every_target_gets_its_share(split):
+    for target in ("lua", "racket", "java"):
+        assert sum(problem.target == target for problem in split[0]) > 300
 
 
 @needs_data
@@ -484,6 +480,18 @@ def test_the_users_own_problems(tmp_path, pool):
     # No dictionary on one line of standard input.
     for problem in load_translations("train", [bash], path=path):
         assert "apps" in problem.id
+
+
+def test_targets_are_drawn_by_the_seed(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write(path, [{"id": f"apps-{n}", **PRODUCT} for n in range(200)])
+    targets = [load_language(name) for name in ("lua", "racket", "java", "bash")]
+    problems = load_translations("train", targets, path=path)
+    assert problems == load_translations("train", targets, path=path)
+    assert problems != load_translations("train", targets, path=path, seed=1)
+    # Some 180 problems, a quarter for each.
+    for target in targets:
+        assert sum(problem.target == target.name for problem in problems) > 25
 
 
 @pytest.mark.parametrize(
