@@ -189,9 +189,8 @@ def verified_losers(right, expected, runner, rng):
         outcome = _outcome(loser, output, expected)
         tried.setdefault(loser["kind"], Counter())[outcome] += 1
         if outcome == "differs":
-            differs = sum(
-                line != right_line for line, right_line in zip(output.splitlines(), wanted)
-            )
+            pairs = zip(output.splitlines(), wanted)
+            differs = sum(line != right_line for line, right_line in pairs)
             kept.append(loser | {"differs": differs, "tests": len(wanted)})
     rng.shuffle(kept)
     return _round_robin(kept)[:LOSERS], tried
