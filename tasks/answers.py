@@ -1,102 +1,174 @@
-"""Values that programs print, compared with right ones: numbers (GSM8K, sums), values of any language and printed output (translation)."""
+"""Is what a program gave the right answer? Three kinds of answers, three notions of "same".
+
+same_number   printed text that was parsed exactly (GSM8K, sums)
+same_value    a value of some language against a JSON value (translation by calls)
+same_output   printed output against wanted output, word by word (translation by standard input)
+"""
 
 import math
 import re
 from fractions import Fraction
 
-from sandbox.languages.values import Map, Symbol
+from sandbox.languages.values import Char, Map, Symbol
 
-_DECIMAL = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:[eEdDfFlLsS]([-+]?\d{1,3}))?")
+LONGEST_NUMBER = 400  # characters: no answer is that long, and a huge integer costs time
 
+_SMALLEST = Fraction(1, 10**3)  # answers nearer to 0 are compared as if they were this large
 
 _RATIO = re.compile(r"([-+]?\d+) ?(?:r|//?|%) ?(\d+)")
+_DECIMAL = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:[eEdDfFlLsS]([-+]?\d{1,3}))?")
+_PRINTED_INTEGER = re.compile(r"[-+]?\d+")
+_PRINTED_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+# ---- numbers ----
 
 
 def parse_number(text):
-    """Exact value of a printed number, or None: 42, 1,200, 42.0, 1e3, 42.0d0 (Lisp), 3/2, 3r2 (Prolog), 3//2 (Julia), 3 % 2 (Haskell)."""
+    """Exact value of a printed number as a Fraction, or None.
+
+    42, 1,200, 42.0, 1e3, 42.0d0 (Lisp), 3/2, 3r2 (Prolog), 3//2 (Julia), 3 % 2 (Haskell).
+    """
     text = text.strip()
-    if len(text) > 400:  # no answer is that long, and a huge integer costs time
+    if len(text) > LONGEST_NUMBER:
         return None
+
     if match := _RATIO.fullmatch(text):
-        return Fraction(int(match[1]), int(match[2])) if int(match[2]) else None
+        numerator, denominator = int(match[1]), int(match[2])
+        return Fraction(numerator, denominator) if denominator else None
+
     match = _DECIMAL.fullmatch(text)
-    if not match or not (match[2] or len(match[3] or "") > 1):
+    if not match:
         return None
     sign, whole, decimals, exponent = match.groups()
-    return Fraction(f"{sign}{(whole or '0').replace(',', '')}{decimals or ''}e{exponent or 0}")
+    if not whole and len(decimals or "") < 2:  # "", "." and "-" have no digit
+        return None
+    whole = (whole or "0").replace(",", "")
+    return Fraction(f"{sign}{whole}{decimals or ''}e{exponent or 0}")
 
 
 def same_number(value, answer):
-    """Equal, or within 1e-6 relative when one of them is no whole number: floats round, but 10000001 is not 10000000."""
+    """Two Fractions read from text: equal, or within 1e-6 of the answer when one is not whole.
+
+    Floats round, but 10000001 is not 10000000. Text tells exactly what is whole: 10000001.0 is not
+    10000000 either. (close_number sees a float of a language there, and takes the two for equal.)
+    """
     if value.denominator == 1 and answer.denominator == 1:
         return value == answer
-    return abs(value - answer) <= Fraction(1, 10**6) * max(abs(answer), Fraction(1, 10**3))
+    return abs(value - answer) <= Fraction(1, 10**6) * max(abs(answer), _SMALLEST)
+
+
+# ---- values of a language ----
 
 
 def same_value(value, expected):
-    """A value of some language equals a case's JSON value: numbers by value (floats within 1e-6), lists, vectors and tuples alike, and where a
-    language has one thing for several (nil, empty table) any of them."""
-    if isinstance(value, Symbol) and value.name in ("true", "false"):  # Prolog's
+    """Whether a value of some language equals a case's JSON value.
+
+    Numbers by value (floats within 1e-6); lists, vectors and tuples alike. Where a language has one
+    thing for several (nil, the empty table), it equals any of them.
+    """
+    # Prolog's truth values are atoms.
+    if isinstance(value, Symbol) and value.name in ("true", "false"):
         value = value.name == "true"
-    if value is None or value is False or value == [] or value == Map(()):
-        if not expected and not isinstance(expected, (int, float, str)) or expected is False:
-            return (
-                value is expected
-                or isinstance(expected, type(value))
-                or value in (None, [], Map(()))
-            )
+
+    # nil is false, null and the empty list; Lua's {} is an empty list and an empty object.
+    if _is_nothing(value) and _is_empty(expected):
+        return True
+    # A truth value is no number: Python's True == 1 must not count.
     if isinstance(expected, bool) or isinstance(value, bool):
         return value is expected
     if isinstance(expected, (int, float)):
         return close_number(value, expected)
-    if isinstance(expected, list):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(expected)
-            and all(map(same_value, value, expected))
-        )
-    if isinstance(expected, dict):
-        found = (
-            {k.name if isinstance(k, Symbol) else k: v for k, v in value.items}
-            if isinstance(value, Map)
-            else None
-        )
-        return (
-            found is not None
-            and found.keys() == expected.keys()
-            and all(same_value(found[k], v) for k, v in expected.items())
-        )
     if isinstance(expected, str):
-        return (value.text if hasattr(value, "text") else value) == expected
-    return value is expected
+        text = value.text if isinstance(value, Char) else value
+        return text == expected
+    if isinstance(expected, list):
+        return _same_list(value, expected)
+    if isinstance(expected, dict):
+        return _same_object(value, expected)
+    return value is expected  # expected is null, and the value is something
+
+
+def _is_nothing(value):
+    """What one language or other writes for an empty list: nil, [], {}. (False is only false.)"""
+    return value is None or value == [] or value == Map(())
+
+
+def _is_empty(expected):
+    """null, false, [] and {} in JSON; 0 and "" are not."""
+    return expected is None or expected is False or expected == [] or expected == {}
+
+
+def _same_list(value, expected):
+    if not isinstance(value, (list, tuple)) or len(value) != len(expected):
+        return False
+    return all(map(same_value, value, expected))
+
+
+def _same_object(value, expected):
+    if not isinstance(value, Map):
+        return False
+    found = {}
+    for key, item in value.items:
+        found[key.name if isinstance(key, Symbol) else key] = item
+    if found.keys() != expected.keys():
+        return False
+    return all(same_value(found[key], item) for key, item in expected.items())
 
 
 def close_number(value, expected):
-    if not isinstance(value, (int, float)) and not hasattr(value, "numerator"):
+    """A language's number against a JSON number: exact between whole numbers, else within 1e-6.
+
+    A float is never whole here, whatever it holds: a language that computes 10000000 in floats may
+    be off by rounding. (same_number compares text, where 10000001.0 is a whole number.)
+    """
+    if not isinstance(value, (int, float, Fraction)):
         return False
-    if isinstance(expected, int) and getattr(value, "denominator", 0) == 1:
+    is_whole = not isinstance(value, float) and value.denominator == 1
+    if isinstance(expected, int) and is_whole:
         return value == expected
-    return math.isclose(float(value), expected, rel_tol=1e-6, abs_tol=1e-9)
+    return _close(float(value), expected)
+
+
+def _close(left, right):
+    return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-9)
+
+
+# ---- printed output ----
 
 
 def same_output(printed, wanted):
-    """Equal up to white space at line ends, or word by word where words are equal, truth values in any case, or decimals within 1e-6."""
-    clean = lambda text: [line.rstrip() for line in text.rstrip().splitlines()]
-    if clean(printed) == clean(wanted):
+    """Whether printed output is the wanted one, line by line and word by word.
+
+    White space at line ends does not count, nor how much of it separates words. Words are the same
+    when they are equal, truth values in any case, or decimals within 1e-6: "1  2.0" is "1 2".
+    """
+    lines, wanted_lines = _lines(printed), _lines(wanted)
+    if lines == wanted_lines:
         return True
-    words = [[line.split() for line in clean(text)] for text in (printed, wanted)]
-    if [len(line) for line in words[0]] != [len(line) for line in words[1]]:
+
+    words = [line.split() for line in lines]
+    wanted_words = [line.split() for line in wanted_lines]
+    if list(map(len, words)) != list(map(len, wanted_words)):
         return False
-    return all(_same_word(a, b) for left, right in zip(*words) for a, b in zip(left, right))
+    return all(map(_same_words, words, wanted_words))
+
+
+def _lines(text):
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _same_words(words, wanted_words):
+    return all(map(_same_word, words, wanted_words))
 
 
 def _same_word(printed, wanted):
-    if printed == wanted or (wanted in ("true", "false") and printed.lower() == wanted):
+    if printed == wanted:
         return True
-    if not all(
-        re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", w) for w in (printed, wanted)
-    ):
-        return False
-    if re.fullmatch(r"[-+]?\d+", printed) and re.fullmatch(r"[-+]?\d+", wanted):
+    if wanted in ("true", "false"):
+        return printed.lower() == wanted
+    if _PRINTED_INTEGER.fullmatch(printed) and _PRINTED_INTEGER.fullmatch(wanted):
         return int(printed) == int(wanted)
-    return math.isclose(float(printed), float(wanted), rel_tol=1e-6, abs_tol=1e-9)
+    if _PRINTED_NUMBER.fullmatch(printed) and _PRINTED_NUMBER.fullmatch(wanted):
+        return _close(float(printed), float(wanted))
+    return False

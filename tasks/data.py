@@ -1,4 +1,4 @@
-"""Data files: where they are found, how they are read, and the one that is fetched when it is missing."""
+"""Data files: where they are found, how they are read, which rows are taken, and one download."""
 
 import gzip
 import hashlib
@@ -10,39 +10,45 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 
-
+# The one data set that is fetched when it is missing, at a fixed commit.
 GSM8K_URL = (
-    "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
-    "/grade_school_math/data/{split}.jsonl"
+    "https://raw.githubusercontent.com/openai/grade-school-math/"
+    "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/{split}.jsonl"
 )
-
-
 GSM8K_SHA256 = {
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
 
+# What a reader of a row may raise when the row is not what it should be.
+_MALFORMED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    ZeroDivisionError,
+)
 
-def in_passes(items, numbers, key):
-    """The items that stand at these numbers 0, 1, 2, ... of endless passes over the data, each in a new order that depends on key and pass alone."""
-    orders, picked = {}, []
-    for number in numbers:
-        turn = number // len(items)
-        if turn not in orders:
-            orders[turn] = list(range(len(items)))
-            random.Random(f"{key}/{turn}").shuffle(orders[turn])
-        picked.append(items[orders[turn][number % len(items)]])
-    return picked
+
+# ---- files ----
 
 
 def find_data(name, data=None):
-    """Path of a data file, plain or .gz: in `data` when that is given, else the first of RARECODE_DATA, ../shared/data, .data; or None."""
+    """Path of a data file, plain or .gz, or None.
+
+    data: the folder to look in. Without it, the first that has the file of RARECODE_DATA,
+    ../shared/data and .data. ValueError where a folder that was named does not exist, or where
+    `data` was given and does not hold the file.
+    """
     named = [folder for folder in (data, os.environ.get("RARECODE_DATA")) if folder]
     for folder in named:
         if not Path(folder).is_dir():
             raise ValueError(f"data folder {folder} does not exist: check --data and RARECODE_DATA")
-    for root in [data] if data else [*named, REPO.parent / "shared" / "data", REPO / ".data"]:
-        for path in (Path(root) / name, Path(root) / (name + ".gz")):
+
+    roots = [data] if data else [*named, REPO.parent / "shared" / "data", REPO / ".data"]
+    for root in roots:
+        for path in (Path(root) / name, Path(root) / f"{name}.gz"):
             if path.is_file():
                 return path
     if data:
@@ -53,12 +59,14 @@ def find_data(name, data=None):
 
 
 def read_jsonl(path, read):
-    """[read(line number from 0, object)] of a JSON-lines file, gzipped or not. ValueError names an empty file or the bad line."""
+    """[read(line number from 0, object)] of a JSON-lines file, gzipped or not.
+
+    ValueError names a file that is empty or cannot be read, or the line that is malformed.
+    """
+    opened = gzip.open if str(path).endswith(".gz") else open
     rows = []
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(
-            path, "rt", encoding="utf-8"
-        ) as lines:
+        with opened(path, "rt", encoding="utf-8") as lines:
             for index, line in enumerate(lines):
                 if line.strip():
                     rows.append(_read_row(path, index, line, read))
@@ -72,38 +80,66 @@ def read_jsonl(path, read):
 def _read_row(path, index, line, read):
     try:
         return read(index, json.loads(line))
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        SyntaxError,
-        ZeroDivisionError,
-    ) as error:
+    except _MALFORMED as error:
         raise ValueError(
-            f"{path}, line {index + 1} is malformed ({type(error).__name__}: {error}): fix or remove it"
+            f"{path}, line {index + 1} is malformed ({type(error).__name__}: {error}): "
+            "fix or remove it"
         ) from None
 
 
-def download_gsm8k(task, split):
-    if task != "gsm8k":
-        raise ValueError(
-            f"{task} needs {task}/{split}.jsonl: put it under --data, RARECODE_DATA or ../shared/data"
-        )
-    url, path = GSM8K_URL.format(split=split), REPO / ".data" / "gsm8k" / f"{split}.jsonl"
+def read_if_here(name, read, data=None):
+    """read_jsonl of a data file that may be missing, without the rows for which read gives None."""
+    path = find_data(name, data)
+    if path is None:
+        return []
+    return [row for row in read_jsonl(path, read) if row is not None]
+
+
+def download_gsm8k(split):
+    """Fetch GSM8K into .data -> path. ValueError when it cannot be reached or is not the same."""
+    url = GSM8K_URL.format(split=split)
+    path = REPO / ".data" / "gsm8k" / f"{split}.jsonl"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
     except OSError as error:
         raise ValueError(
-            f"gsm8k/{split}.jsonl is not here and {url} cannot be reached ({error}): put the file under --data"
+            f"gsm8k/{split}.jsonl is not here and {url} cannot be reached ({error}): "
+            "put the file under --data"
         ) from None
     if hashlib.sha256(content).hexdigest() != GSM8K_SHA256[split]:
         raise ValueError(
             f"{url} does not have the expected sha256 {GSM8K_SHA256[split]}: nothing was kept"
         )
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")  # several ranks may fetch at once
     partial.write_bytes(content)
     partial.replace(path)
     return path
+
+
+# ---- which rows ----
+
+
+def take(items, count, seed):
+    """`count` of the items, drawn by seed, in their own order; all when count is None or more."""
+    if count is None or count >= len(items):
+        return items
+    drawn = random.Random(seed).sample(range(len(items)), count)
+    return [items[index] for index in sorted(drawn)]
+
+
+def in_passes(items, numbers, key):
+    """The items at these numbers 0, 1, 2, ... of endless passes over the data.
+
+    Each pass has a new order, which depends on key and on the pass alone.
+    """
+    orders, picked = {}, []
+    for number in numbers:
+        turn, place = divmod(number, len(items))
+        if turn not in orders:
+            orders[turn] = list(range(len(items)))
+            random.Random(f"{key}/{turn}").shuffle(orders[turn])
+        picked.append(items[orders[turn][place]])
+    return picked

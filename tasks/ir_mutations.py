@@ -1,7 +1,8 @@
-"""Small edits of LLVM IR text that should change what a function computes: the losers of GEPO's groups.
+"""Small edits of LLVM IR text that should change what a function computes: GEPO's losers.
 
-strip() takes out what names the optimisation level; renumber() gives values and blocks the numbers LLVM itself would, so that an edit leaves no
-gap that gives it away. KINDS are edits meant to stay valid (a run decides whether they differ); CHEAP are the paper's kind, which may be invalid.
+strip() takes out what names the optimisation level; renumber() gives values and blocks the numbers
+LLVM itself would, so that an edit leaves no gap that gives it away. KINDS are edits meant to stay
+valid (a run decides whether they differ); CHEAP are the paper's kind, which may be invalid.
 """
 
 import re
@@ -10,59 +11,88 @@ LOCAL = r"%(?:\d+|n\d+)\b"  # a numbered value or block; %n1 is one that an edit
 DEFINED = re.compile(rf"\s*({LOCAL}) = ")
 LABEL = re.compile(r"(\d+|n\d+):")
 TYPE = r"(?:\[[^\]]*\]|<[^>]*>|[a-z]\w*|%[\w.]+)\**"
-FLAGS = r"(?:(?:nsw|nuw|exact|inbounds|fast|nnan|ninf|nsz|arcp|contract|afn|reassoc|tail|notail|musttail)\s+)*"
-BINARY = re.compile(
-    rf"(\s*{LOCAL} = (?:sub|sdiv|udiv|srem|urem|shl|lshr|ashr|fsub|fdiv|icmp \w+|fcmp \w+) {FLAGS}{TYPE}) ([^,]+), ([^,]+)$"
+FLAGS = (
+    r"(?:(?:nsw|nuw|exact|inbounds|fast|nnan|ninf|nsz|arcp|contract|afn|reassoc"
+    r"|tail|notail|musttail)\s+)*"
 )
+
+# Lines with two operands or arms that can be exchanged: (before, first, second).
+ORDERED = r"sub|sdiv|udiv|srem|urem|shl|lshr|ashr|fsub|fdiv|icmp \w+|fcmp \w+"
+BINARY = re.compile(rf"(\s*{LOCAL} = (?:{ORDERED}) {FLAGS}{TYPE}) ([^,]+), ([^,]+)$")
+BRANCH = re.compile(rf"(\s*br i1 [^,]+), (label {LOCAL}), (label {LOCAL})$")
+SELECT = re.compile(rf"(\s*{LOCAL} = select {FLAGS}i1 [^,]+), ([^,]+), ([^,]+)$")
+
 CONSTANT = re.compile(r"(?<=[ (])(-?\d+(?:\.\d+e[-+]\d+)?|true|false)(?=[,)\]]|$| \])")
+COMPARISON = re.compile(r"(?<== )([if])cmp (\w+)")
+CAST = re.compile(rf"\s*({LOCAL}) = (?:trunc|[sz]ext) {TYPE} ({LOCAL}) to")
+
+# Predicates of icmp and their signedness: i is any.
 SIGNED = {
-    "eq": "i",
-    "ne": "i",
-    "slt": "s",
-    "sle": "s",
-    "sgt": "s",
-    "sge": "s",
-    "ult": "u",
-    "ule": "u",
-    "ugt": "u",
-    "uge": "u",
-}
+    "eq": "i", "ne": "i",
+    "slt": "s", "sle": "s", "sgt": "s", "sge": "s",
+    "ult": "u", "ule": "u", "ugt": "u", "uge": "u",
+}  # fmt: skip
 UNSIGNED_TWINS = {
-    "sext": "zext", "zext": "sext", "sdiv": "udiv", "udiv": "sdiv", "srem": "urem", "urem": "srem", "ashr": "lshr", "lshr": "ashr",
+    "sext": "zext", "zext": "sext",
+    "sdiv": "udiv", "udiv": "sdiv", "srem": "urem", "urem": "srem",
+    "ashr": "lshr", "lshr": "ashr",
     "sitofp": "uitofp", "uitofp": "sitofp", "fptosi": "fptoui", "fptoui": "fptosi",
     "icmp slt": "icmp ult", "icmp sle": "icmp ule", "icmp sgt": "icmp ugt", "icmp sge": "icmp uge",
     "icmp ult": "icmp slt", "icmp ule": "icmp sle", "icmp ugt": "icmp sgt", "icmp uge": "icmp sge",
 }  # fmt: skip
+TWIN = re.compile("(?<== )(" + "|".join(UNSIGNED_TWINS) + r")\b")
+
+
+def mutate(rng, ir, edit):
+    """One edit in a random function of the module -> IR text.
+
+    edit: one of KINDS or CHEAP. None when it finds nothing to change.
+    """
+    lines = ir.splitlines()
+    starts = [index for index, line in enumerate(lines) if line.startswith("define")]
+    start = rng.choice(starts)
+    end = lines.index("}", start) + 1
+    changed = edit(rng, lines[start:end])
+    if changed is None:
+        return None
+    text = renumber("\n".join([*lines[:start], *changed, *lines[end:]]))
+    return None if text == ir else text
+
+
+# ---- texts that name no level and have no gaps ----
 
 
 def strip(ir):
-    """IR text without comments, target, attributes (minsize, optsize ...), metadata and linkage marks: nothing names the level."""
+    """IR text in which nothing names the level.
+
+    Without comments, target, attributes (minsize, optsize ...), metadata and linkage marks.
+    """
+    marks = r" (?:#\d+|dso_local|local_unnamed_addr|unnamed_addr|mustprogress)\b"
     kept = []
     for line in ir.splitlines():
         if re.match(r"(;|source_filename|target |attributes #|!|\s*;)", line):
             continue
         line = re.sub(r"\s*;[^\"]*$", "", line)
         line = re.sub(r",? ![\w.]+(?: ![\w.]+)?(?=,|$| \{)", "", line)
-        line = re.sub(
-            r" (?:#\d+|dso_local|local_unnamed_addr|unnamed_addr|mustprogress)\b", "", line
-        )
+        line = re.sub(marks, "", line)
         kept.append(line.rstrip())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip() + "\n"
 
 
 def renumber(ir):
-    """Number parameters, entry block, blocks and values of every function in order of appearance, as LLVM prints them.
+    """Number parameters, entry block, blocks and values of every function as LLVM prints them.
 
-    What is used but defined nowhere (a cheap loser may do that) gets the next free number.
+    In order of appearance. What is used but defined nowhere (a cheap loser may do that) gets the
+    next free number.
     """
     out, body = [], []
     for line in ir.splitlines():
         body.append(line)
-        if line == "}" or not (body[0].startswith("define")):
-            out += (
-                _renumber_function(body) if line == "}" and body[0].startswith("define") else body
-            )
-            body = []
+        in_function = body[0].startswith("define")
+        if in_function and line != "}":
+            continue
+        out += _renumber_function(body) if in_function else body
+        body = []
     return "\n".join(out + body) + "\n"
 
 
@@ -73,221 +103,200 @@ def _renumber_function(lines):
         found = LABEL.match(line) or DEFINED.match(line)
         if found:
             names.append("%" + found[1].lstrip("%"))
-    numbers = {name: f"%{i}" for i, name in enumerate(dict.fromkeys(names))}
-    new = lambda found: numbers.setdefault(found[0], f"%{len(numbers)}")
-    label = lambda found: new([f"%{found[1]}"])[1:] + ":"
-    return [
-        LABEL.sub(label, line) if LABEL.match(line) else re.sub(LOCAL, new, line) for line in lines
-    ]
+    numbers = {name: f"%{number}" for number, name in enumerate(dict.fromkeys(names))}
+
+    def renamed(found):
+        return numbers.setdefault(found[0], f"%{len(numbers)}")
+
+    def relabelled(found):
+        name = f"%{found[1]}"
+        return numbers.setdefault(name, f"%{len(numbers)}")[1:] + ":"
+
+    new = []
+    for line in lines:
+        if LABEL.match(line):
+            new.append(LABEL.sub(relabelled, line))
+        else:
+            new.append(re.sub(LOCAL, renamed, line))
+    return new
 
 
-# ---- what an edit has to know of the text ----
+# ---- edits: (rng, lines of one function) -> new lines, or None ----
 
 
-def value_types(lines):
-    """{value: type} of one function's parameters and instructions, as far as the text shows it."""
-    types = {
-        name: kind for kind, name in re.findall(rf"({TYPE})(?: [a-z][\w()]*)* ({LOCAL})", lines[0])
-    }
-    for line in lines[1:]:
-        if not (found := DEFINED.match(line)):
-            continue
-        rest = line[found.end() :]
-        if cast := re.match(rf"\w+ .* to ({TYPE})$", rest):
-            types[found[1]] = cast[1]
-        elif re.match("[if]cmp", rest):
-            types[found[1]] = "i1"
-        elif pointer := re.match(
-            rf"getelementptr {FLAGS}({TYPE}), ({TYPE}) [^,]+, i64 [^,]+$", rest
-        ):
-            types[found[1]] = pointer[2]
-        elif select := re.match(rf"select {FLAGS}i1 [^,]+, ({TYPE})", rest):
-            types[found[1]] = select[1]
-        elif plain := re.match(rf"{FLAGS}(?!getelementptr|alloca)\w+ {FLAGS}({TYPE})", rest):
-            types[found[1]] = plain[1]
-    return types
-
-
-def uses(line):
-    """Matches of the values that a line reads: not the one it defines, not block names."""
-    start = found.end() if (found := DEFINED.match(line)) else 0
-    blocks = {
-        m.start(1)
-        for m in re.finditer(rf"label ({LOCAL})|, ({LOCAL}) \]", line)
-        for _ in "1"
-        if m[1]
-    }
-    blocks |= (
-        {m.start(1) for m in re.finditer(rf", ({LOCAL}) \]", line)}
-        if re.search(r"= phi ", line)
-        else set()
-    )
-    return [m for m in re.finditer(LOCAL, line) if m.start() >= start and m.start() not in blocks]
-
-
-def _replace(line, match, text):
-    return line[: match.start()] + text + line[match.end() :]
-
-
-def _pick(random, lines, fits):
-    """A random body line for which fits(line) is true, as its index; None when there is none."""
-    found = [i for i, line in enumerate(lines) if i and fits(line)]
-    return random.choice(found) if found else None
-
-
-# ---- edits: (random, lines of one function) -> new lines or None ----
-
-
-def constant(random, lines):
+def constant(rng, lines):
     """Change a constant: 0 -> 1, 7 -> 8, 6, -7 or 14, true -> false, 2.5 -> 3.5."""
-    found = lambda line: (
-        []
-        if re.match(r"\s*(call|br|switch)|.*= (?:tail )?call|.*alloca", line)
-        else [m for m in CONSTANT.finditer(line) if not line[: m.start()].endswith("align ")]
-    )
-    if (i := _pick(random, lines, found)) is None:
+    index = _pick(rng, lines, _constants)
+    if index is None:
         return None
-    match = random.choice(found(lines[i]))
+    match = rng.choice(_constants(lines[index]))
     old = match[1]
     if old in ("true", "false"):
         new = {"true": "false", "false": "true"}[old]
     elif "e" in old:
-        new = f"{float(old) + random.choice([1.0, -1.0, 0.5]):.6e}"
+        new = f"{float(old) + rng.choice([1.0, -1.0, 0.5]):.6e}"
     else:
-        new = str(
-            random.choice(
-                [n for n in (int(old) + 1, int(old) - 1, -int(old), 2 * int(old)) if n != int(old)]
-            )
-        )
-    return [*lines[:i], _replace(lines[i], match, new), *lines[i + 1 :]]
+        number = int(old)
+        others = (number + 1, number - 1, -number, 2 * number)
+        new = str(rng.choice([other for other in others if other != number]))
+    return _exchange(lines, index, _replace(lines[index], match, new))
 
 
-def predicate(random, lines):
+def _constants(line):
+    """Matches of the constants of a line that an edit may change."""
+    if re.match(r"\s*(call|br|switch)|.*= (?:tail )?call|.*alloca", line):
+        return []
+    found = CONSTANT.finditer(line)
+    return [match for match in found if not line[: match.start()].endswith("align ")]
+
+
+def predicate(rng, lines):
     """Another comparison of the same signedness: slt -> sle, sgt, eq ..."""
-    form = re.compile(r"(?<== )([if])cmp (\w+)")
-    if (i := _pick(random, lines, form.search)) is None:
+    index = _pick(rng, lines, COMPARISON.search)
+    if index is None:
         return None
-    kind, old = form.search(lines[i]).groups()
+    kind, old = COMPARISON.search(lines[index]).groups()
     if kind == "i":
-        others = [
-            p
-            for p, sign in SIGNED.items()
-            if p != old and "i" in (sign, SIGNED[old]) or sign == SIGNED[old] and p != old
-        ]
+        others = [new for new in SIGNED if new != old and _fit_together(new, old)]
     else:
-        others = [old[0] + p for p in ("eq", "ne", "lt", "le", "gt", "ge") if old[0] + p != old]
-    return [*lines[:i], form.sub(f"{kind}cmp {random.choice(others)}", lines[i]), *lines[i + 1 :]]
+        ordered = old[0]  # or unordered: olt, ult
+        possible = [ordered + name for name in ("eq", "ne", "lt", "le", "gt", "ge")]
+        others = [new for new in possible if new != old]
+    new = f"{kind}cmp {rng.choice(others)}"
+    return _exchange(lines, index, COMPARISON.sub(new, lines[index]))
 
 
-def operand(random, lines):
+def _fit_together(new, old):
+    signs = (SIGNED[new], SIGNED[old])
+    return "i" in signs or signs[0] == signs[1]
+
+
+def operand(rng, lines):
     """Read another value of the same type."""
     types = value_types(lines)
-    others = lambda name: [v for v in types if v != name and types[v] == types.get(name)]
-    if (i := _pick(random, lines, lambda line: any(others(m[0]) for m in uses(line)))) is None:
+
+    def others(name):
+        return [other for other in types if other != name and types[other] == types.get(name)]
+
+    def changeable(line):
+        return [match for match in uses(line) if others(match[0])]
+
+    index = _pick(rng, lines, changeable)
+    if index is None:
         return None
-    match = random.choice([m for m in uses(lines[i]) if others(m[0])])
-    return [*lines[:i], _replace(lines[i], match, random.choice(others(match[0]))), *lines[i + 1 :]]
+    match = rng.choice(changeable(lines[index]))
+    new = rng.choice(others(match[0]))
+    return _exchange(lines, index, _replace(lines[index], match, new))
 
 
-def drop(random, lines):
-    """Leave an instruction out; its readers read one of its operands of the same type, or 0. Stores and calls of nothing just go."""
+def drop(rng, lines):
+    """Leave an instruction out. Stores and calls of nothing just go.
+
+    The readers of any other read one of its operands of the same type, or 0.
+    """
     types = value_types(lines)
-    gone = lambda line: (
-        re.match(r"\s*(store|(tail )?call void)", line)
-        or (
-            (found := DEFINED.match(line))
-            and types.get(found[1], "").startswith("i")
-            and not re.search("= phi", line)
-        )
-    )
-    if (i := _pick(random, lines, gone)) is None:
+
+    def can_go(line):
+        if re.match(r"\s*(store|(tail )?call void)", line):
+            return True
+        return _defined_type(line, types).startswith("i")
+
+    index = _pick(rng, lines, can_go)
+    if index is None:
         return None
-    if not (found := DEFINED.match(lines[i])):
-        return lines[:i] + lines[i + 1 :]
-    same = [m[0] for m in uses(lines[i]) if types.get(m[0]) == types[found[1]]]
-    return _substitute(
-        lines[:i] + lines[i + 1 :],
-        found[1],
-        random.choice(same) if same else _zero(types[found[1]]),
-    )
+    line, rest = lines[index], _exchange(lines, index)
+    found = DEFINED.match(line)
+    if not found:
+        return rest
+
+    name = found[1]
+    same = [match[0] for match in uses(line) if types.get(match[0]) == types[name]]
+    new = rng.choice(same) if same else _zero(types[name])
+    return _substitute(rest, name, new)
 
 
 def _zero(kind):
-    return "false" if kind == "i1" else "null" if kind.endswith("*") else "0"
+    if kind == "i1":
+        return "false"
+    return "null" if kind.endswith("*") else "0"
 
 
-def _substitute(lines, name, text):
-    return [re.sub(rf"{re.escape(name)}\b", text, line) for line in lines]
+def swap(rng, lines):
+    """Exchange two things whose order counts.
 
+    The operands of a subtraction, division, shift or comparison, the arms of a select or branch, or
+    one time in five two neighbouring lines.
+    """
+    if rng.random() < 0.2:
+        index = _pick(rng, lines[:-2], _is_movable)
+        if index is None:
+            return None
+        return [*lines[:index], lines[index + 1], lines[index], *lines[index + 2 :]]
 
-def swap(random, lines):
-    """Exchange the operands of a subtraction, division, shift or comparison, the arms of a select or branch, or two neighbouring lines."""
-    branch = re.compile(rf"(\s*br i1 [^,]+), (label {LOCAL}), (label {LOCAL})$")
-    select = re.compile(rf"(\s*{LOCAL} = select {FLAGS}i1 [^,]+), ([^,]+), ([^,]+)$")
-    fits = lambda line: BINARY.match(line) or branch.match(line) or select.match(line)
-    if random.random() < 0.2:
-        i = _pick(
-            random,
-            lines[:-2],
-            lambda line: (
-                line.startswith("  ") and not line.lstrip().startswith(("br", "ret", "switch"))
-            ),
-        )
-        return None if i is None else [*lines[:i], lines[i + 1], lines[i], *lines[i + 2 :]]
-    if (i := _pick(random, lines, fits)) is None:
+    index = _pick(rng, lines, _arms)
+    if index is None:
         return None
-    head, left, right = fits(lines[i]).groups()
-    comma = " " if BINARY.match(lines[i]) else ", "
-    return [*lines[:i], f"{head}{comma}{right}, {left}", *lines[i + 1 :]]
+    head, left, right = _arms(lines[index]).groups()
+    comma = " " if BINARY.match(lines[index]) else ", "
+    return _exchange(lines, index, f"{head}{comma}{right}, {left}")
 
 
-def type_(random, lines):
-    """Treat signed as unsigned or the reverse (sext -> zext, sdiv -> udiv, slt -> ult), or cut an integer to eight bits and widen it again."""
+def _is_movable(line):
+    return line.startswith("  ") and not line.lstrip().startswith(("br", "ret", "switch"))
+
+
+def _arms(line):
+    return BINARY.match(line) or BRANCH.match(line) or SELECT.match(line)
+
+
+def type_(rng, lines):
+    """Treat signed as unsigned or the reverse, or cut an integer to eight bits and widen it again.
+
+    sext -> zext, sdiv -> udiv, slt -> ult.
+    """
+    if rng.random() < 0.5:
+        index = _pick(rng, lines, TWIN.search)
+        if index is not None:
+            twin = TWIN.sub(lambda found: UNSIGNED_TWINS[found[1]], lines[index])
+            return _exchange(lines, index, twin)
+
     types = value_types(lines)
-    form = re.compile("(?<== )(" + "|".join(UNSIGNED_TWINS) + r")\b")
-    wide = lambda line: (
-        (found := DEFINED.match(line))
-        and types.get(found[1]) in ("i16", "i32", "i64")
-        and not re.search("= phi", line)
-    )
-    if random.random() < 0.5 and (i := _pick(random, lines, form.search)) is not None:
-        return [*lines[:i], form.sub(lambda m: UNSIGNED_TWINS[m[1]], lines[i]), *lines[i + 1 :]]
-    if (i := _pick(random, lines, wide)) is None:
+    index = _pick(rng, lines, lambda line: _defined_type(line, types) in ("i16", "i32", "i64"))
+    if index is None:
         return None
-    name = DEFINED.match(lines[i])[1]
-    cut = [
-        f"  %n1 = trunc {types[name]} {name} to i8",
-        f"  %n2 = {random.choice(['sext', 'zext'])} i8 %n1 to {types[name]}",
-    ]
-    return [*lines[: i + 1], *cut, *_substitute(lines[i + 1 :], name, "%n2")]
+    name = DEFINED.match(lines[index])[1]
+    kind = types[name]
+    cut = f"  %n1 = trunc {kind} {name} to i8"
+    widened = f"  %n2 = {rng.choice(['sext', 'zext'])} i8 %n1 to {kind}"
+    return [*lines[: index + 1], cut, widened, *_substitute(lines[index + 1 :], name, "%n2")]
 
 
-def cheap_drop_cast(random, lines):
-    """The paper's figure: leave a trunc, zext or sext out and go on with its operand, of the wrong type."""
-    form = re.compile(rf"\s*({LOCAL}) = (?:trunc|[sz]ext) {TYPE} ({LOCAL}) to")
-    if (i := _pick(random, lines, form.match)) is None:
+def cheap_drop_cast(rng, lines):
+    """The paper's figure: leave a cast out and go on with its operand, of the wrong type."""
+    index = _pick(rng, lines, CAST.match)
+    if index is None:
         return None
-    name, source = form.match(lines[i]).groups()
-    return _substitute(lines[:i] + lines[i + 1 :], name, source)
+    name, source = CAST.match(lines[index]).groups()
+    return _substitute(_exchange(lines, index), name, source)
 
 
-def cheap_dangling(random, lines):
+def cheap_dangling(rng, lines):
     """Leave an instruction out and its result undefined."""
-    i = _pick(random, lines, DEFINED.match)
-    return None if i is None else lines[:i] + lines[i + 1 :]
+    index = _pick(rng, lines, DEFINED.match)
+    return None if index is None else _exchange(lines, index)
 
 
-def cheap_operand(random, lines):
+def cheap_operand(rng, lines):
     """Read any other value, whatever its type."""
     types = value_types(lines)
-    if len(types) < 2 or (i := _pick(random, lines, uses)) is None:
+    if len(types) < 2:
         return None
-    match = random.choice(uses(lines[i]))
-    return [
-        *lines[:i],
-        _replace(lines[i], match, random.choice([v for v in types if v != match[0]] or [match[0]])),
-        *lines[i + 1 :],
-    ]
+    index = _pick(rng, lines, uses)
+    if index is None:
+        return None
+    match = rng.choice(uses(lines[index]))
+    others = [name for name in types if name != match[0]]
+    return _exchange(lines, index, _replace(lines[index], match, rng.choice(others)))
 
 
 KINDS = {
@@ -305,14 +314,69 @@ CHEAP = {
 }
 
 
-def mutate(random, ir, edit):
-    """One edit in a random function of the module -> IR text, or None when the edit finds nothing to change."""
-    lines = ir.splitlines()
-    starts = [i for i, line in enumerate(lines) if line.startswith("define")]
-    start = random.choice(starts)
-    end = lines.index("}", start)
-    changed = edit(random, lines[start : end + 1])
-    if changed is None:
-        return None
-    text = renumber("\n".join([*lines[:start], *changed, *lines[end + 1 :]]))
-    return None if text == ir else text
+# ---- what an edit has to know of the text ----
+
+
+def value_types(lines):
+    """{value: type} of one function's parameters and instructions, as far as the text shows it."""
+    parameters = re.findall(rf"({TYPE})(?: [a-z][\w()]*)* ({LOCAL})", lines[0])
+    types = {name: kind for kind, name in parameters}
+    for line in lines[1:]:
+        if found := DEFINED.match(line):
+            kind = _result_type(line[found.end() :])
+            if kind:
+                types[found[1]] = kind
+    return types
+
+
+def _result_type(instruction):
+    if cast := re.match(rf"\w+ .* to ({TYPE})$", instruction):
+        return cast[1]
+    if re.match("[if]cmp", instruction):
+        return "i1"
+    element = rf"getelementptr {FLAGS}({TYPE}), ({TYPE}) [^,]+, i64 [^,]+$"
+    if pointer := re.match(element, instruction):
+        return pointer[2]
+    if select := re.match(rf"select {FLAGS}i1 [^,]+, ({TYPE})", instruction):
+        return select[1]
+    if plain := re.match(rf"{FLAGS}(?!getelementptr|alloca)\w+ {FLAGS}({TYPE})", instruction):
+        return plain[1]
+    return None
+
+
+def uses(line):
+    """Matches of the values that a line reads: not the one it defines, not block names."""
+    defined = DEFINED.match(line)
+    start = defined.end() if defined else 0
+    blocks = {match.start(1) for match in re.finditer(rf"label ({LOCAL})", line)}
+    if "= phi " in line:
+        blocks |= {match.start(1) for match in re.finditer(rf", ({LOCAL}) \]", line)}
+    found = re.finditer(LOCAL, line)
+    return [match for match in found if match.start() >= start and match.start() not in blocks]
+
+
+def _defined_type(line, types):
+    """Type of the value that a line defines, "" where it is not known or defined by a phi."""
+    found = DEFINED.match(line)
+    if not found or "= phi" in line:
+        return ""
+    return types.get(found[1], "")
+
+
+def _pick(rng, lines, fits):
+    """Index of a random line below the first for which fits(line) is true; None without one."""
+    found = [index for index, line in enumerate(lines) if index and fits(line)]
+    return rng.choice(found) if found else None
+
+
+def _exchange(lines, index, *new):
+    """The lines with others (or none) in place of one."""
+    return [*lines[:index], *new, *lines[index + 1 :]]
+
+
+def _replace(line, match, text):
+    return line[: match.start()] + text + line[match.end() :]
+
+
+def _substitute(lines, name, text):
+    return [re.sub(rf"{re.escape(name)}\b", text, line) for line in lines]

@@ -1,12 +1,14 @@
-"""HumanEval and MBPP in many languages (MultiPL-E), translation into them, and CrossPLEval's form: rows, prompts, verdicts.
+"""HumanEval and MBPP in many languages (MultiPL-E), and translation into them.
 
-A row's program is prompt + completion + tests, as upstream runs it; how a language's tests end and what counts as a pass
-stands in the [answer.tests] table of its TOML. TestJudge says what a pass needs beyond that, and what it cannot know.
+A row's program is prompt + completion + tests, as upstream runs it; how a language's tests end and
+what counts as a pass stands in the [answer.tests] table of its TOML. TestJudge says what a pass
+needs beyond that, and what it cannot know. CrossPLEval's form is read too, from the user's files.
 """
 
 import concurrent.futures
 import hmac
 import itertools
+import math
 import os
 import random
 import re
@@ -14,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from sandbox import Job
 from sandbox.languages import language_of
-from tasks.data import find_data, read_jsonl
+from tasks.data import find_data, read_jsonl, take
 from tasks.verdicts import Parsed, Submission, Verdict
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
-# HumanEval-X's own file names; Python sources are HumanEval's canonical solutions.
+# HumanEval-X's own names in files; Python sources are HumanEval's canonical solutions.
 SOURCES = {
     "python": "humaneval",
     "cpp": "cpp",
@@ -28,14 +30,30 @@ SOURCES = {
     "rust": "rust",
 }
 
+# Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
+THINK = """# Task: You will be given a question (problem specification) and will generate a \
+correct {title} program that matches the specification and passes all tests. The reasoning process \
+and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., \
+<think> reasoning process here </think> <answer> answer here </answer>. Your final answer should \
+be wrapped in ```{fence}``` tags.
+Question: {question}
+
+You will use the following starter code to write the solution to the problem and enclose your \
+code within delimiters.
+```{fence}
+{starter}
+{comment} YOUR CODE HERE
+```
+"""
+
 
 @dataclass(frozen=True)
 class BenchmarkProblem:
-    """One benchmark problem in one language. `question` is what samples.jsonl shows."""
+    """One benchmark problem in one language."""
 
     id: str  # "humaneval/rkt/HumanEval_2_truncate_number"
     task: str
-    question: str
+    question: str  # what samples.jsonl shows
     prompt: str  # ends inside the function
     tests: str
     stop_tokens: tuple
@@ -48,34 +66,40 @@ class BenchmarkProblem:
 
 
 def load_benchmark(bench, language, data=None, version="v3", source="python", count=None, seed=0):
-    """list[BenchmarkProblem] of a benchmark in a language (name or Language). count: a sample drawn by `seed`, in file order.
+    """list[BenchmarkProblem] of a benchmark in a language (name or Language).
 
-    translate takes its source programs from HumanEval (python) or HumanEval-X, and prompt and tests from MultiPL-E.
-    crosspleval reads crosspleval/SOURCE-TARGET.jsonl of the user's: rows of id, source, prompt, tests, stop_tokens.
-    Raises ValueError with one sentence where the benchmark does not have the language or the data is missing.
+    version: of MultiPL-E's data, v3 or v0.4.
+    source: language to translate from. The programs of translate are HumanEval's (python) or
+        HumanEval-X's, prompts and tests MultiPL-E's; crosspleval reads the user's
+        crosspleval/SOURCE-TARGET.jsonl: rows of id, source, prompt, tests, stop_tokens.
+    count: a sample drawn by `seed`, in file order.
+    Raises ValueError with one sentence where the benchmark does not have the language or the data
+    is missing.
     """
     language = language_of(language)
     if bench not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {bench!r}: use gsm8k, {', '.join(BENCHMARKS)}")
     code = tests_table(language)["name"]
+
     if bench == "crosspleval":
         path = _need(f"crosspleval/{source}-{code}.jsonl", data)
         rows = read_jsonl(path, lambda _, row: _cross_row(row, code, source))
-    else:
-        family = "humaneval" if bench == "translate" else bench
-        path = _need(f"multipl_e/{version}/{family}-{code}-reworded.jsonl", data)
-        rows = read_jsonl(path, lambda _, row: _multipl_row(bench, code, row))
-        if bench == "translate":
-            rows = _with_sources(rows, source, data)
-    if count is None or count >= len(rows):
-        return rows
-    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
+        return take(rows, count, seed)
+
+    family = "humaneval" if bench == "translate" else bench
+    path = _need(f"multipl_e/{version}/{family}-{code}-reworded.jsonl", data)
+    rows = read_jsonl(path, lambda _, row: _multipl_row(bench, code, row))
+    if bench == "translate":
+        rows = _with_sources(rows, source, data)
+    return take(rows, count, seed)
 
 
 def tests_table(language):
+    """The language's [answer.tests] table; ValueError when it has none."""
     if "tests" not in language.answer:
         raise ValueError(
-            f"{language.name} has no [answer.tests] table: MultiPL-E does not have the language (use --bench gsm8k)"
+            f"{language.name} has no [answer.tests] table: MultiPL-E does not have the language "
+            "(use --bench gsm8k)"
         )
     return language.answer["tests"]
 
@@ -91,26 +115,25 @@ def _need(name, data):
 
 def _multipl_row(bench, code, row):
     return BenchmarkProblem(
-        f"{bench}/{code}/{row['name']}",
-        bench,
-        row["prompt"],
-        row["prompt"],
-        row["tests"],
-        tuple(row["stop_tokens"]),
+        id=f"{bench}/{code}/{row['name']}",
+        task=bench,
+        question=row["prompt"],
+        prompt=row["prompt"],
+        tests=row["tests"],
+        stop_tokens=tuple(row["stop_tokens"]),
     )
 
 
 def _cross_row(row, code, source):
-    id = f"crosspleval/{source}-{code}/{row['id']}"
     return BenchmarkProblem(
-        id,
-        "crosspleval",
-        row["source"],
-        row["prompt"],
-        row["tests"],
-        tuple(row["stop_tokens"]),
-        row["source"],
-        source,
+        id=f"crosspleval/{source}-{code}/{row['id']}",
+        task="crosspleval",
+        question=row["source"],
+        prompt=row["prompt"],
+        tests=row["tests"],
+        stop_tokens=tuple(row["stop_tokens"]),
+        source=row["source"],
+        source_language=source,
     )
 
 
@@ -118,68 +141,42 @@ def _with_sources(rows, source, data):
     """Rows of translate: the canonical solution of the same number in the source language."""
     if source not in SOURCES:
         raise ValueError(f"no translation sources in {source!r}: use {', '.join(SOURCES)}")
-    name = (
-        "humaneval/HumanEval" if source == "python" else f"humaneval_x/humaneval_{SOURCES[source]}"
-    )
-    programs = dict(
-        read_jsonl(
-            _need(f"{name}.jsonl", data),
-            lambda _, row: (
-                row["task_id"].split("/")[1],
-                row["prompt"] + row["canonical_solution"],
-            ),
-        )
-    )
+    name = "humaneval/HumanEval"
+    if source != "python":
+        name = f"humaneval_x/humaneval_{SOURCES[source]}"
+
+    def read(_, row):
+        return row["task_id"].split("/")[1], row["prompt"] + row["canonical_solution"]
+
+    programs = dict(read_jsonl(_need(f"{name}.jsonl", data), read))
     found = []
     for row in rows:
-        number = re.search(r"HumanEval_(\d+)_", row.id)[1]
+        solved = programs[re.search(r"HumanEval_(\d+)_", row.id)[1]]
         id = row.id.replace("translate/", f"translate/{source}-", 1)
-        found.append(
-            replace(
-                row,
-                id=id,
-                question=programs[number],
-                source=programs[number],
-                source_language=source,
-            )
-        )
+        found.append(replace(row, id=id, question=solved, source=solved, source_language=source))
     return found
 
 
 # ---- prompts ----
 
-# Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
-THINK = """# Task: You will be given a question (problem specification) and will generate a correct {title} program that matches the \
-specification and passes all tests. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> \
-tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. Your final answer should be \
-wrapped in ```{fence}``` tags.
-Question: {question}
-
-You will use the following starter code to write the solution to the problem and enclose your code within delimiters.
-```{fence}
-{starter}
-{comment} YOUR CODE HERE
-```
-"""
-
 
 def benchmark_prompt(row, language, mode):
-    """What the model is given: text to go on from ("completion", "think") or chat messages ("chat").
+    """What the model is given: text to go on from, or chat messages.
 
-    completion, for base models: the row's prompt, after the source program as a comment when there is one. think: Listing 1 as
-    it stands, ending in "Assistant: <think>". chat: the same request as a user turn, for instruct models.
+    completion: for base models, the row's prompt, after the source program as a comment when there
+        is one.
+    think: Listing 1 as it stands, ending in "Assistant: <think>".
+    chat: the same request as a user turn, for instruct models.
     """
     language = language_of(language)
     if mode == "completion":
-        commented = "".join(f"{language.comment} {line}\n" for line in row.source.splitlines())
-        return (
-            f"{language.comment} {row.source_language}:\n{commented}\n" if row.source else ""
-        ) + row.prompt.rstrip()
-    question = (
-        f"Translate this {row.source_language} program to {language.title}:\n{row.source}"
-        if row.source
-        else row.prompt.strip()
-    )
+        return _commented_source(row, language) + row.prompt.rstrip()
+
+    question = row.prompt.strip()
+    if row.source:
+        question = (
+            f"Translate this {row.source_language} program to {language.title}:\n{row.source}"
+        )
     text = THINK.format(
         title=language.title,
         fence=language.fence[0],
@@ -192,15 +189,29 @@ def benchmark_prompt(row, language, mode):
     return [{"role": "user", "content": text.strip()}]
 
 
+def _commented_source(row, language):
+    if not row.source:
+        return ""
+    lines = [f"{row.source_language}:", *row.source.splitlines()]
+    return "".join(f"{language.comment} {line}\n" for line in lines) + "\n"
+
+
+# ---- from a completion to a whole program ----
+
+
 def program(row, text, language, mode):
-    """The whole program of a completion: prompt + completion, cut at the first stop token, + tests; "" when there is no code."""
+    """The whole program of a completion, with the row's tests; "" when there is no code.
+
+    completion: prompt + completion, cut at the first stop token. think, chat: the last block.
+    """
     if mode == "completion":
-        cut = min(
-            (found for stop in row.stop_tokens if (found := text.find(stop)) >= 0), default=None
-        )
+        found = [text.find(stop) for stop in row.stop_tokens]
+        cut = min((place for place in found if place >= 0), default=None)
         return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
-    unfinished = mode == "think" and "</think>" not in text
-    code = "" if unfinished else answer_block(text, language_of(language))
+
+    if mode == "think" and "</think>" not in text:
+        return ""
+    code = answer_block(text, language_of(language))
     if not code:
         return ""
     return f"{_complete(row, code)}\n{row.tests}"
@@ -215,38 +226,44 @@ def answer_block(text, language):
 
 
 def _complete(row, code):
-    """A whole function in place of prompt + completion: the prompt's first lines (imports) when they are missing, and without
-    the closing braces that MultiPL-E's tests bring themselves."""
-    if row.prompt.strip() in code or _signature(row) in code:
-        opening = [line for line in _preamble(row) if line.strip() and line.strip() not in code]
-        code = "\n".join([*opening, code])
-        for _ in range(_closed_by_tests(row)):
-            code = code.rstrip().removesuffix("}")
-        return code
-    return row.prompt.rstrip() + "\n" + code  # only the body
+    """A whole function in place of prompt + completion.
+
+    With the prompt's first lines (imports) when they are missing, and without the closing braces
+    that MultiPL-E's tests bring themselves.
+    """
+    if row.prompt.strip() not in code and _signature(row) not in code:
+        return row.prompt.rstrip() + "\n" + code  # only the body
+
+    lines = [line for line in _preamble(row) if line.strip()]
+    missing = [line for line in lines if line.strip() not in code]
+    code = "\n".join([*missing, code])
+    for _ in range(_closed_by_tests(row)):
+        code = code.rstrip().removesuffix("}")
+    return code
 
 
 def _signature(row):
     """The name that the prompt's last lines define."""
     name = re.sub(r"(HumanEval|mbpp)_\d+_", "", row.id.rpartition("/")[2])
-    camel = name.split("_")[0] + "".join(word.capitalize() for word in name.split("_")[1:])
+    first, *rest = name.split("_")
+    camel = first + "".join(word.capitalize() for word in rest)
     return camel if camel in row.prompt and name not in row.prompt else name
 
 
 def _preamble(row):
-    """Lines of the prompt before its first comment or definition: #lang, imports, an enclosing class."""
+    """Lines before the prompt's first comment or definition: #lang, imports, an enclosing class."""
+    begins = r"\s*(//|#(?!lang|include)|--|;|\(\*|/\*|\"\"\"|def |function )"
+    name = _signature(row)
     lines = []
     for line in row.prompt.splitlines():
-        if _signature(row) in line or re.match(
-            r"\s*(//|#(?!lang|include)|--|;|\(\*|/\*|\"\"\"|def |function )", line
-        ):
+        if name in line or re.match(begins, line):
             break
         lines.append(line)
     return lines
 
 
 def _closed_by_tests(row):
-    """How many braces the tests close: 1 for "}" (C++, Rust, Bash), 2 when they also close the class (Java)."""
+    """How many braces the tests close: 1 for "}" (C++, Rust, Bash), 2 with the class (Java)."""
     if not row.tests.lstrip().startswith("}"):
         return 0
     return 2 if row.prompt.count("{") - row.prompt.count("}") > 1 else 1
@@ -256,161 +273,178 @@ def _closed_by_tests(row):
 
 
 class TestJudge:
-    """Scores completions of benchmark rows, with the same submit() and collect() as rewards.Judge.
+    """Scores completions of benchmark rows; submit() and collect() as tasks/verdicts.py has them.
 
-    The tests run in the program's own process, so whatever they print to prove that they ran, the program could print too. Hence:
-    1. The program ends with 0, keeps upstream's rule, and prints after the last test a random number, of which only two summands
-       stand in its file: leaving early, printing look-alikes or one's own file is not enough.
-    2. A program that passed runs once more, under tests in which the right answers of two tests are exchanged. A right program fails
-       there. One that passes there too is a forger, by whatever means (status "forged"): its verdict does not depend on the tests.
-    What gets through is a program that knows the answers of exactly those tests (two, chosen at random, not among the examples of
-    the prompt where there are others), and one that forges by chance: one time in four at best.
+    The tests run in the program's own process, so whatever they print to prove that they ran, the
+    program could print too. Hence two runs:
+
+    1. The program ends with 0, keeps upstream's rule, and prints after the last test a random
+       number, of which only two summands stand in its file: leaving early, printing look-alikes or
+       one's own file is not enough.
+    2. A program that passed runs once more, under tests in which the right answers of two tests are
+       exchanged. A right program fails there. One that passes there too is a forger, by whatever
+       means (status "forged"): its verdict does not depend on the tests.
+
+    What gets through is a program that knows the answers of exactly those tests (two, chosen at
+    random, not among the examples of the prompt where there are others), and one that forges by
+    chance: one time in four at best.
     """
 
     __test__ = False  # not a pytest class
 
     def __init__(self, pool, language, mode="completion"):
-        self.pool, self.language, self.mode = pool, language_of(language), mode
+        self.pool = pool
+        self.language = language_of(language)
+        self.mode = mode
         self.table = tests_table(self.language)
         self._secret = os.urandom(16)
         if pool:
             self._need_library()
 
     def _need_library(self):
-        """Without its test library every right program would fail, so it is asked for before the first one runs."""
+        """Without its test library every right program would fail, so it is asked for first."""
         if "probe" not in self.table:
             return
         result = self.pool.submit(self._job({self.language.file: self.table["probe"]})).result()
         if result.status not in ("ok", "sandbox_error"):
             raise ValueError(
-                f"MultiPL-E's {self.language.title} tests need {self.table['library']}, which is not here: {self.table['install']}"
+                f"MultiPL-E's {self.language.title} tests need {self.table['library']}, "
+                f"which is not here: {self.table['install']}"
             )
 
     def submit(self, row, text, sample=0):
-        """Start a completion's program under the row's tests. Returns the Submission that collect() takes."""
+        """Start a completion's program under the row's tests -> Submission.
+
+        Its future is of (status, passed), and is done when both runs are.
+        """
         source = program(row, text, self.language, self.mode)
-        outcome = concurrent.futures.Future() if source else None  # of (status, passed)
+        outcome = None
         if source:
-            self._start(
-                source,
-                f"{row.id}/{sample}",
-                outcome,
-                lambda *first: self._confirm(row, text, outcome, *first),
-            )
-        return Submission(row, sample, text, Parsed("", source, "", bool(source)), "", outcome)
+            outcome = concurrent.futures.Future()
+            self._first_run(row, text, source, f"{row.id}/{sample}", outcome)
+        parsed = Parsed(reasoning="", code=source, query="", format_ok=bool(source))
+        return Submission(row, sample, text, parsed, nonce="", future=outcome)
 
-    def _start(self, source, id, outcome, then):
-        """Run a program with its tests. A thread of the pool sets `outcome` to then(status, passed), unless that is None."""
-        # Numbers per program, not per sample: equal programs stay equal jobs, which the pool's cache runs once.
-        digest = hmac.new(self._secret, source.encode("utf-8", "replace"), "sha256").digest()
-        numbers = [
-            int.from_bytes(part, "big") % 10**14 for part in (digest[:8], digest[8:16])
-        ]  # their sum is exact in a double
+    def _first_run(self, row, text, source, id, outcome):
+        """Under the row's own tests: a failure is the outcome, a pass goes on to the second run."""
+        job, printed = self._numbered_job(source, id)
 
-        def ended(future):
-            try:
-                result = future.result()
-                verdict = then(
-                    result.status, result.status == "ok" and self.passes(result, str(sum(numbers)))
-                )
-            except (
-                Exception
-            ) as error:  # nobody would see it in this thread, and the outcome would never come
-                outcome.set_exception(error)
+        def ended(result):
+            if self._passed(result, printed):
+                self._second_run(row, text, outcome)
             else:
-                if verdict:
-                    outcome.set_result(verdict)
+                outcome.set_result((result.status, False))
 
-        self.pool.submit(self.job(source, numbers, id)).add_done_callback(ended)
+        _when_done(self.pool.submit(job), outcome, ended)
 
-    def _confirm(self, row, text, outcome, status, passed):
-        """The outcome of a program that failed; for one that passed None, and a run under exchanged answers."""
-        tests = (
-            exchange_answers(
-                row,
-                self.table["test"],
-                random.Random(self._secret + text.encode("utf-8", "replace")),
-            )
-            if passed
-            else None
-        )
+    def _second_run(self, row, text, outcome):
+        """Under exchanged answers, where a right program fails."""
+        rng = random.Random(self._secret + text.encode("utf-8", "replace"))
+        tests = exchange_answers(row, self.table["test"], rng)
         if tests is None:
-            return status, passed
+            outcome.set_result(("ok", True))
+            return
+        source = program(replace(row, tests=tests), text, self.language, self.mode)
+        job, printed = self._numbered_job(source, row.id)
 
-        def verdict(status, passed):
-            return (
-                (status, False)
-                if status == "sandbox_error"
-                else ("forged", False)
-                if passed
-                else ("ok", True)
-            )
+        def ended(result):
+            if result.status == "sandbox_error":
+                outcome.set_result(("sandbox_error", False))
+            elif self._passed(result, printed):
+                outcome.set_result(("forged", False))
+            else:
+                outcome.set_result(("ok", True))
 
-        self._start(
-            program(replace(row, tests=tests), text, self.language, self.mode),
-            row.id,
-            outcome,
-            verdict,
-        )
+        _when_done(self.pool.submit(job), outcome, ended)
+
+    def _numbered_job(self, source, id):
+        """(job, what it prints where the last test has passed) of a program with its tests."""
+        # Numbers per program, not per sample: equal programs stay equal jobs, which the pool's
+        # cache runs once. Below 10**14, their sum is exact in a double.
+        digest = hmac.new(self._secret, source.encode("utf-8", "replace"), "sha256").digest()
+        first = int.from_bytes(digest[:8], "big") % 10**14
+        second = int.from_bytes(digest[8:16], "big") % 10**14
+        return self.job(source, (first, second), id), str(first + second)
 
     def job(self, source, numbers, id=None):
-        """The sandbox job of a whole program with its tests: the sum of the numbers is printed where the last test has passed."""
-        printing = (
-            self.table["print"].replace("{a}", str(numbers[0])).replace("{b}", str(numbers[1]))
-        )
-        ended = re.sub(
-            self.table.get("last", r"\Z"), lambda _: printing, source.rstrip() + "\n", count=1
-        )
-        return self._job({self.table.get("file", self.language.file): ended}, id)
+        """The sandbox job of a whole program with its tests.
+
+        numbers: two, whose sum the program prints where the last test has passed.
+        """
+        first, second = map(str, numbers)
+        printing = self.table["print"].replace("{a}", first).replace("{b}", second)
+        end = self.table.get("last", r"\Z")
+        text = re.sub(end, lambda _: printing, source.rstrip() + "\n", count=1)
+        return self._job({self.table.get("file", self.language.file): text}, id)
 
     def _job(self, files, id=None):
         run = self.table.get("run")
-        compiles = run and self.language.compile  # such as go test
-        limits = replace(
-            self.language.compile_limits if compiles else self.language.limits,
-            cpu=self.table.get("cpu", 15.0),
-            wall=None,
-        )
+        limits = self.language.limits
+        if run and self.language.compile:  # the tests' own command compiles, such as go test
+            limits = self.language.compile_limits
+        limits = replace(limits, cpu=self.table.get("cpu", 15.0), wall=None)
         return Job(self.language.name, files, limits=limits, id=id, run=run)
 
-    def collect(self, submissions, deadline=None):
-        """Verdicts in order. Programs that are not done `deadline` seconds from now count as sandbox errors (nan)."""
-        concurrent.futures.wait([s.future for s in submissions if s.future], timeout=deadline)
-        return [self._verdict(submission) for submission in submissions]
-
-    def _verdict(self, submission):
-        status, passed = "no_program", False
-        if submission.future:
-            status, passed = (
-                submission.future.result() if submission.future.done() else ("sandbox_error", False)
-            )
-        reward = float("nan") if status == "sandbox_error" else float(passed)
-        return Verdict(
-            submission.problem.id,
-            reward,
-            {"correct": reward},
-            passed,
-            status,
-            None,
-            submission.parsed.code,
-            submission.parsed,
-            False,
-            False,
-        )
+    def _passed(self, result, printed):
+        return result.status == "ok" and self.passes(result, printed)
 
     def passes(self, result, printed):
         """Upstream's rule, and what was to be printed, on a line of its own."""
-        stdout, stderr = (
-            result.stdout.decode(errors="replace"),
-            result.stderr.decode(errors="replace"),
+        stdout = result.stdout.decode(errors="replace")
+        stderr = result.stderr.decode(errors="replace")
+        if printed not in map(str.strip, stdout.splitlines()):
+            return False
+
+        if self.table.get("must", "") not in stdout + stderr:
+            return False
+        must_not = self.table.get("must_not")
+        if must_not and must_not in stdout + stderr:
+            return False
+        return not (self.table.get("quiet") and stderr.strip())
+
+    def collect(self, submissions, deadline=None):
+        """Verdicts in order; what is not done `deadline` seconds from now is a sandbox error."""
+        started = [submission.future for submission in submissions if submission.future]
+        concurrent.futures.wait(started, timeout=deadline)
+        return [self._verdict(submission) for submission in submissions]
+
+    def _verdict(self, submission):
+        outcome = submission.future
+        if outcome is None:
+            status, passed = "no_program", False
+        elif outcome.done():
+            status, passed = outcome.result()
+        else:
+            status, passed = "sandbox_error", False
+        reward = math.nan if status == "sandbox_error" else float(passed)
+        return Verdict(
+            problem=submission.problem.id,
+            reward=reward,
+            components={"correct": reward},
+            correct=passed,
+            status=status,
+            value=None,
+            program=submission.parsed.code,
+            parsed=submission.parsed,
         )
-        both = stdout + stderr
-        return (
-            printed in (line.strip() for line in stdout.splitlines())
-            and self.table.get("must", "") in both
-            and not (self.table.get("must_not") and self.table["must_not"] in both)
-            and not (self.table.get("quiet") and stderr.strip())
-        )
+
+
+def _when_done(run, outcome, ended):
+    """Call ended(result) when a run is done, in a thread of the pool.
+
+    Nobody would see an error in that thread, and the outcome would never come: it is the outcome.
+    """
+
+    def done(run):
+        try:
+            ended(run.result())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    run.add_done_callback(done)
+
+
+# ---- exchanged answers ----
 
 
 def _nested(depth=8):
@@ -426,31 +460,34 @@ NESTED = _nested()
 
 
 def exchange_answers(row, test, rng):
-    """The row's tests with the right answers of two tests exchanged; None where no test is found (none in MultiPL-E's rows).
+    """The row's tests with the right answers of two tests exchanged.
 
-    test: regular expression of one test, with groups `arguments` and `expected`. Tests that the prompt does not show come first.
-    Where all tests expect the same, one answer's last number is raised by 1.
+    None where no test is found (none in MultiPL-E's rows).
+    test: regular expression of one test, with groups `arguments` and `expected`.
+    Tests that the prompt does not show come first. Where all tests expect the same, one answer's
+    last number is raised by 1.
     """
     found = list(re.finditer(test.replace("{nested}", NESTED), row.tests))
     pairs = [(a, b) for a, b in itertools.combinations(found, 2) if a["expected"] != b["expected"]]
-    hidden = [
-        pair
-        for pair in pairs
-        if not any(match["arguments"].strip() in row.prompt for match in pair)
-    ]
     if pairs:
+        hidden = [pair for pair in pairs if not _shows_one(row.prompt, pair)]
         first, second = rng.choice(hidden or pairs)
-        changes = [
-            (first.span("expected"), second["expected"]),
-            (second.span("expected"), first["expected"]),
-        ]
+        changes = [(first, second["expected"]), (second, first["expected"])]
     else:
         numbered = [match for match in found if re.search(r"\d", match["expected"])]
-        changes = [(match.span("expected"), _raised(match["expected"])) for match in numbered[:1]]
+        changes = [(match, _raised(match["expected"])) for match in numbered[:1]]
+    if not changes:
+        return None
+
     tests = row.tests
-    for (start, end), text in reversed(changes):
+    for match, text in reversed(changes):  # from the end, so that places stay
+        start, end = match.span("expected")
         tests = tests[:start] + text + tests[end:]
-    return tests if changes else None
+    return tests
+
+
+def _shows_one(prompt, pair):
+    return any(match["arguments"].strip() in prompt for match in pair)
 
 
 def _raised(text):

@@ -1,17 +1,20 @@
 """Built-in grade-school word problems with exact steps, for a machine with no data and no network.
 
-A problem is put together from sentence wordings ("pieces"): an opening, zero to three events, at most one distractor and a
-question. Each piece says what it does to the running values, so the right program comes with the text. The sequence of
-pieces, names and numbers left out, is the problem's template.
+A problem is put together from sentence wordings ("pieces"): an opening, zero to three events, at
+most one distractor and a question. Each piece says what it does to the running values, so the right
+program comes with the text. The sequence of pieces, names and numbers left out, is its template.
 
-Held out by construction: a template belongs to the test split when crc32(template) % 5 == 0, and a combination of numbers
-when crc32(numbers) % 4 == 0. A test problem needs both, a train problem needs neither, whatever the seed: no test
-problem shares its template or its numbers with any train problem. The words themselves occur in both splits.
+Held out by construction: a template belongs to the test split when crc32(template) % 5 == 0, and a
+combination of numbers when crc32(numbers) % 4 == 0. A test problem needs both, a train problem
+needs neither, whatever the seed: no test problem shares its template or its numbers with any train
+problem. The words themselves occur in both splits.
 """
 
 import random
 import re
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 from zlib import crc32
 
 NAMES = {
@@ -19,12 +22,14 @@ NAMES = {
     "She": "Ann Mia Eva Zoe Lily Nina Sara Ruth".split(),
 }
 THINGS = "apples cards stickers pencils cookies shells coins books stamps balls cups eggs".split()
-# Number classes of the slots: {n}, {m2}, ... draw from the range named by their letter; c is a price such as 2.5.
+# Number classes of the slots: {n}, {m2}, ... draw from the range named by their letter; c is a
+# price such as 2.5.
 RANGES = {"n": (10, 90), "m": (3, 40), "k": (2, 9), "h": (100, 300), "c": (0, 9)}
 STEP_SHARES = (0.25, 0.35, 0.25, 0.15)  # of problems with one, two, three and four steps
 DISTRACTOR_SHARE = 0.25
 
-# A piece: "sentence => NAME=expression, ...". T is the running total; a bare number only names a value, anything else is a step.
+# A piece: "sentence => NAME=expression, ...". T is the running total; a bare number only names a
+# value, anything else is a step.
 THINGS_OPEN = """
 {N} has {n} {things}. => T=n
 {N} starts the day with {n} {things}. => T=n
@@ -203,108 +208,134 @@ It is {k} miles to the shop.
 """
 
 
+@dataclass(frozen=True)
+class Story:
+    """A word problem as it was told."""
+
+    template: str  # its pieces, names and numbers left out
+    numbers: tuple  # of strings: the numbers that its steps use
+    question: str
+    steps: list  # of (variable, expression), such as [("v1", "48/2"), ("v2", "48+v1")]
+
+
+class Stage(NamedTuple):
+    """One part of a story: how many pieces it takes of which."""
+
+    pieces: list  # of (sentence, effect)
+    fewest: int
+    most: int
+
+
+class World(NamedTuple):
+    """What stories are about."""
+
+    weight: float  # how often it is told, roughly by how many wordings it has
+    stages: list
+    fractions: bool  # its values may end in .5 or .25
+
+
 def pieces(text):
+    """[(sentence, effect)] of a block of pieces."""
     return [tuple(part.strip() for part in line.split("=>")) for line in text.strip().splitlines()]
 
 
-def _stages(opening, event, ask):
-    return [(pieces(opening), 1, 1), (pieces(event), 0, 3), (pieces(ask), 1, 1)]
+def _stages(opening, events, ask):
+    return [Stage(pieces(opening), 1, 1), Stage(pieces(events), 0, 3), Stage(pieces(ask), 1, 1)]
 
 
-# A world: stages of (pieces, fewest, most), and whether its values may end in .5 or .25.
-_SECOND, _THIRD = (pieces(COMPARE_SECOND), 1, 1), (pieces(COMPARE_THIRD), 1, 1)
+_FIRST = Stage(pieces(COMPARE_OPEN), 1, 1)
+_SECOND = Stage(pieces(COMPARE_SECOND), 1, 1)
+_THIRD = Stage(pieces(COMPARE_THIRD), 1, 1)
+
 WORLDS = [
-    (_stages(THINGS_OPEN, THINGS_EVENT, THINGS_ASK), False),
-    (_stages(MONEY_OPEN, MONEY_EVENT, MONEY_ASK), True),
-    (_stages(SHOP_OPEN, SHOP_EVENT, SHOP_ASK), True),
-    (_stages(READ_OPEN, READ_EVENT, READ_ASK), False),
-    (_stages(PEOPLE_OPEN, PEOPLE_EVENT, PEOPLE_ASK), False),
-    (_stages(MILES_OPEN, MILES_EVENT, MILES_ASK), True),
-    ([(pieces(COMPARE_OPEN), 1, 1), _SECOND, (pieces(PAIR_ASK), 1, 1)], False),
-    ([(pieces(COMPARE_OPEN), 1, 1), _SECOND, _THIRD, (pieces(TRIO_ASK), 1, 1)], False),
+    World(4, _stages(THINGS_OPEN, THINGS_EVENT, THINGS_ASK), False),
+    World(3, _stages(MONEY_OPEN, MONEY_EVENT, MONEY_ASK), True),
+    World(2, _stages(SHOP_OPEN, SHOP_EVENT, SHOP_ASK), True),
+    World(1.5, _stages(READ_OPEN, READ_EVENT, READ_ASK), False),
+    World(1.5, _stages(PEOPLE_OPEN, PEOPLE_EVENT, PEOPLE_ASK), False),
+    World(1.5, _stages(MILES_OPEN, MILES_EVENT, MILES_ASK), True),
+    World(1, [_FIRST, _SECOND, Stage(pieces(PAIR_ASK), 1, 1)], False),
+    World(1, [_FIRST, _SECOND, _THIRD, Stage(pieces(TRIO_ASK), 1, 1)], False),
 ]
-_WEIGHTS = (
-    4,
-    3,
-    2,
-    1.5,
-    1.5,
-    1.5,
-    1,
-    1,
-)  # how often a world is told, roughly by how many wordings it has
+_WEIGHTS = [world.weight for world in WORLDS]
+
+_SLOT = re.compile(r"\{([nmkhc]\d?)\}")  # {n}, {k2}: a number in a sentence
+_NUMBER_NAME = re.compile(r"[nmkhc]\d?")  # n, k2: the same in an effect
+_NAME = re.compile(r"[a-zA-Z]\d?")  # or T, S, A, B, C: a running value
+_OPERATOR = re.compile(r"[-+*/]")
 
 
 def make(split, seed, index):
-    """Problem number `index` of a split ("train" or "test") and seed, always the same.
-
-    Returns (template, numbers, question, steps): the template as one string, the numbers its steps use as strings, the
-    question's text, and steps as a list of (variable, expression), such as [("v1", "48/2"), ("v2", "48+v1")].
-    """
+    """Story number `index` of a split ("train" or "test") and seed, always the same."""
     rng = random.Random(f"{split}/{seed}/{index}")
     wanted = rng.choices((1, 2, 3, 4), STEP_SHARES)[0]
     while True:
         chosen, fractions = _template(rng, split, wanted)
-        for _ in range(20):  # most templates find fitting numbers in a few draws; some never do
-            drawn = _fill(rng, split, chosen, fractions)
-            if drawn:
-                return drawn
-
-
-def _template(rng, split, wanted):
-    """Draw pieces of one world until they have `wanted` steps and their wording belongs to the split."""
-    while True:
-        stages, fractions = rng.choices(WORLDS, _WEIGHTS)[0]
-        chosen = [
-            rng.choice(options)
-            for options, low, high in stages
-            for _ in range(rng.randint(low, high))
-        ]
-        texts = [text for text, _ in chosen]
-        steps = sum(len(re.findall(r"=[^,]*[-+*/]", effect)) for _, effect in chosen)
-        if (
-            steps == wanted
-            and len(set(texts)) == len(texts)
-            and is_test(" ".join(texts), 5) == (split == "test")
-        ):
-            return chosen, fractions
+        # Most templates find fitting numbers in a few draws; some never do.
+        for _ in range(20):
+            story = _fill(rng, split, chosen, fractions)
+            if story:
+                return story
 
 
 def is_test(text, modulus):
-    """Whether a template (modulus 5) or a combination of numbers joined by spaces (modulus 4) belongs to the test split."""
+    """Whether a text belongs to the test split: a template (modulus 5) or numbers (modulus 4)."""
     return crc32(text.encode()) % modulus == 0
 
 
+def _template(rng, split, wanted):
+    """Draw pieces of one world until they have `wanted` steps and their wording is the split's.
+
+    Returns (pieces, whether values may have fractions).
+    """
+    while True:
+        world = rng.choices(WORLDS, _WEIGHTS)[0]
+        chosen = []
+        for stage in world.stages:
+            for _ in range(rng.randint(stage.fewest, stage.most)):
+                chosen.append(rng.choice(stage.pieces))
+
+        sentences = [sentence for sentence, _ in chosen]
+        steps = sum(len(re.findall(r"=[^,]*[-+*/]", effect)) for _, effect in chosen)
+        if steps != wanted or len(set(sentences)) < len(sentences):
+            continue
+        if is_test(" ".join(sentences), 5) == (split == "test"):
+            return chosen, world.fractions
+
+
 def _fill(rng, split, chosen, fractions):
-    """Numbers and names for a template; None when a value is not positive, not whole enough or of the wrong split."""
-    texts, numbers, steps, values, names = [], [], [], {}, {}
-    for text, effect in chosen:
-        slots = {slot: _number(rng, slot[0]) for slot in re.findall(r"\{([nmkhc]\d?)\}", text)}
-        texts.append(re.sub(r"\{([nmkhc]\d?)\}", lambda match: slots[match[1]], text))
+    """A Story with numbers and names in the template's places.
+
+    None when a value is not positive, too large, not whole enough, or the numbers are the other
+    split's.
+    """
+    texts, numbers, steps = [], [], []
+    values = {}  # of the steps: v1, v2, ...
+    names = {}  # running value (T, A ...) -> the step or number that it stands for
+
+    for sentence, effect in chosen:
+        slots = {slot: _number(rng, slot[0]) for slot in _SLOT.findall(sentence)}
+        texts.append(_with_numbers(sentence, slots))
         for assignment in effect.split(", ") if effect else []:
             name, expression = assignment.split("=")
-            used = re.findall(r"[nmkhc]\d?", expression)
-            numbers += [slots[slot] for slot in used]
-            expression = re.sub(
-                r"[a-zA-Z]\d?", lambda match: slots.get(match[0]) or names[match[0]], expression
-            )
-            if not re.search(r"[-+*/]", expression):
+            numbers += [slots[slot] for slot in _NUMBER_NAME.findall(expression)]
+            expression = _with_values(expression, slots, names)
+            if not _OPERATOR.search(expression):  # T=n only gives a number a name
                 names[name] = expression
                 continue
+
             value = _evaluate(expression, values)
-            if (
-                not 0 < value < 1000
-                or value.denominator > (4 if fractions else 1)
-                or value.denominator == 3
-            ):
+            if not 0 < value < 1000 or value.denominator not in ((1, 2, 4) if fractions else (1,)):
                 return None
-            names[name] = f"v{len(steps) + 1}"
-            values[names[name]] = value
-            steps.append((names[name], expression))
+            variable = f"v{len(steps) + 1}"
+            names[name] = variable
+            values[variable] = value
+            steps.append((variable, expression))
+
     if is_test(" ".join(numbers), 4) != (split == "test"):
         return None
-    question = _tell(rng, texts)
-    return " ".join(text for text, _ in chosen), tuple(numbers), question, steps
+    template = " ".join(sentence for sentence, _ in chosen)
+    return Story(template, tuple(numbers), _tell(rng, texts), steps)
 
 
 def _number(rng, kind):
@@ -312,15 +343,27 @@ def _number(rng, kind):
     return f"{value}.5" if kind == "c" else str(value)
 
 
+def _with_numbers(sentence, slots):
+    return _SLOT.sub(lambda match: slots[match[1]], sentence)
+
+
+def _with_values(expression, slots, names):
+    """ "T-m" with m drawn as 7 and T standing for v2 -> "v2-7"."""
+    return _NAME.sub(lambda match: slots.get(match[0]) or names[match[0]], expression)
+
+
 def _evaluate(expression, values):
     """Value of a sum as it stands in the pieces: one operator, or several + and nothing else."""
-    number = {**values}.get
-    terms = [number(term) or Fraction(term) for term in re.split(r"[-+*/]", expression)]
-    operator = re.search(r"[-+*/]", expression)[0]
+    terms = [values.get(term) or Fraction(term) for term in _OPERATOR.split(expression)]
+    operator = _OPERATOR.search(expression)[0]
     if operator == "+":
         return sum(terms)
     left, right = terms
-    return left - right if operator == "-" else left * right if operator == "*" else left / right
+    if operator == "-":
+        return left - right
+    if operator == "*":
+        return left * right
+    return left / right
 
 
 def _tell(rng, texts):
@@ -328,14 +371,20 @@ def _tell(rng, texts):
     if rng.random() < DISTRACTOR_SHARE:
         distractor = rng.choice(DISTRACTORS.strip().splitlines())
         distractor = re.sub(r"\{([mk])\}", lambda match: _number(rng, match[1]), distractor)
-        texts = texts[:-1] + [distractor] + texts[-1:]
+        texts = [*texts[:-1], distractor, texts[-1]]
+
+    # The others are of the other sex, so that a pronoun means one person only.
     pronoun = rng.choice(("He", "She"))
     first = rng.choice(NAMES[pronoun])
-    others = rng.sample(
-        NAMES["She" if pronoun == "He" else "He"], 3
-    )  # so that a pronoun means one person only
+    second, third, fourth = rng.sample(NAMES["She" if pronoun == "He" else "He"], 3)
     things, other = rng.sample(THINGS, 2)
-    words = dict(
-        zip("MOQ", others), N=first, P=pronoun, p=pronoun.lower(), things=things, other=other
+    return " ".join(texts).format(
+        N=first,
+        M=second,
+        O=third,
+        Q=fourth,
+        P=pronoun,
+        p=pronoun.lower(),
+        things=things,
+        other=other,
     )
-    return " ".join(texts).format(**words)

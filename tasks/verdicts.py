@@ -1,4 +1,20 @@
-"""The contract of all judges: submit(problem, text, sample) starts a program and returns a Submission, collect(submissions) gives Verdicts."""
+"""The contract of all judges.
+
+A judge scores completions by running programs. It has two methods:
+
+    submit(problem, text, sample=0) -> submission
+        Takes the completion apart and starts what has to run, at once, so that rewards are computed
+        while the rest is still sampling. The submission has the fields of Submission that a caller
+        reads: problem, sample, text, parsed and future, which is done when everything that was
+        started is (None when nothing was).
+
+    collect(submissions, deadline=None) -> list[Verdict], in order
+        Waits until all are done, or for `deadline` seconds. What is not done then was not judged:
+        its reward is nan and its status "sandbox_error". It is masked, never scored 0.
+
+The four judges: rewards.Judge (a number, by value), translate.TranslateJudge (hidden cases),
+multipl_e.TestJudge (a benchmark's own tests), selfplay.judge (puzzles).
+"""
 
 import concurrent.futures
 import math
@@ -10,10 +26,12 @@ from tasks.problems import Problem
 
 @dataclass(frozen=True)
 class Parsed:
+    """The parts of a completion; those that a task does not have are empty."""
+
     reasoning: str
     code: str  # empty when there is none
     query: str
-    format_ok: bool  # the three parts, in order, none empty, nothing around them
+    format_ok: bool  # the form is the one that the prompt asks for, with nothing around it
 
 
 @dataclass(frozen=True)
@@ -24,51 +42,49 @@ class Submission:
     sample: int
     text: str
     parsed: Parsed
-    nonce: str
+    nonce: str  # what the program's value is printed after
     future: concurrent.futures.Future | None
-    syntax: concurrent.futures.Future | None = (
-        None  # the language's own check of the code alone, when a component asks for it
-    )
+    # The language's own check of the code alone, when a component asks for it.
+    syntax: concurrent.futures.Future | None = None
 
 
 @dataclass
 class Verdict:
+    """What a completion is worth, and what the log shows of it."""
+
     problem: str  # its id
     reward: float  # nan: the sandbox could not judge
     components: dict[str, float]
     correct: bool
-    status: str  # the sandbox's, or "no_program"
+    status: str  # the sandbox's, or "no_program", "forged" or a reason of self-play
     value: str | None  # what the query gave, as printed
     program: str  # code and query
     parsed: Parsed
-    constant: bool  # the program computes nothing
-    leaked: bool  # the answer stands in the query, though not in the question
+    constant: bool = False  # the program computes nothing
+    leaked: bool = False  # the answer stands in the query, though not in the question
 
     @property
     def judged(self):
-        """False when the sandbox could not judge: the reward is nan."""
+        """False exactly when the reward is nan: the sample counts nowhere."""
         return not math.isnan(self.reward)
 
 
 def shares(verdicts):
-    """{metric name: share} over a batch of verdicts: what shows reward hacking, and how the programs ended."""
-    total = max(len(verdicts), 1)
-    repeated = sum(
-        count - 1
-        for count in Counter((verdict.problem, verdict.program) for verdict in verdicts).values()
-    )
-    found = {
+    """{metric name: share} over a batch of verdicts.
+
+    What shows reward hacking (constant and leaked programs, duplicates), and how programs ended.
+    """
+    seen = Counter((verdict.problem, verdict.program) for verdict in verdicts)
+    statuses = Counter(verdict.status for verdict in verdicts)
+    wrong = sum(verdict.status == "ok" and not verdict.correct for verdict in verdicts)
+    counts = {
         "completions/format_frac": sum(verdict.parsed.format_ok for verdict in verdicts),
-        "completions/code_found_frac": sum(verdict.status != "no_program" for verdict in verdicts),
+        "completions/code_found_frac": len(verdicts) - statuses["no_program"],
         "completions/constant_frac": sum(verdict.constant for verdict in verdicts),
         "completions/leaked_frac": sum(verdict.leaked for verdict in verdicts),
-        "completions/duplicate_frac": repeated,
-        "sandbox/wrong_frac": sum(
-            verdict.status == "ok" and not verdict.correct for verdict in verdicts
-        ),
+        "completions/duplicate_frac": len(verdicts) - len(seen),
+        "sandbox/wrong_frac": wrong,
     }
-    found |= {
-        f"sandbox/{status}_frac": count
-        for status, count in Counter(verdict.status for verdict in verdicts).items()
-    }
-    return {name: count / total for name, count in found.items()}
+    for status, count in statuses.items():
+        counts[f"sandbox/{status}_frac"] = count
+    return {name: count / max(len(verdicts), 1) for name, count in counts.items()}

@@ -1,6 +1,7 @@
 """No benchmark row may be reachable from any training task: by id, by name, by words in a row."""
 
 import re
+from dataclasses import dataclass
 
 import known_programs
 import pytest
@@ -9,68 +10,75 @@ import sft
 from sandbox.languages import language_names, load_language
 from selfplay import triples
 from settings import Settings
-from tasks import translate
 from tasks.multipl_e import SOURCES, load_benchmark
 from tasks.problems import Problem, load_problems
+from tasks.translate import load_translations
 
 needs_data = pytest.mark.skipif(
     not known_programs.DATA.is_dir(), reason="../shared/data is not here"
 )
 
-TRAINING = {  # every --task of train.py and sft.py: the words in a row at which a shared text counts as copied, and its training problems
-    "sums": (8, lambda: load_problems("sums", "train")),
-    "gsm8k": (8, lambda: load_problems("gsm8k", "train")),
-    "gsm8k_steps": (8, lambda: load_problems("gsm8k_steps", "train")),
-    "translate": (
-        13,
-        lambda: translate.load_translations(
-            "train", [load_language(name) for name in language_names()]
-        ),
-    ),  # code repeats itself sooner than prose
-    "selfplay": (
-        8,
-        lambda: [
-            Problem(f"triples/{n}", "selfplay", " ".join(d), None)
-            for n, d in enumerate(demonstrations())
-        ],
-    ),  # of its warm start
-}
+# Every --task of train.py and sft.py, and how many words in a row count as copied there: code
+# repeats itself sooner than prose.
+TASKS = {"sums": 8, "gsm8k": 8, "gsm8k_steps": 8, "translate": 13, "selfplay": 8}
+
+
+def training_problems(task):
+    if task == "translate":
+        return load_translations("train", [load_language(name) for name in language_names()])
+    if task == "selfplay":
+        return demonstrations()
+    return load_problems(task, "train")
 
 
 def demonstrations():
-    return [
-        d
-        for name in ("racket", "julia", "lua", "python")
-        for d in triples.demonstrations(load_language(name), 300, 0, 6, False)
-    ]
+    """What self-play's warm start trains on."""
+    problems = []
+    for name in ("racket", "julia", "lua", "python"):
+        for texts in triples.demonstrations(load_language(name), 300, 0, 6, False):
+            id = f"triples/{len(problems)}"
+            problems.append(Problem(id, "selfplay", " ".join(texts), None))
+    return problems
 
 
-def test_no_training_task_is_forgotten():
-    for settings in (Settings, sft.WarmStart):
-        text = settings.__dataclass_fields__["task"].metadata["help"]
-        assert set(re.split(r", | or ", re.sub(r" \(.*?\)", "", text.partition(": ")[2]))) <= set(
-            TRAINING
-        )
+@pytest.mark.parametrize("settings", [Settings, sft.WarmStart])
+def test_no_training_task_is_forgotten(settings):
+    text = settings.__dataclass_fields__["task"].metadata["help"]
+    named = re.sub(r" \(.*?\)", "", text.rpartition(": ")[2])
+    assert set(re.split(r", | or ", named)) <= set(TASKS)
+
+
+@dataclass
+class Evaluated:
+    """All of MultiPL-E, also of languages without a TOML, and the sources of translate."""
+
+    ids: set  # of (bench, number)
+    names: set
+    grams: dict  # {n: set of n words in a row}
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    """All of MultiPL-E: {(bench, number)}, function names, texts. Also of languages without a TOML; texts of what translate translates, too."""
-    rows = [
-        r
-        for path in sorted((known_programs.DATA / "multipl_e/v3").glob("*.gz"))
-        for r in known_programs.rows(path)
-    ]
-    assert len({r["language"] for r in rows}) == 23
-    ids = {tuple(r["name"].lower().split("_", 2)[:2]) for r in rows}
-    texts = [r["prompt"] for r in rows] + [
-        r.source for source in SOURCES for r in load_benchmark("translate", "python", source=source)
-    ]
-    return (
-        ids,
-        {bare(r["name"].split("_", 2)[2]) for r in rows} - {"f"},
-        texts,
-    )  # HumanEval 106 is called f, which says nothing
+def evaluated():
+    rows = []
+    for path in sorted((known_programs.DATA / "multipl_e/v3").glob("*.gz")):
+        rows += known_programs.rows(path)
+    assert len({row["language"] for row in rows}) == 23
+
+    ids, names, texts = set(), set(), []
+    for row in rows:
+        bench, number, name = row["name"].split("_", 2)
+        ids.add((bench.lower(), number))
+        names.add(bare(name))
+        texts.append(row["prompt"])
+    names.remove("f")  # HumanEval 106 is called so, which says nothing
+    for source in SOURCES:
+        problems = load_benchmark("translate", "python", source=source)
+        texts += [problem.source for problem in problems]
+
+    shared = {}
+    for length in set(TASKS.values()):
+        shared[length] = set().union(*(grams(text, length) for text in texts))
+    return Evaluated(ids, names, shared)
 
 
 def bare(name):
@@ -84,33 +92,34 @@ def grams(text, n):
 
 @needs_data
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python sources in the data
-@pytest.mark.parametrize("task", TRAINING)
-def test_no_benchmark_row_is_reachable_from_a_training_task(task, benchmark):
-    """By id, by name and by words in a row, over all 23 languages."""
-    ids, names, texts = benchmark
-    length, problems = TRAINING[task][0], TRAINING[task][1]()
-    assert not [p.id for p in problems if re.search("humaneval|multipl_e|/test/", p.id, re.I)]
-    assert not [
-        p.id
-        for p in problems
-        if (found := re.search(r"mb[a-z]?[xp]p?/(\d+)", p.id)) and ("mbpp", found[1]) in ids
-    ]
-    defined = (
-        r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{" if task == "translate" else r"(\w+_\w+)()"
-    )  # in prose, anything that looks like a function's name
-    assert not names & {
-        bare(name)
-        for p in problems
-        for name in (getattr(p, "entry", ""), *map("".join, re.findall(defined, p.question)))
-    }
-    copied = set().union(*(grams(text, length) for text in texts))
-    assert not [p.id for p in problems if not copied.isdisjoint(grams(p.question, length))]
+@pytest.mark.parametrize("task", TASKS)
+def test_no_benchmark_row_is_reachable_from_a_training_task(task, evaluated):
+    """Over all 23 languages."""
+    defined = r"(\w+_\w+)()"  # in prose, anything that looks like a function's name
+    if task == "translate":
+        defined = r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{"
+    length = TASKS[task]
+    copied = evaluated.grams[length]
+
+    for problem in training_problems(task):
+        assert not re.search("humaneval|multipl_e|/test/", problem.id, re.IGNORECASE), problem.id
+        number = re.search(r"mb[a-z]?[xp]p?/(\d+)", problem.id)
+        assert not number or ("mbpp", number[1]) not in evaluated.ids, problem.id
+
+        names = map("".join, re.findall(defined, problem.question))
+        names = {bare(name) for name in [getattr(problem, "entry", ""), *names]}
+        assert not evaluated.names & names, problem.id
+        assert copied.isdisjoint(grams(problem.question, length)), problem.id
 
 
 @needs_data
 def test_gsm8k_train_and_test_are_apart():
-    """As their publisher split them: three test questions share a phrase of thirteen words with a train question, none a question."""
+    """As their publisher split them.
+
+    Three test questions share a phrase of thirteen words with a train question, none a question.
+    """
     train, test = load_problems("gsm8k", "train"), load_problems("gsm8k", "test")
-    known = set().union(*(grams(p.question, 13) for p in train))
-    assert not {p.question for p in test} & {p.question for p in train}
-    assert len([p.id for p in test if not known.isdisjoint(grams(p.question, 13))]) == 3
+    assert not {problem.question for problem in test} & {problem.question for problem in train}
+    known = set().union(*(grams(problem.question, 13) for problem in train))
+    shared = [problem.id for problem in test if not known.isdisjoint(grams(problem.question, 13))]
+    assert len(shared) == 3

@@ -1,4 +1,4 @@
-"""GEPO: its loss against hand-computed numbers and DPO, its gradient however members are laid out, its groups against real runs of LLVM IR."""
+"""GEPO: its loss against hand-computed numbers and DPO, its gradient however members are laid out."""
 
 import json
 import random
@@ -11,14 +11,6 @@ import torch.nn.functional as F
 import gepo
 from batches import Sequence, score
 from model import Config, random_model
-from sandbox import Pool
-from sandbox.languages import load_language
-from tasks import ir_groups, ir_mutations
-
-needs_clang = pytest.mark.skipif(
-    load_language("llvm-ir").missing() is not None, reason="clang and llvm are not installed"
-)
-
 
 # ---- the loss ----
 
@@ -223,103 +215,7 @@ def test_ranking_counts_pairs():
     )
 
 
-# ---- IR groups ----
-
-LOOP = """
-static int twice(int x) { return 2 * x; }
-int total(int values[], int n) {
-    int sum = 0;
-    for (int i = 0; i < n; i++) { if (values[i] > 3) sum += twice(values[i]); else sum -= i; }
-    return sum;
-}
-"""
-
-
-@needs_clang
-def test_winners_name_no_level_and_edits_are_numbered_like_llvm():
-    unit = ir_groups.Unit("loop", LOOP, "total", None)
-    right = ir_groups.winners(unit)
-    assert len(right) >= 2 and sum(len(w["level"].split(",")) for w in right) == 4
-    draw = random.Random(0)
-    for w in right:
-        assert not any(
-            word in w["ir"]
-            for word in ("optsize", "minsize", "optnone", "!", "#0", "target", "attributes", ";")
-        )
-        assert ir_groups.verifies(w["ir"]) and ir_mutations.renumber(w["ir"]) == w["ir"]
-        for kind, edit in ir_mutations.KINDS.items():
-            texts = {ir_mutations.mutate(draw, w["ir"], edit) for _ in range(8)} - {None}
-            assert texts and w["ir"] not in texts, kind
-            for text in filter(
-                ir_groups.verifies, texts
-            ):  # a gap in the numbers would not verify; and no mark of the edit is left
-                assert "%n" not in text
-
-
-@needs_clang
-def test_a_group_from_c_to_losers_that_differ_in_a_run(tmp_path):
-    good, bad = tmp_path / "good.c", tmp_path / "bad.c"
-    good.write_text(LOOP)
-    (tmp_path / "plain.c").write_text(
-        "int same(int x) { return x + 1; }\nvoid nothing(int values[], int n) { }\n"
-    )
-    bad.write_text(
-        "int broken(int x) { return y; }\nstruct s { int x; };\nint odd(struct s *x) { return x->x; }\n"
-    )
-    said, out = [], tmp_path / "groups.jsonl"
-    counts = ir_groups.build([str(tmp_path)], out, workers=1, report=said.append)
-    row, single = map(json.loads, out.read_text().splitlines())
-    assert (
-        len(single["winners"]) == counts["one_winner"] == 1
-        and single["winners"][0]["level"] == "Oz,O1,O2,O3"
-    )
-    assert (
-        counts["groups"] == 2
-        and row["id"].endswith("good.c:total")
-        and len(row["winners"]) >= 2
-        and len(row["losers"]) >= 4
-    )
-    assert (
-        counts["skipped"]
-        == {"does not compile": 1, "unsupported signature": 1, "no edit differs": 1}
-        and "skipped, does not compile: 1" in said
-    )
-    unit = ir_groups.Unit(row["id"], row["c"], row["entry"], None)
-    main_c, tests = ir_groups.driver(unit)
-    with Pool(workers=1) as pool:
-        run = ir_groups.Runner(pool, main_c)
-        expected = run([w["ir"] for w in row["winners"]])
-        assert len(set(expected)) == 1 and len(expected[0].splitlines()) == tests
-        for loser, output in zip(row["losers"], run([x["ir"] for x in row["losers"]])):
-            different = sum(a != b for a, b in zip(output.splitlines(), expected[0].splitlines()))
-            assert different == loser["differs"] > 0 and ir_groups.verifies(loser["ir"])
-    assert {x["valid"] for x in row["cheap"]} <= {True, False} and all(
-        x["valid"] == ir_groups.verifies(x["ir"]) for x in row["cheap"]
-    )
-    # a killed build leaves half a line; the same command goes on and does nothing twice
-    whole = out.read_text()
-    out.write_text(whole + '{"id": "half')
-    ir_groups.build([str(tmp_path)], out, workers=1, report=said.append)
-    assert (
-        out.read_text() == whole
-        and "5 C functions, 5 done before" in said
-        and any("1 of them have one winner only" in s for s in said)
-    )
-
-
-def test_bad_sources_have_a_sentence(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no C function in"):
-        ir_groups.read_units([tmp_path])
-    with pytest.raises(ValueError, match="does not exist"):
-        ir_groups.read_units([tmp_path / "gone.c"])
-    monkeypatch.setenv("RARECODE_CLANG", str(tmp_path / "clang"))
-    ir_groups.find_program.cache_clear()
-    try:
-        with pytest.raises(ValueError, match="need clang and LLVM's tools: RARECODE_CLANG"):
-            ir_groups.build([tmp_path], tmp_path / "out.jsonl")
-    finally:
-        monkeypatch.undo()
-        ir_groups.find_program.cache_clear()
+# ---- reading groups ----
 
 
 class Letters:
