@@ -23,6 +23,7 @@ EMPTY = Map(())
         (2**70, 2**70, True),
         (2**70 + 1, 2**70, False),
         ("1", 1, False),
+        (10**400, 2.5, False),  # no float is that large
         # truth values are no numbers
         (1, True, False),
         (True, 1, False),
@@ -64,6 +65,7 @@ EMPTY = Map(())
         (Map((("a", 2),)), {"a": 1}, False),
         (Map((("a", 1), ("b", 2))), {"a": 1}, False),
         ([1], {"a": 1}, False),
+        (Map((([1], 2),)), {"a": 1}, False),  # Lua: {[{1}] = 2}
     ],
 )
 def test_same_value(value, expected, same):
@@ -87,6 +89,7 @@ def test_same_value(value, expected, same):
         ("", "0", False),
         ("nan", "nan", True),
         ("Yes", "yes", False),
+        ("9" * 5000, "9", False),  # Python reads no integer of more than 4300 digits
     ],
 )
 def test_same_output(printed, wanted, same):
