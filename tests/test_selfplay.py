@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from test_values import HERE
 
 import grpo
 import sft
+from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from sandbox import Pool
 from sandbox.languages import load_language
 from sandbox.languages.calls import Runner
