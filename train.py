@@ -245,13 +245,15 @@ def as_eval(metrics):
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
-def save_checkpoint(run, step, log):
+def save_checkpoint(run, step, log, unlogged=None):
+    """unlogged: the step's (metrics, times), when its evaluation is still to come."""
     state = {
         "updates": run.updates,
         "drawn": run.drawn,
         "best": run.best,
         "wandb_id": log.wandb_id,
         "seed": run.settings.seed,
+        "unlogged": unlogged,
     }
     checkpoint.save(
         run.folder / "checkpoints",
@@ -269,14 +271,14 @@ def save_checkpoint(run, step, log):
 # ---- a run ----
 
 
-def loop(run, log, first_step, report):
-    """Steps first_step..steps with logging, evaluation and checkpoints.
+def loop(run, log, state, report):
+    """The steps after the one of `state`, with logging, evaluation and checkpoints.
 
     Returns (evaluation before training, evaluation after), each (metrics, rows) or None.
     """
     settings = run.settings
     before = after = None
-    if first_step == 1:
+    if state["step"] == 0:
         before = evaluate_and_log(run, 0, log)
         if settings.gepo:
             known = as_eval(before[0])
@@ -285,25 +287,43 @@ def loop(run, log, first_step, report):
             f"before  pass@1 {before[0]['pass@1']:.3f} on {len(run.held_out)} held-out problems "
             f"({settings.eval_samples} samples each, temperature {settings.eval_temperature})"
         )
+    elif state["unlogged"]:  # its checkpoint was written before its evaluation
+        after = finish_step(run, log, state["step"], *state["unlogged"], report)
 
-    for step in range(first_step, settings.steps + 1):
+    for step in range(state["step"] + 1, settings.steps + 1):
         metrics, times, rows = train_step(run, step)
-
-        is_last = step == settings.steps
-        if is_last or (settings.eval_every and step % settings.eval_every == 0):
-            started = time.perf_counter()
-            after = evaluate_and_log(run, step, log)
-            metrics |= as_eval(after[0])
-            times["time/eval"] = time.perf_counter() - started
-            if after[0]["pass@1"] > run.best[0]:
-                run.best = (after[0]["pass@1"], step)
-
-        log.step(step, metrics, times)
         log.samples(step, rows)
-        report(progress(step, settings.steps, metrics, times))
-        if is_last or step == run.best[1] or step % settings.save_every == 0:
+
+        # Saved first: what interrupts an evaluation costs no step.
+        is_last = step == settings.steps
+        evaluates = is_last or (settings.eval_every > 0 and step % settings.eval_every == 0)
+        saves = is_last or step % settings.save_every == 0
+        if saves and evaluates:
+            save_checkpoint(run, step, log, unlogged=(metrics, times))
+        if evaluates:
+            after = finish_step(run, log, step, metrics, times, report)
+        else:
+            log_step(run, log, step, metrics, times, report)
+        if (saves and not evaluates) or (step == run.best[1] and not saves):
             save_checkpoint(run, step, log)
     return before, after
+
+
+def finish_step(run, log, step, metrics, times, report):
+    """Evaluate after a step and log it; returns the evaluation (metrics, rows)."""
+    started = time.perf_counter()
+    evaluation = evaluate_and_log(run, step, log)
+    times["time/eval"] = time.perf_counter() - started
+    pass_rate = evaluation[0]["pass@1"]
+    if pass_rate > run.best[0]:
+        run.best = (pass_rate, step)
+    log_step(run, log, step, metrics | as_eval(evaluation[0]), times, report)
+    return evaluation
+
+
+def log_step(run, log, step, metrics, times, report):
+    log.step(step, metrics, times)
+    report(progress(step, run.settings.steps, metrics, times))
 
 
 def before_and_after(folder, before, after, started):
@@ -351,7 +371,7 @@ def start(settings, resume, why, pool, language, device):
     if resume and first_rank:
         found = checkpoint.newest(folder / "checkpoints")
     found = distributed.broadcast(found)
-    state = {"step": 0, "wandb_id": None}
+    state = {"step": 0, "wandb_id": None, "unlogged": None}
     if found:
         state = checkpoint.restore(found, run.model, run.optimizer)
         run.updates, run.drawn, run.best = state["updates"], state["drawn"], tuple(state["best"])
@@ -362,10 +382,12 @@ def start(settings, resume, why, pool, language, device):
     config = asdict(settings)
     if distributed.first_on_node():
         write_config(folder, config, distributed.rank())
-    resume_step = state["step"] if resume else None
-    log = RunLog(folder, config, first_rank, resume_step, settings.wandb, state["wandb_id"])
+    log = RunLog(folder, config, first_rank, settings.wandb, state["wandb_id"])
+    if resume:
+        # The row of a step whose evaluation is repeated is written again.
+        log.cut(samples=state["step"], metrics=state["step"] - bool(state["unlogged"]))
     try:
-        before, after = loop(run, log, state["step"] + 1, report)
+        before, after = loop(run, log, state, report)
     finally:
         log.close()
     if before and after and first_rank:

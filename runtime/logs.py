@@ -7,21 +7,22 @@ run's metrics.jsonl equals the straight run's to the last byte.
 
 import json
 import math
+import netrc
 import os
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 REPO = Path(__file__).resolve().parent.parent
+WANDB_SECONDS = 30  # to reach its server; its own default is 90
 CHAPTERS = ("kernels", "sandbox", "tasks", "selfplay", "runtime", "recipes")  # of a run's source
 
 
 class RunLog:
     """Files of one run, written by rank 0 only (`enabled`)."""
 
-    def __init__(
-        self, folder, config, enabled=True, resume_step=None, wandb_mode="auto", wandb_id=None
-    ):
+    def __init__(self, folder, config, enabled=True, wandb_mode="auto", wandb_id=None):
         self.folder = Path(folder)
         self.enabled = enabled
         self.wandb = None
@@ -29,14 +30,22 @@ class RunLog:
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = ["metrics.jsonl", "times.jsonl", "samples.jsonl"]
-        if resume_step is None:
+        if not (self.folder / "source").exists():
             self._copy_source()
-        else:
-            for name in names:
-                cut(self.folder / name, resume_step)
-        self.files = {name: open(self.folder / name, "a", buffering=1) for name in names}
+        self.files = {}
+        for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):
+            self.files[name] = open(self.folder / name, "a", buffering=1)
         self._start_wandb(config, wandb_mode)
+
+    def cut(self, samples, metrics):
+        """Keep the rows up to these steps: a resumed run writes the later ones again."""
+        if not self.enabled:
+            return
+        last = {"metrics.jsonl": metrics, "times.jsonl": metrics, "samples.jsonl": samples}
+        for name, step in last.items():
+            self.files[name].close()
+            cut(self.folder / name, step)
+            self.files[name] = open(self.folder / name, "a", buffering=1)
 
     def _copy_source(self):
         """The code that runs, so that a run can be read and repeated later."""
@@ -48,32 +57,52 @@ class RunLog:
             shutil.copy(path, target / path.name)
 
     def _start_wandb(self, config, mode):
-        """mode: auto (online with a key, else offline), online, offline, off."""
+        """mode: auto (online with a key for wandb's host, else offline), online, offline, off.
+
+        WANDB_MODE goes before it. Logging never ends a run: what cannot start online is offline.
+        """
         if mode == "off":
             return
         try:
             import wandb
         except ImportError:
-            print(
-                "wandb is not installed: metrics.jsonl has everything "
-                "(pip install wandb to watch the run)",
-                file=sys.stderr,
-            )
+            say("wandb is not installed: metrics.jsonl has everything")
             return
-        if mode == "auto":
-            has_key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
-            mode = "online" if has_key else "offline"
         os.environ.setdefault("WANDB_SILENT", "true")
-        self.wandb = wandb.init(
-            project="rarecode",
-            name=self.folder.name,
-            config=config,
-            dir=str(self.folder),
-            mode=mode,
-            id=self.wandb_id,
-            resume="allow",
-        )
-        self.wandb_id = self.wandb.id
+        mode = os.environ.get("WANDB_MODE") or mode
+        if mode == "auto":
+            mode = "online" if has_wandb_key() else "offline"
+        elif mode == "online" and not has_wandb_key():
+            say("wandb has no key for its host (wandb login): the run is logged offline")
+            mode = "offline"
+
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                self.wandb = wandb.init(
+                    project="rarecode",
+                    name=self.folder.name,
+                    config=config,
+                    dir=str(self.folder),
+                    mode=attempt,
+                    id=self.wandb_id,
+                    resume="allow",
+                    settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+                )
+            except Exception as problem:  # a server that is not there, a refused key, a full disk
+                say(f"wandb cannot start {attempt} ({first_line(problem)})")
+            else:
+                self.wandb_id = self.wandb.id
+                return
+
+    def _send(self, row, step):
+        """Show a row in wandb; when that fails, the run goes on without it."""
+        if not self.wandb:
+            return
+        try:
+            self.wandb.log(row, step=step)
+        except Exception as problem:
+            say(f"wandb stopped ({first_line(problem)}): metrics.jsonl has everything")
+            self.wandb = None
 
     def step(self, step, metrics, times):
         """One row of metrics and one of times. Raises OSError when the disk is full."""
@@ -81,8 +110,7 @@ class RunLog:
             return
         self.files["metrics.jsonl"].write(json.dumps({"step": step, **clean(metrics)}) + "\n")
         self.files["times.jsonl"].write(json.dumps({"step": step, **clean(times)}) + "\n")
-        if self.wandb:
-            self.wandb.log({**metrics, **times}, step=step)
+        self._send({**metrics, **times}, step)
 
     def samples(self, step, rows):
         """Rollouts to read: one JSON object a line, with the step."""
@@ -100,15 +128,12 @@ class RunLog:
         lines = [json.dumps(row) + "\n" for row in rows]
         replace(folder / f"step_{step}.jsonl", "".join(lines))
         if self.wandb and rows:
-            self._log_table(step, rows[:16])
+            import wandb
 
-    def _log_table(self, step, rows):
-        """Made anew each time, because wandb tables do not append (wandb issue 2981)."""
-        import wandb
-
-        columns = list(rows[0])
-        data = [[str(row.get(column)) for column in columns] for row in rows]
-        self.wandb.log({"eval/samples": wandb.Table(columns=columns, data=data)}, step=step)
+            # Made anew each time, because wandb tables do not append (wandb issue 2981).
+            columns = list(rows[0])
+            data = [[str(row.get(column)) for column in columns] for row in rows[:16]]
+            self._send({"eval/samples": wandb.Table(columns=columns, data=data)}, step)
 
     def close(self):
         if not self.enabled:
@@ -116,7 +141,30 @@ class RunLog:
         for file in self.files.values():
             file.close()
         if self.wandb:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as problem:
+                say(f"wandb did not end well ({first_line(problem)})")
+
+
+def has_wandb_key():
+    """A key in the environment, or in the netrc file for the very host that wandb talks to."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):  # none, or one that cannot be read
+        return False
+    return urlsplit(server).hostname in known.hosts
+
+
+def say(sentence):
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def first_line(problem):
+    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 def write_config(folder, config, rank):
