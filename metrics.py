@@ -1,6 +1,8 @@
 """What a step reports, under TRL's metric names where one exists (docs/dashboard.md: how to read
 them)."""
 
+import math
+
 import torch
 
 from runtime import distributed
@@ -56,32 +58,33 @@ def per_token(rows, name):
     return total(rows, name) / total(rows, "tokens")
 
 
-def rollout_metrics(pairs, samples, stop_ids):
+def rollout_metrics(pairs, group_size, stop_ids):
     """Rewards, groups without signal, lengths, entropy, how programs ended, and signs of hacking.
 
-    pairs: (Completion, Verdict) of every sample of every rank, groups of `samples` together.
+    pairs: (Completion, Verdict) of every sample of every rank, groups of `group_size` together.
+    What the sandbox could not judge counts in no rate of right ones and in no reward.
     """
     completions = [completion for completion, _ in pairs]
     verdicts = [verdict for _, verdict in pairs]
-    rewards = torch.tensor([verdict.reward for verdict in verdicts])
-    judged = rewards[~rewards.isnan()]
-    groups = rewards.view(-1, samples)
-    solved = torch.tensor([verdict.correct for verdict in verdicts])
+    judged = [verdict for verdict in verdicts if verdict.judged]
+    rewards = torch.tensor([float(verdict.reward) for verdict in judged])
     lengths = torch.tensor([float(len(completion.tokens)) for completion in completions])
+    solved = torch.tensor([verdict.judged and verdict.correct for verdict in verdicts])
+    unsolved = torch.tensor([verdict.judged and not verdict.correct for verdict in verdicts])
     cut = [completion.tokens[-1] not in stop_ids for completion in completions]
     surprise = sum(-sum(completion.logprobs) for completion in completions)
 
     found = {
-        "reward": float(judged.mean()),
-        "reward_std": float(judged.std()),
-        "frac_reward_zero_std": float((groups == groups[:, :1]).all(1).float().mean()),
-        "pass_rate": float(solved.float().mean()),
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        **group_metrics(verdicts, group_size),
+        "pass_rate": mean([verdict.correct for verdict in judged]),
         "entropy": surprise / float(lengths.sum()),  # -log p of sampled tokens: unbiased
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": sum(cut) / len(cut),
+        "completions/clipped_ratio": mean(cut),
         "completions/length_solved": float(lengths[solved].mean()),
-        "completions/length_unsolved": float(lengths[~solved].mean()),
+        "completions/length_unsolved": float(lengths[unsolved].mean()),
         "num_tokens": float(lengths.sum()),
     }
     for name in verdicts[0].components:
@@ -89,6 +92,35 @@ def rollout_metrics(pairs, samples, stop_ids):
         found[f"rewards/{name}/mean"] = float(values.nanmean())
         found[f"rewards/{name}/std"] = float(values[~values.isnan()].std())
     return {**found, **shares(verdicts)}
+
+
+def group_metrics(verdicts, group_size):
+    """What tells gain from sharpening, over the groups in which anything could be judged.
+
+    Groups of 2 with right/right, right/wrong, wrong/unjudged: frac_all_right 1/3, frac_all_wrong
+    1/3, pass@G 2/3, frac_reward_zero_std 2/3 (a group with one judged sample has no signal).
+    """
+    groups = []
+    for start in range(0, len(verdicts), group_size):
+        group = [verdict for verdict in verdicts[start : start + group_size] if verdict.judged]
+        if group:
+            groups.append(group)
+
+    rewards = [{verdict.reward for verdict in group} for group in groups]
+    right = [[verdict.correct for verdict in group] for group in groups]
+    programs = [{verdict.program for verdict in group if verdict.program} for group in groups]
+    return {
+        "frac_reward_zero_std": mean([len(found) == 1 for found in rewards]),
+        "frac_all_right": mean([all(found) for found in right]),
+        "frac_all_wrong": mean([not any(found) for found in right]),
+        "pass@G": mean([any(found) for found in right]),
+        "completions/distinct_programs": mean([len(found) for found in programs]),  # of a group
+    }
+
+
+def mean(values):
+    """Their mean; nan of none."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def progress(step, steps, metrics, times):

@@ -243,7 +243,7 @@ class Settings:
         "answers that tell how learnable a proposal is, sampled at the training temperature",
         least=1,
     )
-    references: int = setting(6, "earlier programs that a proposer sees", least=1)
+    references: int = setting(6, "earlier programs that a proposer sees", least=0)
     composite: float = setting(
         0.0, "share of proposals that must build on one or two earlier programs", least=0, most=1
     )

@@ -14,6 +14,7 @@ import runtime.cpu  # noqa: F401 (before torch)
 
 # isort: split
 
+import math
 import resource
 import sys
 import time
@@ -35,6 +36,7 @@ from sandbox.languages import load_language
 from settings import parse_settings
 
 LOGGED_SAMPLES = 8  # of a step, in samples.jsonl
+MOST_SKIPPED = 3  # steps in a row whose gradient is not finite
 
 # ---- one step ----
 
@@ -106,6 +108,7 @@ def update(run, step, sequences):
     updates_before = run.updates
     rate = 0.0
     norm = 0.0
+    skipped = 0
     measured = []  # grpo.measure of every micro-batch
     same_weights = 0  # how many of them before the first update: the sampler's weights
     preference_metrics = {}
@@ -134,9 +137,10 @@ def update(run, step, sequences):
 
         rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, settings.schedule)
         norm = take_step(run.model, run.optimizer, rate, settings.max_norm)
+        skipped += not math.isfinite(norm)
         run.updates += 1
 
-    metrics = {"learning_rate": rate, "grad_norm": norm}
+    metrics = {"learning_rate": rate, "grad_norm": norm, "skipped_updates": float(skipped)}
     return metrics | loss_metrics(measured, same_weights) | preference_metrics
 
 
@@ -290,9 +294,13 @@ def loop(run, log, state, report):
     elif state["unlogged"]:  # its checkpoint was written before its evaluation
         after = finish_step(run, log, state["step"], *state["unlogged"], report)
 
+    skipped_in_a_row = 0
     for step in range(state["step"] + 1, settings.steps + 1):
         metrics, times, rows = train_step(run, step)
         log.samples(step, rows)
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
+        if skipped_in_a_row:
+            say_skipped(step, metrics, skipped_in_a_row, report)
 
         # Saved first: what interrupts an evaluation costs no step.
         is_last = step == settings.steps
@@ -307,6 +315,19 @@ def loop(run, log, state, report):
         if (saves and not evaluates) or (step == run.best[1] and not saves):
             save_checkpoint(run, step, log)
     return before, after
+
+
+def say_skipped(step, metrics, steps_in_a_row, report):
+    """A gradient that is nan or infinite changes nothing; a run of such steps is not a run."""
+    report(
+        f"step {step}: {metrics['skipped_updates']:.0f} updates skipped, the gradient's norm is "
+        f"{metrics['grad_norm']}; the weights stay as they were"
+    )
+    if steps_in_a_row == MOST_SKIPPED:
+        raise ValueError(
+            f"{MOST_SKIPPED} steps in a row had a gradient that is not finite: lower --lr or "
+            "--max_norm, or look at the starting checkpoint; continue from an earlier checkpoint"
+        )
 
 
 def finish_step(run, log, step, metrics, times, report):

@@ -156,7 +156,8 @@ def has_wandb_key():
         known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):  # none, or one that cannot be read
         return False
-    return urlsplit(server).hostname in known.hosts
+    _, _, password = known.hosts.get(urlsplit(server).hostname, ("", "", ""))
+    return bool(password)
 
 
 def say(sentence):

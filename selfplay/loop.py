@@ -287,13 +287,8 @@ def set_advantages(run, samples):
         facts.append((sample.verdict.reward, group, len(sample.completion.tokens)))
     facts, mine = distributed.gather_and_place(facts)
 
-    rewards, groups, lengths = zip(*facts)
-    values = grpo.advantages(
-        torch.tensor(rewards, dtype=torch.float32),
-        torch.tensor(groups),
-        "trr++",
-        torch.tensor(lengths),
-    ).tolist()
+    rewards, groups, lengths = (torch.tensor(column, device=run.device) for column in zip(*facts))
+    values = grpo.advantages(rewards, groups, "trr++", lengths).tolist()
     for sample, value in zip(samples, values[mine]):
         sample.sequence.advantage = value
     return judged_sequences(samples)

@@ -28,21 +28,22 @@ def command(*arguments, ranks=1, script="train.py"):
     return [*start, str(ROOT / script), *arguments]
 
 
-def run(folder, *arguments, ranks=1, timeout=240):
+def run(folder, *arguments, ranks=1, timeout=240, environment=None):
     """Run train.py in `folder` to its end."""
+    folder.mkdir(exist_ok=True)
     return subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=folder,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
 
 
-def whole_run(folder, *arguments, name, ranks=1):
+def whole_run(folder, *arguments, name, ranks=1, environment=None):
     """Run train.py to a good end; returns the run's folder."""
-    done = run(folder, *arguments, "--name", name, ranks=ranks)
+    done = run(folder, *arguments, "--name", name, ranks=ranks, environment=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs" / name
 
