@@ -6,10 +6,10 @@ import subprocess
 
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT, command, needs_prolog
 from test_checkpoint import small_model
 
 import train
+from runs import ENVIRONMENT, ROOT, command, needs_prolog
 from runtime import hugging_face
 from runtime.tokenizer import train_bpe
 from settings import Settings, parse_settings
