@@ -4,6 +4,7 @@ verdicts.
 `run.task` is this module or selfplay/loop.py: both have rollout() and set_advantages().
 """
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -151,7 +152,7 @@ def mixed_with_syntax(rewards, syntax):
     syntax: 1 where a program's syntax is right, 0 where it is wrong, nan where nobody could tell.
     Syntax 1, 0 and rewards 1, 0: s = 0.5 -> 1, 0.
     """
-    judged = [right for right in distributed.gather(syntax) if right == right]
+    judged = [right for right in distributed.gather(syntax) if not math.isnan(right)]
     wrong = 1 - sum(judged) / max(1, len(judged))
     return [wrong * right + (1 - wrong) * reward for right, reward in zip(syntax, rewards)]
 
