@@ -232,6 +232,26 @@ def test_old_logprobs_of_the_trainer_and_truncated_importance_weights(settings, 
     assert off["grad_norm"] == pytest.approx(factor * exact["grad_norm"], rel=1e-4)
 
 
+def test_the_trainers_logprobs_are_of_the_sampling_temperature():
+    """log softmax(logits / 0.5): in score() and in the loss, so that the ratio to the sampler is 1."""
+    model, work = model_file.random_model(CONFIG, 1, std=0.3), sequences()
+    first = work[0]
+    batch = pack([first])
+    hidden = model.hidden(batch.tokens, batch.positions, batch.cu_seqlens)[batch.predict]
+    logprobs = (hidden @ model.head_weight.T / 0.5).log_softmax(-1)
+    expected = logprobs.gather(1, batch.targets[:, None]).squeeze(1).tolist()
+    scored = score(model, work, 10_000, "cpu", temperature=0.5)
+    assert scored[0] == pytest.approx(expected, abs=1e-5)
+
+    for sequence, row in zip(work, scored):
+        sequence.logprobs = row
+    run = run_of(model, temperature=0.5, old_logprobs="trainer")
+    train.score_again(run, work)
+    metrics = train.update(run, 1, work)
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0.0
+
+
 def test_epochs_and_minibatches_keep_the_old_logprobs_of_the_rollout():
     """Two epochs of two halves: four updates, each group in one half, later ratios far from 1."""
 
