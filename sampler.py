@@ -6,9 +6,9 @@
 
 The life of a request: all pages that its rollout can ever need are reserved (so nothing is
 preempted and nothing runs out of memory half way), its prompt but the last token is prefilled once,
-its n samples start by decoding that last token, and each leaves its row when it draws a stop token
-or reaches max_new_tokens. Rows that leave are refilled from the queue. Every draw depends only on
-(seed, request id, sample, position).
+its n samples start by decoding that last token, and each leaves its row when it draws a stop token,
+when its text has a stop string, or when it reaches max_new_tokens. Rows that leave are refilled
+from the queue. Every draw depends only on (seed, request id, sample, position).
 """
 
 import time
@@ -25,6 +25,8 @@ PREFILL_TOKENS = 8192
 # Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
 # training.
 MEMORY = 0.5
+# What decoding gives for bytes that are not UTF-8.
+REPLACEMENT = "\ufffd"
 
 
 @dataclass
@@ -41,6 +43,9 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0  # 0 = all
     stop_ids: tuple = ()
+    # Texts that end a completion with the token that completes the first of them; generate() needs
+    # `decode` then. Only the completion is looked at, never the prompt.
+    stop_strings: tuple = ()
     seed: int = 0
     id: int = 0
     # A guess of the response length, to start long rollouts first; None = max_new_tokens.
@@ -49,8 +54,10 @@ class Request:
 
 @dataclass
 class Completion:
-    """One sample. `tokens` ends with the stop token when finish_reason is "stop".
+    """One sample.
 
+    `tokens` ends with the stop token, or with the one that completes a stop string, when
+    finish_reason is "stop".
     `logprobs` are fp32, of the distribution that was sampled from.
     """
 
@@ -84,6 +91,50 @@ class Group:
         return len(self.request.prompt) - 1
 
 
+class StopSearch:
+    """Looks for the first stop string in the text of one sample, as it grows.
+
+    A stop string need not begin or end where a token does, so text is compared, never ids. Only
+    the end of the text is decoded each time: from `start` on, a token so far back that no stop
+    string which is still to come can begin before it. At `start` no character is cut in two, so
+    what is decoded there is the end of the whole text.
+    """
+
+    def __init__(self, strings, decode):
+        self.strings = strings
+        self.decode = decode
+        self.longest = max(len(string) for string in strings)
+        self.tokens = []  # all that were drawn
+        self.end = 0  # how many the completion has, when a stop string was found
+        self.start = 0
+        # Where `start` goes next, and how many characters lie between the two.
+        self.next_start = 0
+        self.between = 0
+
+    def add(self, tokens):
+        """The sample has drawn more tokens."""
+        seen = len(self.tokens)
+        self.tokens += tokens
+        text = self._text(len(self.tokens))
+        if self._has_stop(text):
+            self.end = seen + 1
+            while not self._has_stop(self._text(self.end)):
+                self.end += 1
+            return
+
+        # U+FFFD at the end may be the first bytes of a character.
+        if len(text) - self.between >= self.longest and not text.endswith(REPLACEMENT):
+            self.start = self.next_start
+            self.next_start = len(self.tokens)
+            self.between = len(text) - self.between
+
+    def _text(self, end):
+        return self.decode(self.tokens[self.start : end])
+
+    def _has_stop(self, text):
+        return any(string in text for string in self.strings)
+
+
 @dataclass
 class Row:
     """A running sample; `slot` is its run of pages."""
@@ -91,6 +142,7 @@ class Row:
     group: Group
     sample: int
     slot: int
+    search: StopSearch | None = None  # for its request's stop strings
 
 
 class Sampler:
@@ -138,6 +190,7 @@ class Sampler:
         self.version = 0  # of the weights
         self.checked_version = 0  # the one under which all running rows were checked
         self.look_every = 1 if self.cpu else 8  # steps between two looks at the rows that ended
+        self.decode = None  # ids -> text, of the call that runs
         self.stats = {}
 
     def load(self, state=None):
@@ -168,13 +221,15 @@ class Sampler:
         """Keys and values in memory now, whether or not a rollout runs."""
         return len(self.pool) * self.page_bytes if self.pool else 0
 
-    def generate(self, requests, on_done=None):
+    def generate(self, requests, on_done=None, decode=None):
         """Sample every request; returns, per request, its n completions in sample order.
 
         on_done(request index, completions) is called as soon as a request's samples are all done,
         so that rewards overlap sampling.
+        decode(ids) -> text, the tokenizer's; needed where a request has stop strings.
         Raises ValueError with a sentence for a request that can never fit.
         """
+        self.decode = decode
         with torch.inference_mode():
             return self._generate(requests, on_done)
 
@@ -208,6 +263,8 @@ class Sampler:
             self.stats["decode_seconds"] += time.perf_counter() - before
             self.stats["steps"] += self.look_every
             self.stats["row_steps"] += self.look_every * len(rows)
+            if any(row.search for row in rows):
+                alive = self._without_stopped(rows, alive)
 
             ended = not all(alive)
             if ended:
@@ -225,6 +282,11 @@ class Sampler:
         """
         for index, request in enumerate(requests):
             _check(index, request, self.config)
+            if request.stop_strings and not self.decode:
+                raise ValueError(
+                    f"request {index} has stop strings, which are found in text: "
+                    "give generate() the tokenizer's decode"
+                )
 
         groups = []
         for index, request in enumerate(requests):
@@ -366,9 +428,11 @@ class Sampler:
 
             started = group.samples[:free_rows]
             group.samples = group.samples[free_rows:]
+            strings = group.request.stop_strings
             for sample in started:
                 slot = self.pool.take_run(self.version)
-                admitted.append(Row(group, sample, slot))
+                search = StopSearch(strings, self.decode) if strings else None
+                admitted.append(Row(group, sample, slot, search))
             group.running += len(started)
             free_rows -= len(started)
             if not group.samples:
@@ -463,6 +527,28 @@ class Sampler:
             self.pool.check(pages, self.version)
         self.checked_version = self.version
 
+    def _without_stopped(self, rows, alive):
+        """`alive` with False for the rows whose text has a stop string.
+
+        What they drew behind it since the host last looked is cut off in _finish.
+        """
+        count = len(rows)
+        state = {name: buffer[:count] for name, buffer in self.state.items()}
+        # A living row's last token is at `positions`, an ended one's was never fed.
+        drawn = state["positions"] + 1 - state["start"] + ~state["alive"]
+        last_columns = torch.arange(-self.look_every, 0, device=self.device)
+        columns = (drawn[:, None] + last_columns).clamp(min=0)
+        newest = state["out_tokens"].gather(1, columns).tolist()
+
+        lives = []
+        for row, total, tokens, is_alive in zip(rows, drawn.tolist(), newest, alive):
+            if row.search:
+                new = total - len(row.search.tokens)
+                row.search.add(tokens[-new:])
+                is_alive = is_alive and not row.search.end
+            lives.append(is_alive)
+        return lives
+
     def _finish(self, rows, alive, on_done):
         """Rows that ended become completions and leave -> the rows that go on.
 
@@ -479,9 +565,13 @@ class Sampler:
         for i, count, tokens, logprobs in zip(ended, counts, all_tokens, all_logprobs):
             row = rows[i]
             number, request = row.group.index, row.group.request
+            found_stop = row.search and row.search.end
+            if found_stop:
+                count = row.search.end
             tokens = tokens[:count]
             logprobs = logprobs[:count]
-            reason = "stop" if tokens[-1] in request.stop_ids else "length"
+            stopped = found_stop or tokens[-1] in request.stop_ids
+            reason = "stop" if stopped else "length"
             done = self.done[number]
             done.append(Completion(number, row.sample, tokens, logprobs, reason))
             self.stats["tokens"] += count
@@ -507,6 +597,12 @@ def _check(index, request, config):
         raise ValueError(f"request {index} has an empty prompt: give it at least one token")
     if new < 1 or request.n < 1:
         raise ValueError(f"request {index}: n and max_new_tokens must be at least 1")
+    strings = request.stop_strings
+    if isinstance(strings, str) or not all(strings) or REPLACEMENT in "".join(strings):
+        raise ValueError(
+            f"request {index}: stop_strings {strings!r} must be a tuple of texts, none of them "
+            "empty or with half a character (U+FFFD)"
+        )
     if len(prompt) + new > config.max_position_embeddings:
         raise ValueError(
             f"request {index}: a prompt of {len(prompt)} tokens with {new} new ones is longer than "

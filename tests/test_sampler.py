@@ -4,6 +4,7 @@ On random models, and to the last bit where it says so.
 """
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from kernels.logprob import token_logprobs
 from kernels.sampling import sample_tokens
 from model import Config, random_model
 from pages import StalePageError
-from sampler import Request, Sampler
+from runtime.tokenizer import train_bpe
+from sampler import Request, Sampler, StopSearch
 
 CONFIG = Config(
     vocab_size=331,
@@ -294,6 +296,140 @@ def test_stop_token_is_kept_and_any_of_several_stops(model):
             assert short.finish_reason == ("stop" if ends else "length")
 
 
+# Ids as a byte-level BPE has them: pieces of several characters, of none (special marks), of half
+# a character, and the first and last parts of stop strings.
+PIECES = (b"", b"a", b"b", b"ab", b"ba", b"\n", b"a\nb", b"\xc3", b"\xa9", b"\xe2\x82", b"\xacab")
+STOP_STRINGS = ("aab", "b\na", "\u00e9b", "\u20aca")
+
+
+def text_of(ids):
+    return b"".join(PIECES[id % len(PIECES)] for id in ids).decode("utf-8", "replace")
+
+
+def first_stop(tokens, strings):
+    """How many tokens it takes until their text has one of the strings; None where it never has."""
+    for count in range(1, len(tokens) + 1):
+        text = text_of(tokens[:count])
+        if any(string in text for string in strings):
+            return count
+    return None
+
+
+@pytest.mark.parametrize("way", ["cpu", "few slots", "looking every 3", "looking every 8"])
+def test_a_stop_string_ends_with_the_token_that_completes_it(model, way):
+    """Tokens and log-probs before are those of a request without, to the last bit.
+
+    Half of the requests have stop strings; the others are not touched by their neighbours' ends.
+    (On CUDA's way the torch references stand for the kernels, whose last bits follow the batch.)
+    """
+    plain = make_requests(new=60)
+    free = sample(model, plain)
+    asked = []
+    for i, request in enumerate(plain):
+        strings = STOP_STRINGS if i % 2 else ()
+        asked.append(dataclasses.replace(request, stop_strings=strings))
+
+    on_cpu = not way.startswith("looking")
+    if on_cpu:
+        sampler = Sampler(model, slots=3 if way == "few slots" else 256)
+    else:
+        sampler = kernels_way(model, slots=9)
+        sampler.look_every = int(way[-1])
+    groups = sampler.generate(asked, decode=text_of)
+
+    ends = {"string": 0, "token": 0, "length": 0}
+    for request, full_group, group in zip(asked, free, groups):
+        for full, completion in zip(full_group, group):
+            count = first_stop(full.tokens, request.stop_strings)
+            how = "string" if count else "token" if full.finish_reason == "stop" else "length"
+            ends[how] += 1
+            assert completion.tokens == full.tokens[:count]
+            near = pytest.approx(full.logprobs[:count], abs=0 if on_cpu else 2e-5, rel=0)
+            assert completion.logprobs == near
+            assert completion.finish_reason == ("stop" if count else full.finish_reason)
+    assert min(ends.values()) > 0, ends
+    assert sampler.stats["tokens"] == sum(len(x.tokens) for group in groups for x in group)
+    assert len(sampler.pool.free_runs) == sampler.pool.size.runs
+
+
+def test_stop_strings_need_no_more_steps_than_the_longest_completion(model):
+    """One slot: a sample's row is free with the token that completes its stop string."""
+    (request,) = make_requests(n=4, new=60, stop_ids=(), lengths=(12,), stop_strings=STOP_STRINGS)
+    sampler = Sampler(model, slots=1)
+    (group,) = sampler.generate([request], decode=text_of)
+    assert sampler.stats["steps"] == sum(len(completion.tokens) for completion in group)
+    assert sampler.stats["steps"] < 4 * 60
+
+
+def found_end(tokens, strings, chunk):
+    """What StopSearch finds when it is given `chunk` tokens at a time."""
+    search = StopSearch(strings, text_of)
+    for start in range(0, len(tokens), chunk):
+        search.add(tokens[start : start + chunk])
+        if search.end:
+            return search.end
+    return None
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_the_first_stop_string_of_a_text_is_found(chunk):
+    """Whatever the borders of tokens, characters and chunks; strings of 1 to 12 characters.
+
+    Against decoding the whole text again after every token.
+    """
+    rng = random.Random(1)
+    found = 0
+    for _ in range(300):
+        tokens = [rng.randrange(len(PIECES)) for _ in range(120)]
+        text = text_of(rng.choices(range(len(PIECES)), k=12))
+        length = rng.randint(1, 12)
+        strings = tuple(part for part in (text[:length], text[-2:]) if part.strip("\ufffd") == part)
+        strings = tuple(part for part in strings if part and "\ufffd" not in part) or ("ab\nab",)
+        expected = first_stop(tokens, strings)
+        found += expected is not None
+        assert found_end(tokens, strings, chunk) == expected, strings
+    assert 100 < found
+
+
+def test_a_stop_string_in_pieces_of_a_real_tokenizer(tmp_path):
+    """ "</answer>" alone, sharing its last token with a line end, after half a character, and cut.
+
+    The texts are encoded whole and from every place in the middle, so that borders move.
+    """
+    tokenizer = train_bpe(["</answer>\n</answer>\n <answer> 3 </answer> User"] * 9, 300, tmp_path)
+    assert any(">" in text and text != ">" for text in map(tokenizer.decode, zip(range(300))))
+    cases = {"x = 3 </answer>\n": True, "\u20ac</answer>User: </answer>": True, "</answer": False}
+    for text, has_stop in cases.items():
+        for middle in range(len(text)):
+            ids = tokenizer.encode(text[:middle]) + tokenizer.encode(text[middle:])
+            search = StopSearch(("</answer>",), tokenizer.decode)
+            for id in ids:
+                if not search.end:
+                    search.add([id])
+            assert bool(search.end) == has_stop
+            if has_stop:
+                assert "</answer>" in tokenizer.decode(ids[: search.end])
+                assert "</answer>" not in tokenizer.decode(ids[: search.end - 1])
+
+
+def test_only_the_end_of_the_text_is_decoded(model):
+    """5,000 tokens of one character, 8 at a time, a string of 9: windows of 32 tokens at most.
+
+    `start` is one border back, borders are 16 tokens apart (two chunks of 8 hold 9 characters),
+    so at most 16 + 8 old tokens are decoded with 8 new ones; the whole text would be 2,500.
+    """
+    sizes = []
+
+    def decode(ids):
+        sizes.append(len(ids))
+        return "a" * len(ids)
+
+    search = StopSearch(("</answer>",), decode)
+    for _ in range(5000 // 8):
+        search.add([1] * 8)
+    assert len(sizes) == 625 and max(sizes) <= 32
+
+
 def at_least_the_fifth(probabilities):
     return probabilities >= probabilities.topk(5).values[:, -1:]
 
@@ -446,6 +582,10 @@ IMPOSSIBLE = {
     "empty prompt": dict(prompt=[]),
     "outside the model's vocabulary of 331": dict(prompt=[1, 331]),
     "at least 1": dict(n=0),
+    "none of them empty": dict(stop_strings=("",)),
+    "must be a tuple of texts": dict(stop_strings="</answer>"),
+    "half a character": dict(stop_strings=("\ufffd",)),
+    "give generate.. the tokenizer's decode": dict(stop_strings=("</answer>",)),
 }
 
 
