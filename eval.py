@@ -46,7 +46,13 @@ from selfplay.judge import SolveJudge
 from selfplay.prompts import solve_prompt
 from settings import add_flags, setting
 from tasks.data import find_data
-from tasks.multipl_e import BENCHMARKS, TestJudge, benchmark_prompt, load_benchmark
+from tasks.multipl_e import (
+    BENCHMARKS,
+    TestJudge,
+    benchmark_prompt,
+    load_benchmark,
+    stops_note,
+)
 from tasks.problems import load_problems, program_messages
 from tasks.statistics import compare, summary
 from tasks.verdicts import Submission
@@ -120,6 +126,7 @@ class Cell:
     problems: list
     judge: Judge | SolveJudge | TestJudge
     prompt: Callable  # problem -> chat messages, or a text to continue
+    note: str = ""  # what a reader of the figures has to know
 
 
 @dataclass
@@ -177,6 +184,7 @@ def evaluate(
             top_p,
             top_k,
             stop_ids=tokenizer.stop_ids,
+            stop_strings=judge.stop_strings(problem),
             seed=seed,
             id=number,
         )
@@ -210,7 +218,7 @@ def evaluate(
         if on_rows:
             on_rows(rows)
 
-    sampler.generate(requests, on_done=start_judging)
+    sampler.generate(requests, on_done=start_judging, decode=tokenizer.decode)
     for i in list(in_judgement):
         finish(i)
 
@@ -289,7 +297,8 @@ def load_cell(settings, pool, source, language):
         settings.seed,
     )
     judge = TestJudge(pool, language, settings.mode)
-    return Cell(source, language, problems, judge, prompt)
+    note = stops_note(settings.bench, language, settings.mode)
+    return Cell(source, language, problems, judge, prompt, note)
 
 
 def load_program_cell(settings, pool, source, language):
@@ -375,7 +384,7 @@ def run_cell(settings, sampler, tokenizer, cell):
                 numbers=numbers,
                 on_rows=Progress(title, partial, len(cell.problems), done),
             )
-    return conclude(folder, cell.problems, title)
+    return conclude(folder, cell.problems, title, cell.note)
 
 
 def resume(folder, settings, cell):
@@ -455,12 +464,14 @@ class Progress:
         )
 
 
-def conclude(folder, problems, title):
+def conclude(folder, problems, title, note=""):
     """Merge what the ranks wrote into samples.jsonl, in problem order, and print the table."""
     distributed.barrier()
     found = read_partial(folder, with_errors=True)
     rows = list(chain.from_iterable(found[problem.id] for problem in problems))
     figures = {"problems": len(problems), **summary(rows)}
+    if note:
+        figures["note"] = note
 
     if distributed.rank() == 0:
         replace_file(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -58,7 +58,7 @@ def per_token(rows, name):
     return total(rows, name) / total(rows, "tokens")
 
 
-def rollout_metrics(pairs, group_size, stop_ids):
+def rollout_metrics(pairs, group_size):
     """Rewards, groups without signal, lengths, entropy, how programs ended, and signs of hacking.
 
     pairs: (Completion, Verdict) of every sample of every rank, groups of `group_size` together.
@@ -71,7 +71,7 @@ def rollout_metrics(pairs, group_size, stop_ids):
     lengths = torch.tensor([float(len(completion.tokens)) for completion in completions])
     solved = torch.tensor([verdict.judged and verdict.correct for verdict in verdicts])
     unsolved = torch.tensor([verdict.judged and not verdict.correct for verdict in verdicts])
-    cut = [completion.tokens[-1] not in stop_ids for completion in completions]
+    cut = [completion.finish_reason == "length" for completion in completions]
     surprise = sum(-sum(completion.logprobs) for completion in completions)
 
     found = {

@@ -81,6 +81,10 @@ class Judge:
             known = ", ".join(COMPONENTS)
             raise ValueError(f"unknown reward component {unknown[0]!r}: use {known}")
 
+    def stop_strings(self, problem):
+        """None: the form is checked to the end of a completion."""
+        return ()
+
     def submit(self, problem, text, sample=0):
         """Parse a completion and start its program at once; collect() takes the Submission."""
         parsed = parse(text, self.language)

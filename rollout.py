@@ -78,7 +78,7 @@ def rollout(run, step):
         waited += seconds
 
     pairs = distributed.gather([(sample.completion, sample.verdict) for sample in samples])
-    return samples, waited, rollout_metrics(pairs, settings.samples, run.tokenizer.stop_ids)
+    return samples, waited, rollout_metrics(pairs, settings.samples)
 
 
 def sample_and_judge(run, count):

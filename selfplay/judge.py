@@ -9,7 +9,7 @@ from sandbox.languages.values import same, write
 from selfplay.parse import answer_of, blocks, code_of, inputs_of, value_of
 from selfplay.puzzles import OUT_OF_FORM, SHOWN, Refused
 from selfplay.rewards import equation_2
-from tasks.verdicts import Parsed, Submission, Verdict
+from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Answer(Submission):
 
 
 class SolveJudge:
-    """Judges answers to puzzles, with submit and collect as rewards.Judge.
+    """Judges answers to puzzles; a judge as tasks/verdicts.py describes it.
 
     The reward is equation (2); nan when the sandbox could not judge.
     """
@@ -29,6 +29,9 @@ class SolveJudge:
     def __init__(self, pool, language):
         self.runner = Runner(pool, language)
         self.language = language
+
+    def stop_strings(self, puzzle):
+        return (ANSWER_END,)
 
     def submit(self, puzzle, text, sample=0):
         """Start what has to run for a completion. Returns the Answer that collect() takes."""

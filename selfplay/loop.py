@@ -37,7 +37,7 @@ from selfplay.proposals import begin, check
 from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle, Refused
 from selfplay.rewards import REFUSED, proposer_reward, read_setting
 from tasks.multipl_e import TestJudge, benchmark_prompt, load_benchmark
-from tasks.verdicts import Parsed, Verdict
+from tasks.verdicts import ANSWER_END, Parsed, Verdict
 
 # Draws depend on the number of a request, so no two requests of a run share one. A step has the
 # numbers from step * STEP on: its proposals, then the answers that say how learnable they are, then
@@ -258,7 +258,7 @@ def rollout(run, step):
     proposers = [proposer_sample(play, step, one) for one in proposed]
     samples = [*proposers, *solvers]
     pairs = distributed.gather([(sample.completion, sample.verdict) for sample in samples])
-    metrics = rollout_metrics(pairs, 1, play.tokenizer.stop_ids)
+    metrics = rollout_metrics(pairs, 1)
 
     scored = []
     for sample in samples:
@@ -476,6 +476,7 @@ def sample_prompts(play, prompts, first_number, start, n=1):
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             stop_ids=tokenizer.stop_ids,
+            stop_strings=(ANSWER_END,),
             seed=settings.seed,
             id=first_number + i,
         )
@@ -490,7 +491,7 @@ def sample_prompts(play, prompts, first_number, start, n=1):
             text = tokenizer.decode(one.tokens)
             groups[i].append(Sampled(one, sequence, start(i, one.sample, text)))
 
-    play.sampler.generate(requests, on_done=on_done)
+    play.sampler.generate(requests, on_done=on_done, decode=tokenizer.decode)
     return sum(groups, [])
 
 

@@ -6,6 +6,7 @@ from sandbox.languages.calls import input_text
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import MAX_TEXT
 from selfplay.puzzles import PAIRS, Entry, Refused
+from tasks.verdicts import ANSWER_END, first_answer
 
 MAX_MESSAGE = 1000  # characters of an induction proposal's message that are kept
 
@@ -42,15 +43,16 @@ def parse_proposal(text, task, language, program="", composed=()):
 
 
 def answer_of(text):
-    """What stands between the answer tags of a completion of "... <think>".
+    """What stands between the first answer tags of a completion of "... <think>".
 
     Refused unless it has both tags in order.
     """
-    thought, _, rest = text.partition("</think>")
-    answer, end, _ = rest.lstrip().partition("</answer>")
-    if not end or not answer.startswith("<answer>") or "<answer>" in thought:
+    thought, _, rest = first_answer(text).partition("</think>")
+    answer = rest.lstrip()
+    has_tags = answer.startswith("<answer>") and answer.endswith(ANSWER_END)
+    if not has_tags or "<answer>" in thought:
         raise Refused("format")
-    return answer.removeprefix("<answer>")
+    return answer.removeprefix("<answer>").removesuffix(ANSWER_END)
 
 
 def blocks(answer, names):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from sandbox import Job
 from sandbox.languages import language_of
 from tasks.data import find_data, read_jsonl, take
-from tasks.verdicts import Parsed, Submission, Verdict
+from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict, first_answer
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
 # HumanEval-X's own names in files; Python sources are HumanEval's canonical solutions.
@@ -29,6 +29,9 @@ SOURCES = {
     "go": "go",
     "rust": "rust",
 }
+# Stop tokens of MultiPL-E's rows that are left out: its code of a language -> token. A blank line
+# cut right Lua programs; upstream has called it a bug and dropped it in its data 3.3.
+LEFT_OUT_STOPS = {"lua": "\n\n"}
 
 # Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
 THINK = """# Task: You will be given a question (problem specification) and will generate a \
@@ -94,6 +97,16 @@ def load_benchmark(bench, language, data=None, version="v3", source="python", co
     return take(rows, count, seed)
 
 
+def stops_note(bench, language, mode):
+    """What a reader of a number has to know of its stop tokens; "" when they are the data's."""
+    code = tests_table(language_of(language))["name"]
+    if mode != "completion" or bench == "crosspleval" or code not in LEFT_OUT_STOPS:
+        return ""
+    return (
+        f"stop token {LEFT_OUT_STOPS[code]!r} left out, as in MultiPL-E 3.3: it cut right programs"
+    )
+
+
 def tests_table(language):
     """The language's [answer.tests] table; ValueError when it has none."""
     if "tests" not in language.answer:
@@ -114,13 +127,14 @@ def _need(name, data):
 
 
 def _multipl_row(bench, code, row):
+    left_out = LEFT_OUT_STOPS.get(code)
     return BenchmarkProblem(
         id=f"{bench}/{code}/{row['name']}",
         task=bench,
         question=row["prompt"],
         prompt=row["prompt"],
         tests=row["tests"],
-        stop_tokens=tuple(row["stop_tokens"]),
+        stop_tokens=tuple(stop for stop in row["stop_tokens"] if stop != left_out),
     )
 
 
@@ -202,15 +216,18 @@ def _commented_source(row, language):
 def program(row, text, language, mode):
     """The whole program of a completion, with the row's tests; "" when there is no code.
 
-    completion: prompt + completion, cut at the first stop token. think, chat: the last block.
+    completion: prompt + completion, cut at the first stop token. think: the last block of the first
+    answer. chat: the last block.
     """
     if mode == "completion":
         found = [text.find(stop) for stop in row.stop_tokens]
         cut = min((place for place in found if place >= 0), default=None)
         return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
 
-    if mode == "think" and "</think>" not in text:
-        return ""
+    if mode == "think":
+        text = first_answer(text).removesuffix(ANSWER_END)
+        if "</think>" not in text:
+            return ""
     code = answer_block(text, language_of(language))
     if not code:
         return ""
@@ -273,7 +290,7 @@ def _closed_by_tests(row):
 
 
 class TestJudge:
-    """Scores completions of benchmark rows; submit() and collect() as tasks/verdicts.py has them.
+    """Scores completions of benchmark rows; a judge as tasks/verdicts.py describes it.
 
     The tests run in the program's own process, so whatever they print to prove that they ran, the
     program could print too. Hence two runs:
@@ -311,6 +328,12 @@ class TestJudge:
                 f"MultiPL-E's {self.language.title} tests need {self.table['library']}, "
                 f"which is not here: {self.table['install']}"
             )
+
+    def stop_strings(self, row):
+        """What program() cuts a completion at."""
+        if self.mode == "completion":
+            return row.stop_tokens
+        return (ANSWER_END,) if self.mode == "think" else ()
 
     def submit(self, row, text, sample=0):
         """Start a completion's program under the row's tests -> Submission.

@@ -243,7 +243,7 @@ def make_translate_judge(settings, pool):
 class TranslateJudge:
     """Binary reward: 1 when the form is right, the program compiles and every hidden case passes.
 
-    submit() and collect() as tasks/verdicts.py has them.
+    A judge as tasks/verdicts.py describes it.
     random_reward: the control, a fair coin for each (seed, problem, sample).
     """
 
@@ -251,6 +251,10 @@ class TranslateJudge:
         self.pool = pool
         self.random_reward = random_reward
         self.seed = seed
+
+    def stop_strings(self, problem):
+        """None: the form is checked to the end of a completion."""
+        return ()
 
     def submit(self, problem, text, sample=0):
         """Start the tests of a completion's program at once -> TranslateSubmission."""

@@ -1,6 +1,9 @@
 """The contract of all judges.
 
-A judge scores completions by running programs. It has two methods:
+A judge scores completions by running programs. It has three methods:
+
+    stop_strings(problem) -> tuple of texts
+        A completion may end with the first of them: nothing behind it changes the verdict.
 
     submit(problem, text, sample=0) -> submission
         Takes the completion apart and starts what has to run, at once, so that rewards are computed
@@ -22,6 +25,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tasks.problems import Problem
+
+# The end of an answer in think mode and in self-play, whose prompts end in "<think>".
+ANSWER_END = "</answer>"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,16 @@ class Verdict:
     def judged(self):
         """False exactly when the reward is nan: the sample counts nowhere."""
         return not math.isnan(self.reward)
+
+
+def first_answer(text):
+    """A completion in think mode up to and with the end of its first answer.
+
+    A model that goes on asks itself another question, and its answer to that is not to be judged.
+    Sampling stops at the same place, so the end counts wherever it stands, in the reasoning too.
+    """
+    answer, end, _ = text.partition(ANSWER_END)
+    return answer + end
 
 
 def shares(verdicts):

@@ -30,6 +30,7 @@ from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
 from tasks.multipl_e import (
+    BenchmarkProblem,
     TestJudge,
     answer_block,
     benchmark_prompt,
@@ -561,6 +562,115 @@ def test_crosspleval_form(tmp_path):
     assert text == "local function f()\nend\nf()"
 
 
+# ---- where a completion ends ----
+
+ROW = BenchmarkProblem(
+    id="humaneval/lua/HumanEval_53_add",
+    task="humaneval",
+    question="",
+    prompt="local function add(x, y)\n",
+    tests="f()",
+    stop_tokens=("\nlocal", "\n--"),
+)
+
+
+def thought_and_answer(code):
+    return f"reasoning </think>\n<answer>\n```lua\n{code}\n```\n</answer>"
+
+
+RIGHT = "local function add(x, y) return x + y end"
+ASKED_ITSELF = "local function add(x, y) return 'another question' end"
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        "",
+        "\n",
+        "\nUser: another one.\nAssistant: <think> " + thought_and_answer(ASKED_ITSELF),
+        "\n```lua\nprint(add(1, 2))\n```",
+        " </think> <answer> ```lua\n" + ASKED_ITSELF + "\n``` </answer>",
+    ],
+)
+def test_think_mode_judges_the_first_answer(behind):
+    text = thought_and_answer(RIGHT)
+    whole = program(ROW, text + behind, "lua", "think")
+    assert whole == f"{RIGHT}\nf()"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "reasoning without an end <answer> 3 </answer>",
+        "reasoning </think> <answer> no block </answer>",
+    ],
+)
+def test_a_later_answer_does_not_stand_for_the_first(first):
+    """Without an end of its reasoning or without a block the first one has no program."""
+    later = "\nUser: another\nAssistant: <think>" + thought_and_answer(ASKED_ITSELF)
+    assert program(ROW, first + later, "lua", "think") == ""
+
+
+def ends(text, strings):
+    """A completion as sampling ends it, character by character."""
+    for length in range(1, len(text) + 1):
+        if any(text[:length].endswith(string) for string in strings):
+            return text[:length]
+    return text
+
+
+@needs_data
+@pytest.mark.parametrize("name", MULTIPL_E)
+def test_sampling_to_the_first_stop_changes_no_program(name):
+    """In every mode, for texts made of the stop tokens' own parts.
+
+    It could where a stop token holds another one behind its own beginning.
+    """
+    language = load_language(name)
+    rows = {row.stop_tokens: row for row in load_benchmark("humaneval", language)}
+    rng = random.Random(0)
+    for row in rows.values():
+        block = f"```{language.fence[0]}\nadd\n```"
+        parts = [*row.stop_tokens, *"\n(x", "\n\n", block, "</answer>", "</think>", "<answer>"]
+        for mode in ("completion", "think", "chat"):
+            strings = TestJudge(None, language, mode).stop_strings(row)
+            for _ in range(100):
+                text = "".join(rng.choices(parts, k=12))
+                sampled = ends(text, strings)
+                assert program(row, sampled, language, mode) == program(row, text, language, mode)
+
+
+@needs_data
+@pytest.mark.parametrize("version", ["v3", "v0.4"])
+@pytest.mark.parametrize("bench", ["humaneval", "mbpp"])
+def test_a_blank_line_does_not_end_a_lua_program(bench, version):
+    """MultiPL-E's v3 and v0.4 stop there; upstream's 3.3 does not any more."""
+    rows = load_benchmark(bench, "lua", version=version)
+    body = "    local sum = x\n\n    return sum + y\nend"
+    for row in rows:
+        assert program(row, body + "\nlocal rest", "lua", "completion").count(body) == 1
+    # Elsewhere a blank line still ends a program, as upstream has it.
+    assert "\n\n" in load_benchmark(bench, "ruby", version=version)[0].stop_tokens
+
+
+@needs_data
+def test_a_number_says_that_a_stop_token_was_left_out(tmp_path, capsys):
+    installed("lua")
+    cells = {}
+    for mode in ("completion", "chat"):
+        settings = evaluation.EvalSettings(bench="humaneval", mode=mode)
+        cells[mode] = evaluation.load_cell(settings, None, "", load_language("lua"))
+    assert cells["chat"].note == ""
+
+    row = {"correct": True, "status": "ok", "tokens": 3, "finish_reason": "stop", "sample": 0}
+    flags = {"format_ok": True, "constant": False, "leaked": False, "program": "p", "id": ROW.id}
+    (tmp_path / "partial-0.jsonl").write_text(json.dumps([row | flags]))
+    evaluation.conclude(tmp_path, [ROW], "humaneval lua", cells["completion"].note)
+    kept = json.loads((tmp_path / "results.json").read_text())["note"]
+    for text in (kept, capsys.readouterr().out):
+        assert "left out, as in MultiPL-E 3.3" in text
+
+
 # ---- evaluate() and the command, with a real model ----
 
 
@@ -631,6 +741,29 @@ def test_evaluate_in_the_loop(tiny, pool):
     right = next(row for row in rows if row["correct"])
     assert Fraction(right["answer"]) == Fraction(right["value"])
     assert right["text"] == solution(problems[int(right["id"][-1])], "prolog")
+
+
+class FirstLineJudge(Judge):
+    """Judges the first line alone."""
+
+    def stop_strings(self, problem):
+        return ("\n",)
+
+
+def test_evaluation_stops_where_the_judge_reads_no_further(tiny, pool):
+    tokenizer = ChatTokenizer(tiny)
+    sampler = Sampler(hugging_face.load_model(tiny), slots=16)
+    problems = load_problems("sums", "test", count=4)
+    judge = FirstLineJudge(pool, "prolog")
+    _, rows = evaluation.evaluate(
+        sampler, tokenizer, judge, problems, prompt=ask, max_new_tokens=120
+    )
+    for row in rows:
+        assert row["finish_reason"] == "stop"
+        assert row["text"].count("\n") == 1
+        # "\n" and what its token may hold behind it are one token.
+        first_line = row["text"].partition("\n")[0]
+        assert row["tokens"] <= len(tokenizer.encode(first_line)) + 1
 
 
 def test_the_command_writes_every_sample_and_the_figures(whole):

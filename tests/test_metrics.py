@@ -32,7 +32,7 @@ def metrics_of(rewards, group_size, programs=None, lengths=None):
     for number, (reward, program, length) in enumerate(zip(rewards, programs, lengths)):
         completion = Completion(0, number, [5] * (length - 1) + [2], [-0.5] * length, "stop")
         pairs.append((completion, verdict(reward, program)))
-    return metrics.rollout_metrics(pairs, group_size, stop_ids=(2,))
+    return metrics.rollout_metrics(pairs, group_size)
 
 
 def test_groups_are_told_apart_by_their_judged_samples():
@@ -75,3 +75,11 @@ def test_nothing_judged_gives_no_number():
     found = metrics_of([NAN, NAN], 2)
     for name in ("reward", "pass_rate", "pass@G", "frac_reward_zero_std"):
         assert math.isnan(found[name]), name
+
+
+def test_a_completion_that_ended_with_a_stop_string_was_not_clipped():
+    """Its last token is any token; two of four ran into --max_new_tokens."""
+    pairs = []
+    for number, reason in enumerate(["stop", "length", "stop", "length"]):
+        pairs.append((Completion(0, number, [5, 7], [-0.5, -0.5], reason), verdict(0.0)))
+    assert metrics.rollout_metrics(pairs, 4)["completions/clipped_ratio"] == 0.5

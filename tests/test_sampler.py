@@ -392,13 +392,19 @@ def test_the_first_stop_string_of_a_text_is_found(chunk):
 
 
 def test_a_stop_string_in_pieces_of_a_real_tokenizer(tmp_path):
-    """ "</answer>" alone, sharing its last token with a line end, after half a character, and cut.
+    """Alone, sharing its last token with what follows, after a character of three bytes, and cut.
 
-    The texts are encoded whole and from every place in the middle, so that borders move.
+    The texts are encoded from every place in the middle anew, so that borders move.
     """
-    tokenizer = train_bpe(["</answer>\n</answer>\n <answer> 3 </answer> User"] * 9, 300, tmp_path)
-    assert any(">" in text and text != ">" for text in map(tokenizer.decode, zip(range(300))))
-    cases = {"x = 3 </answer>\n": True, "\u20ac</answer>User: </answer>": True, "</answer": False}
+    tokenizer = train_bpe(["x </answer>)) </answer>)) 3 </answer>"] * 9, 300, tmp_path)
+    pieces = [tokenizer.decode([id]) for id in range(300)]
+    assert ">))" in pieces
+    cases = {
+        "x = 3 </answer>": True,
+        "x = 3 </answer>)) User: </answer>": True,
+        "\u20ac\u20ac</answer>\n": True,
+        "</answer": False,
+    }
     for text, has_stop in cases.items():
         for middle in range(len(text)):
             ids = tokenizer.encode(text[:middle]) + tokenizer.encode(text[middle:])

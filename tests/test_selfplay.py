@@ -12,11 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from test_values import HERE
 
 import grpo
 import sft
-from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
+from runtime import hugging_face
+from runtime.tokenizer import ChatTokenizer
+from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from sandbox.languages.calls import Runner
@@ -235,6 +238,22 @@ def test_what_the_sandbox_cannot_judge_is_masked():
         verdict = judge.collect([submitted], deadline=0.01)[0]
     assert math.isnan(verdict.reward)
     assert verdict.status == "sandbox_error"
+
+
+def test_the_first_answer_of_a_ramble_is_judged(pool):
+    """What a model asks and answers itself behind it changes nothing, however it looks."""
+    judge = SolveJudge(pool, load_language("lua"))
+    right, wrong = answer(("output", "{3, 3}")), answer(("output", "{4}"))
+    puzzle = Puzzle("p", "deduction", PAIR)
+    ramble = "\nUser: again\nAssistant: <think> "
+    texts = [right + ramble + wrong, wrong + ramble + right, "no tags </answer>" + ramble + right]
+    answers = [judge.submit(puzzle, text) for text in texts]
+    found = [(v.reward, v.status) for v in judge.collect(answers, 60)]
+    assert found == [(1.0, "ok"), (0.0, "ok"), (-1.0, "format")]
+
+    proposals = answer(IDENTITY, ("input", "1")), answer(IDENTITY, ("input", "2"))
+    entry = parse_proposal(ramble.join(proposals), "deduction", load_language("lua"))
+    assert entry.inputs == ("1",)
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -524,6 +543,30 @@ def test_a_resumed_run_is_the_straight_run_to_the_last_bit(warm, straight):
     shutil.rmtree(cut / "checkpoints" / "step_4")
     resume(cut)
     assert_same_bits(cut, straight, 4, "selfplay.json")
+
+
+def test_samples_end_with_their_answer(warm, monkeypatch):
+    """The token that completes "</answer>" is the last one of the sequence that is trained on.
+
+    So that an untrained model comes to it, the end of an answer is the letter "e" here.
+    """
+    monkeypatch.setattr(selfplay, "ANSWER_END", "e")
+    tokenizer = ChatTokenizer(warm / "model")
+    sampler = Sampler(hugging_face.load_model(warm / "model"))
+    settings = Settings(task="selfplay", max_new_tokens=60)
+    play = selfplay.Play(settings, load_language("lua"), None, sampler, tokenizer)
+
+    found = selfplay.sample_prompts(
+        play, ["solve", "propose"], 0, lambda i, sample, text: text, n=8
+    )
+    assert len(found) == 16
+    stopped = [one for one in found if "e" in one.started]
+    assert len(stopped) > 4
+    for one in stopped:
+        assert one.completion.finish_reason == "stop"
+        assert one.sequence.tokens == one.completion.tokens
+        assert "e" in tokenizer.decode(one.completion.tokens)
+        assert "e" not in tokenizer.decode(one.completion.tokens[:-1])
 
 
 @pytest.mark.slow
