@@ -4,6 +4,8 @@ compiler made of it.
     python -m bench.aot            table of registers, spills, shared memory and tensor-core
                                    instructions
     python -m bench.aot --json     the same, one JSON object per line
+    python -m bench.aot --exact    how often each kernel of the exact mode is compiled for batches
+                                   of all kinds: once, or sampler and trainer would differ
 
 The launchers run on `meta` tensors of the Qwen2.5-Coder shapes with the launch itself replaced by a
 note of its arguments, so what is compiled is what a GPU would run. Triton's wheel carries ptxas,
@@ -17,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels import TensorDescriptor, advantage, attention, head, layers, linear, sampling, triton
+from kernels import advantage, attention, head, layers, linear, sampling, triton
 
 ARCHITECTURES = (80, 90)
 # Bytes of shared memory a block may ask for; the compiler does not check it.
@@ -31,14 +34,6 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 COLUMNS = ("kernel", "arch", "shape", "warps", "registers", "stack", "shared", *INSTRUCTIONS)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-}
 
 
 class Shape(NamedTuple):
@@ -59,22 +54,20 @@ VOCABULARY = 151_936
 TOKENS = 8192  # of a training micro-batch
 CHUNK = 4096  # tokens the lm_head takes at a time
 ROLLOUTS = 512
-
-
-class Argument(NamedTuple):
-    """An argument of a kernel, as Triton's own launcher specialises it.
-
-    kind: type, or "constexpr" with its value. divisible: a multiple of 16, or a pointer to one.
-    """
-
-    kind: str
-    value: Any = None
-    divisible: bool = False
+# Batches of the exact mode: rows, multiples of 16 and others, and pages of the longest sequence.
+EXACT_ROWS = (1, 7, 16, 64, 100, 1000)
+EXACT_PAGES = (1, 5, 16, 64, 67)
 
 
 class Launch(NamedTuple):
+    """What one compilation is for.
+
+    arguments: name -> (type, how Triton's launcher specialises it: "D" for a multiple of 16 or a
+        pointer aligned to 16 bytes; for "constexpr" the value).
+    """
+
     kernel: Any
-    arguments: dict[str, Argument]
+    arguments: dict[str, tuple]
     options: dict[str, int]
 
 
@@ -108,6 +101,39 @@ def launch_all(arch):
     group_ids = integers(ROLLOUTS)
     for weights in (None, integers(ROLLOUTS)):
         advantage._group_statistics(rewards, group_ids, weights)
+
+
+def launch_exact(arch):
+    """Call every launcher of the exact mode's forward with batches of all kinds, of one model.
+
+    Those of the trainer are parts of a larger one: they begin anywhere in it.
+    """
+    shape = SHAPES["1.5B"]
+    weight = tensor(VOCABULARY, shape.hidden)
+    pages = tensor(4096, shape.kv_heads, attention.TILE_ELEMENTS // shape.head_dim, shape.head_dim)
+    qkv_width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    for rows in EXACT_ROWS:
+        for first in (0, 7):
+            x = tensor(first + rows, shape.hidden)[first:]
+            targets = integers(first + rows)[first:]
+            head.stats(x, weight, targets, 1.0, arch)
+
+        linear._linear(x, tensor(qkv_width, shape.hidden), arch)
+        layers._rms_norm_forward(x, x, tensor(shape.hidden), 1e-6)
+        layers._swiglu_forward(tensor(rows, 2 * shape.intermediate))
+        table = floats(rows, shape.head_dim // 2)
+        qkv = tensor(rows, qkv_width)
+        slots = integers(rows)
+        layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)
+
+        q = tensor(rows, shape.heads, shape.head_dim)
+        lengths = tensor(rows, dtype=torch.int32)
+        for count in EXACT_PAGES:
+            tables = tensor(rows, count, dtype=torch.int32)
+            attention._paged_attention(q, pages, pages, tables, lengths, 0.1, arch=arch)
+
+        key = [integers(rows) for _ in range(4)]
+        sampling._sample_tokens(x, weight, floats(rows), *key, arch, one_tile=True)
 
 
 def launch_layers(shape):
@@ -167,42 +193,35 @@ def compile_architecture(arch):
     return [compile_kernel(launch, arch) for launch in recorded_launches(arch)]
 
 
-def recorded_launches(arch):
-    """Every distinct launch of `launch_all`."""
+def recorded_launches(arch, launch=launch_all):
+    """Every distinct launch of `launch(arch)`."""
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = backend_of(arch)
     launches = {}
 
     def note(kernel, *arguments, grid, warmup, **keywords):
         options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
-        named = dict(zip(kernel.arg_names, arguments)) | keywords
-        described = {}
-        for parameter in kernel.params:
-            value = named[parameter.name]
-            described[parameter.name] = describe(parameter.is_constexpr, value)
+        specialise = create_function_from_signature(kernel.signature, kernel.params, backend)
+        named, specialised, _ = specialise(*arguments, **keywords)
+        described = dict(zip(named, specialised))
         key = (kernel.__name__, str(described), str(options))
         launches.setdefault(key, Launch(kernel, described, options))
 
     run = triton.JITFunction.run
     triton.JITFunction.run = note
     try:
-        launch_all(arch)
+        launch(arch)
     finally:
         triton.JITFunction.run = run
     return list(launches.values())
 
 
-def describe(is_constexpr, value):
-    """What Triton's launcher would make of an argument."""
-    if is_constexpr or value is None:
-        return Argument("constexpr", value)
-    if isinstance(value, torch.Tensor):
-        return Argument("*" + TYPES[value.dtype], divisible=True)
-    if isinstance(value, TensorDescriptor):
-        return Argument(f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>")
-    if isinstance(value, float):
-        return Argument("fp32")
-    if value == 1:
-        return Argument("constexpr", 1)
-    return Argument("i32", divisible=value % 16 == 0)
+def backend_of(arch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    return make_backend(GPUTarget("cuda", arch, 32))
 
 
 def compile_kernel(launch, arch):
@@ -210,13 +229,14 @@ def compile_kernel(launch, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    backend = backend_of(arch)
     signature, constants, attributes = {}, {}, {}
-    for position, (name, argument) in enumerate(launch.arguments.items()):
-        signature[name] = argument.kind
-        if argument.kind == "constexpr":
-            constants[name] = argument.value
-        if argument.divisible:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    for position, (name, (kind, specialised)) in enumerate(launch.arguments.items()):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = specialised
+        elif specialised:
+            attributes[(position,)] = backend.parse_attr(specialised)
 
     start = time.process_time()
     source = ASTSource(
@@ -272,6 +292,7 @@ def output_of(*command):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--exact", action="store_true", help="compilations of the exact mode")
     options = parser.parse_args(arguments)
 
     is_compiler = hasattr(triton, "JITFunction") and hasattr(triton.JITFunction, "run")
@@ -279,6 +300,13 @@ def main(arguments=None):
         raise SystemExit(
             "bench.aot needs Triton without its interpreter: unset TRITON_INTERPRET (Linux only)"
         )
+
+    if options.exact:
+        for arch in ARCHITECTURES:
+            launches = recorded_launches(arch, launch_exact)
+            counts = Counter(launch.kernel.__name__ for launch in launches)
+            print(json.dumps({"arch": arch, "compilations": counts}))
+        return
 
     facts = []
     with ProcessPoolExecutor(len(ARCHITECTURES)) as pool:

@@ -3,6 +3,7 @@ which define what is right; the launchers of the Triton kernels; and the kernels
 """
 
 import os
+from functools import partial
 
 import torch
 
@@ -14,9 +15,17 @@ except ImportError:  # macOS, Windows: the torch references are all there is
     triton = tl = TensorDescriptor = None
 
 
-def jit(function):
-    """triton.jit, or the function itself where there is no Triton."""
-    return triton.jit(function) if triton else function
+def jit(function=None, **options):
+    """triton.jit, or the function itself where there is no Triton.
+
+    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16 and for a pointer that
+    is not aligned to 16 bytes, and each form may sum in another order. Where a row's bits may not
+    depend on its batch (runtime/exact.py), the integers that follow the batch are named in
+    `do_not_specialize`, pointers into the middle of one in `do_not_specialize_on_alignment`.
+    """
+    if function is None:
+        return partial(jit, **options)
+    return triton.jit(function, **options) if triton else function
 
 
 def use_triton(x):

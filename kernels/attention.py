@@ -242,7 +242,7 @@ def _paged_attention(
 # ---- Triton kernels ----
 
 
-@jit
+@jit(do_not_specialize=["B", "max_pages", "slots", "splits"])
 def _decode_kernel(
     q,  # [B, K * R, HD]
     k_pages,  # [pages, K, PAGE, HD]
@@ -363,7 +363,7 @@ def _prefix_kernel(
     tl.store(lse + first + q_head * slots, top + tl.log2(total), mask=mine)
 
 
-@jit
+@jit(do_not_specialize=["B", "slots", "splits"])
 def _merge_splits_kernel(
     partial,  # [B, H, slots, HD]
     lse,  # [B, H, slots]

@@ -233,7 +233,7 @@ def tile_product(
     return product
 
 
-@jit
+@jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["targets"])
 def _stats_kernel(
     h,  # [M, D]
     w,  # [V, D]
@@ -277,7 +277,7 @@ def _stats_kernel(
     tl.store(target_logit + rows, logit, mask=inside & (target // TILE == tile))
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _merge_tiles_kernel(
     tile_max,  # [tiles, M], as _stats_kernel leaves them
     tile_sum,

@@ -48,7 +48,7 @@ def _linear(x, weight, arch=None):
     return out
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _linear_kernel(
     x,  # [M, D]
     w,  # [N, D]

@@ -271,7 +271,7 @@ def _sample_tokens(
 # The constants are the references': a kernel sees no plain globals.
 
 
-@jit
+@jit(do_not_specialize=["B"])
 def _uniforms_kernel(
     seeds,  # [B], as the next three
     requests,
@@ -311,7 +311,7 @@ def _mix(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _draw_kernel(
     h,  # [M, D]
     w,  # [V, D]

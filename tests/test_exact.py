@@ -4,6 +4,11 @@ Through the Triton kernels, which are interpreted where there is no GPU.
 """
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +24,7 @@ from model import Config, random_model
 from runtime import exact
 from sampler import Request, Sampler
 
+ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter multiplies bf16 as raw bits (triton issue 11584).
@@ -113,6 +119,37 @@ def test_logprobs_equal_the_trainers_to_the_last_bit(model):
     alone = sample(model, [one], slots=1)
     expected = dataclasses.replace(groups[1][0], request=0)
     assert alone == [[expected]]
+
+
+def test_every_kernel_of_the_exact_mode_is_compiled_once(model, monkeypatch):
+    """For batches of 1 to 1,000 rows, of short and long sequences, from the middle of others.
+
+    Triton's own rule for when a kernel is compiled anew says so, for sm_80 and sm_90. With M, the
+    rows, left to it, _merge_tiles_kernel has three forms, whose 64 x 32 tiles of partial sums are
+    spread over the threads in three ways ([4, 8], [32, 1] and [1, 32] threads of a warp): sums in
+    three orders, 2.9e-6 apart on an H200.
+    """
+    launched = set()
+    kernel_class = type(kernels.head._stats_kernel)
+    run = kernel_class.run
+
+    def noted(kernel, *arguments, **options):
+        launched.add(kernel.fn.__name__)
+        return run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(kernel_class, "run", noted)
+    asked = [Request([1, 2, 3], n=2, max_new_tokens=2)]
+    groups = sample(model, asked, slots=2)
+    exact.make_exact(model)
+    trainer_logprobs(model, asked, groups)
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "bench.aot", "--exact"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.splitlines():
+        assert json.loads(line)["compilations"] == dict.fromkeys(launched, 1)
 
 
 def test_the_exact_mode_samples_at_one_temperature(model):
