@@ -9,7 +9,9 @@ its batch, and what this mode does instead, in the trainer's forward, in prefill
   every token is a query of the paged decode kernel, which reads its keys in splits of 256 from the
   first on and merges them in order;
 - the head: the draw's tile depends on the batch -> one tile, and log-probs always from
-  kernels.logprob.token_logprobs.
+  kernels.logprob.token_logprobs;
+- compilation: Triton makes other code for 1 row, for multiples of 16 and for the rest -> none of
+  these kernels is specialised on what follows the batch (kernels.jit).
 
 Norms, rotation and SwiGLU are row by row already. The gradient is that of the ordinary operations:
 only values of the forward are compared.
@@ -28,7 +30,18 @@ QUERIES = 2048
 
 
 def make_exact(model):
-    """Let `model` compute its forward in the exact mode."""
+    """Let `model` compute its forward in the exact mode.
+
+    ValueError for a model that the kernels do not take: torch would run in their place.
+    """
+    config = model.config
+    head_dim = config.head_dim
+    widths = (config.hidden_size, config.num_attention_heads * head_dim, config.intermediate_size)
+    if any(width % 64 for width in widths) or head_dim not in (16, 32, 64, 128):
+        raise ValueError(
+            f"the exact mode takes widths that are multiples of 64 and heads of 16, 32, 64 or 128; "
+            f"this model has widths of {widths} and heads of {head_dim}: leave out --exact"
+        )
     model.attention = ExactAttention
     model.linear = exact_linear
 

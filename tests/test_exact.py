@@ -158,6 +158,14 @@ def test_the_exact_mode_samples_at_one_temperature(model):
         sample(model, asked, slots=2)
 
 
+@pytest.mark.parametrize("wrong", [{"hidden_size": 96}, {"intermediate_size": 130}])
+def test_a_model_that_the_kernels_do_not_take_is_refused(wrong):
+    """cuBLAS, whose sums follow the batch, would stand in for them without a word."""
+    other = random_model(dataclasses.replace(CONFIG, **wrong), seed=1)
+    with pytest.raises(ValueError, match="multiples of 64.*leave out --exact"):
+        exact.make_exact(other)
+
+
 def test_gradient_is_the_ordinary_one(model, monkeypatch):
     """Two packed segments, of 17 and 7 tokens, through the ordinary way and the exact one."""
 
@@ -211,3 +219,21 @@ def test_rows_of_the_product_do_not_depend_on_their_number(arch):
     for first, last in ((0, 1), (7, 9), (20, 149)):
         part = _linear(x[first:last], weight, arch)
         assert torch.equal(part, whole[first:last])
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_logprobs_do_not_depend_on_the_number_of_rows(arch):
+    """One, a multiple of 16 and others, from the middle of a batch: the three forms that Triton
+    would compile. On a GPU the 40,000 entries are 313 tiles, so that the merge has sums to order.
+    """
+    if ON_GPU and arch > torch.cuda.get_device_capability()[0] * 10:
+        pytest.skip("TMA needs Hopper")
+    tokens, vocabulary = (300, 40_000) if ON_GPU else (40, 300)
+    hidden = torch.randn(tokens, 128).to(DEVICE, DTYPE)
+    weight = torch.randn(vocabulary, 128).to(DEVICE, DTYPE) * 0.3
+    targets = torch.randint(0, vocabulary, (tokens,)).to(DEVICE)
+    whole = kernels.head.stats(hidden, weight, targets, 0.8, arch)
+    for first, last in ((3, 4), (16, 32), (7, 30)):
+        part = kernels.head.stats(hidden[first:last], weight, targets[first:last], 0.8, arch)
+        for of_part, of_whole in zip(part, whole):
+            assert torch.equal(of_part, of_whole[first:last])
