@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from test_values import HERE
 
 import grpo
 import sft
+from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from runtime import hugging_face
 from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
