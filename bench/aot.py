@@ -43,6 +43,10 @@ class Shape(NamedTuple):
     kv_heads: int
     head_dim: int
 
+    @property
+    def qkv(self):
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
 
 SHAPES = {
     "0.5B": Shape(896, 4864, 14, 2, 64),
@@ -109,31 +113,31 @@ def launch_exact(arch):
     Those of the trainer are parts of a larger one: they begin anywhere in it.
     """
     shape = SHAPES["1.5B"]
+    head_dim = shape.head_dim
     weight = tensor(VOCABULARY, shape.hidden)
-    pages = tensor(4096, shape.kv_heads, attention.TILE_ELEMENTS // shape.head_dim, shape.head_dim)
-    qkv_width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    pages = tensor(4096, shape.kv_heads, attention.TILE_ELEMENTS // head_dim, head_dim)
+
     for rows in EXACT_ROWS:
         for first in (0, 7):
             x = tensor(first + rows, shape.hidden)[first:]
             targets = integers(first + rows)[first:]
             head.stats(x, weight, targets, 1.0, arch)
+        key = [integers(rows) for _ in range(4)]
+        sampling._sample_tokens(x, weight, floats(rows), *key, arch, one_tile=True)
 
-        linear._linear(x, tensor(qkv_width, shape.hidden), arch)
+        linear._linear(x, tensor(shape.qkv, shape.hidden), arch)
         layers._rms_norm_forward(x, x, tensor(shape.hidden), 1e-6)
         layers._swiglu_forward(tensor(rows, 2 * shape.intermediate))
-        table = floats(rows, shape.head_dim // 2)
-        qkv = tensor(rows, qkv_width)
+        qkv = tensor(rows, shape.qkv)
+        table = floats(rows, head_dim // 2)
         slots = integers(rows)
         layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)
 
-        q = tensor(rows, shape.heads, shape.head_dim)
+        q = tensor(rows, shape.heads, head_dim)
         lengths = tensor(rows, dtype=torch.int32)
         for count in EXACT_PAGES:
             tables = tensor(rows, count, dtype=torch.int32)
             attention._paged_attention(q, pages, pages, tables, lengths, 0.1, arch=arch)
-
-        key = [integers(rows) for _ in range(4)]
-        sampling._sample_tokens(x, weight, floats(rows), *key, arch, one_tile=True)
 
 
 def launch_layers(shape):
@@ -152,7 +156,7 @@ def launch_layers(shape):
     layers._rotate(q, table, table, 1)
     layers._rotate(q, table, table, -1)
 
-    qkv = tensor(TOKENS, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+    qkv = tensor(TOKENS, shape.qkv)
     pages = tensor(64, shape.kv_heads, 64, shape.head_dim)
     slots = integers(TOKENS)
     layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)

@@ -18,9 +18,9 @@ except ImportError:  # macOS, Windows: the torch references are all there is
 def jit(function=None, **options):
     """triton.jit, or the function itself where there is no Triton.
 
-    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16 and for a pointer that
-    is not aligned to 16 bytes, and each form may sum in another order. Where a row's bits may not
-    depend on its batch (runtime/exact.py), the integers that follow the batch are named in
+    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16 and for a pointer
+    that is not aligned to 16 bytes, and each form may sum in another order. Where a row's bits may
+    not depend on its batch (runtime/exact.py), the integers that follow the batch are named in
     `do_not_specialize`, pointers into the middle of one in `do_not_specialize_on_alignment`.
     """
     if function is None:
