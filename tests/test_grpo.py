@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import grpo
+import rollout
 from batches import Sequence, pack
 from kernels import advantage
 from rollout import overlong_penalty
 from settings import Settings
+from tasks.verdicts import Parsed, Verdict
 
 NAN = float("nan")
 log = torch.log
@@ -107,30 +109,32 @@ def test_a_kl_that_is_only_rounding_is_not_blown_up_to_a_signal():
     assert max(abs(value) for value in sum(noise, [])) < 1e-5
 
 
+class Run:
+    """What set_advantages needs of a run."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, **settings):
+        self.settings = Settings(**settings)
+
+
+def sample(group, reward):
+    verdict = Verdict(
+        problem="p",
+        reward=reward,
+        components={},
+        correct=False,
+        status="ok",
+        value=None,
+        program="",
+        parsed=Parsed("", "", "", True),
+    )
+    return rollout.Sample(None, None, verdict, Sequence([1], [2], group=group))
+
+
 def test_the_groups_kernel_is_what_a_rollouts_advantages_reach(monkeypatch):
-    """On a GPU rewards are on the run's device, so the Triton kernel runs; here in its interpreter."""
-    import rollout
-    from tasks.verdicts import Parsed, Verdict
-
-    def sample(group, reward):
-        verdict = Verdict(
-            problem="p",
-            reward=reward,
-            components={},
-            correct=False,
-            status="ok",
-            value=None,
-            program="",
-            parsed=Parsed("", "", "", True),
-            constant=False,
-            leaked=False,
-        )
-        return rollout.Sample(None, None, verdict, Sequence([1], [2], group=group))
-
-    class Run:
-        settings = Settings()
-        device = torch.device("cpu")
-
+    """On a GPU rewards are on the run's device, so the Triton kernel runs; here interpreted."""
+    pytest.importorskip("triton")
     launches = []
     kernel = advantage._group_statistics
 
@@ -140,12 +144,21 @@ def test_the_groups_kernel_is_what_a_rollouts_advantages_reach(monkeypatch):
 
     monkeypatch.setattr(advantage, "use_triton", lambda x: True)
     monkeypatch.setattr(advantage, "_group_statistics", counted)
-    pytest.importorskip("triton")
     samples = [sample(0, 1.0), sample(0, 0.0), sample(1, 0.1), sample(1, 0.1), sample(1, NAN)]
-    sequences = rollout.set_advantages(Run, samples)
+    sequences = rollout.set_advantages(Run(), samples)
 
     assert launches == [5]  # once, with all of the step
     close([x.advantage for x in sequences], [0.7071, -0.7071, 0.0, 0.0])  # std sqrt(1/2)
+
+
+def test_dynamic_sampling_leaves_groups_without_signal_out_of_the_loss():
+    """Group 1 has equal rewards, group 2 one judged sample: only group 0 is left."""
+    samples = [sample(0, 1.0), sample(0, 0.0), sample(1, 1.0), sample(1, 1.0)]
+    samples += [sample(2, 1.0), sample(2, NAN)]
+    kept = rollout.set_advantages(Run(dynamic_sampling=2), samples)
+    assert [sequence.group for sequence in kept] == [0, 0]
+    everyone = rollout.set_advantages(Run(), samples)
+    assert [sequence.group for sequence in everyone] == [0, 0, 1, 1, 2]
 
 
 # ---- losses ----

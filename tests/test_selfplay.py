@@ -16,10 +16,12 @@ from test_values import HERE
 
 import grpo
 import sft
+from batches import Sequence
+from rollout import Sample
 from runs import ENVIRONMENT, ROOT, assert_same_bits, command, resume, rows, whole_run
 from runtime import hugging_face
 from runtime.tokenizer import ChatTokenizer
-from sampler import Sampler
+from sampler import Completion, Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from sandbox.languages.calls import Runner
@@ -32,6 +34,7 @@ from selfplay.prompts import solve_prompt
 from selfplay.proposals import begin, check
 from selfplay.puzzles import PAIRS, REASONS, TASKS, Candidate, Entry, Puzzle, Refused
 from settings import Settings, read_recipe
+from tasks.verdicts import Parsed, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +333,25 @@ def test_a_proposal_that_was_not_judged_has_no_reward(entry, reason, accuracy, r
     )
     sample = selfplay.proposer_sample(play, 1, proposed(entry, reason, accuracy))
     assert sample.verdict.reward == pytest.approx(reward, nan_ok=True)
+
+
+def test_a_proposer_is_compared_with_proposers_and_a_solver_with_solvers():
+    """Of one task: proposals 1, 0 and answers 1, 1. Alone the answers have no signal."""
+
+    class Run:
+        device = torch.device("cpu")
+
+    def sample(problem, reward):
+        verdict = Verdict("p", reward, {}, False, "ok", None, "", Parsed("", "", "", True))
+        return Sample(problem, Completion(0, 0, [1], [0.0], "stop"), verdict, Sequence([1], [2]))
+
+    asked = selfplay.Proposal("p", "deduction", "")
+    puzzle = Puzzle("q", "deduction", PAIR)
+    samples = [sample(asked, 1.0), sample(asked, 0.0), sample(puzzle, 1.0), sample(puzzle, 1.0)]
+    selfplay.set_advantages(Run, samples)
+    first, second, *answers = [one.sequence.advantage for one in samples]
+    assert first > 0 > second
+    assert answers == [0.0, 0.0]
 
 
 def test_advantages_are_normal_per_task_and_role_over_tokens():

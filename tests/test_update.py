@@ -276,6 +276,23 @@ def test_epochs_and_minibatches_keep_the_old_logprobs_of_the_rollout():
     assert more_tokens == 2 * tokens  # every sequence once per epoch
 
 
+def test_minibatches_never_cut_a_group(monkeypatch):
+    """Four groups of two in two minibatches: groups 0 and 2, then 1 and 3, whatever the lengths."""
+    work = sequences(8)
+    for i, sequence in enumerate(work):
+        sequence.group = i // 2
+    updates = []
+
+    def recorded(part, *how):
+        updates.append(sorted(sequence.group for sequence in part))
+        return micro_batches(part, *how)
+
+    monkeypatch.setattr(train, "micro_batches", recorded)
+    run = run_of(model_file.random_model(CONFIG, 1, std=0.3), minibatches=2)
+    train.update(run, 1, work)
+    assert updates == [[0, 0, 2, 2], [1, 1, 3, 3]]
+
+
 def test_packed_forward_equals_each_sequence_alone():
     model, work = model_file.random_model(CONFIG, 2, std=0.3), sequences(4)
     together, _ = model(pack(work))
