@@ -10,7 +10,7 @@ TEST_PACKAGES = swi-prolog-nox sbcl lua5.4 lua-unit guile-3.0 perl libtest-deep-
 # Two workers, each with whole files (their runs are shared by a file's tests); one thread each, since two cores are what is planned for.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
-.PHONY: train test test-all lint environment compiler prolog sbcl interpreters
+.PHONY: train test test-all lint environment compiler prolog sbcl interpreters peers
 train: environment compiler prolog
 	$(PY) train.py --recipe recipes/tiny.toml --lang prolog
 
@@ -18,8 +18,8 @@ train: environment compiler prolog
 test: environment compiler prolog sbcl
 	$(PYTEST) -m "not slow" tests
 
-# Everything, on every interpreter that Debian has.
-test-all: environment compiler interpreters
+# Everything, on every interpreter that Debian has, and against the libraries that load what is saved here.
+test-all: environment compiler interpreters peers
 	$(PYTEST) tests
 
 lint: environment
@@ -48,6 +48,10 @@ sbcl:
 
 interpreters:
 	@dpkg -s $(TEST_PACKAGES) >/dev/null 2>&1 || $(MAKE) apt PACKAGES="$(TEST_PACKAGES)"
+
+# Only tests compare with them; without them those tests are skipped by name.
+peers: environment
+	@$(PY) -c 'import transformers, peft' 2>/dev/null || $(PY) -m pip install -q "transformers>=5" peft
 
 .PHONY: apt
 apt:

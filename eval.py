@@ -583,8 +583,8 @@ def main(arguments=None):
         device = distributed.setup()
         folder = find_checkpoint(settings.model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
         tokenizer = ChatTokenizer(folder)
+        sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
         results = [run_cell(settings, sampler, tokenizer, cell) for cell in cells]
 
     if distributed.rank() == 0:

@@ -67,6 +67,14 @@ class Config:
                 f"{source}: rope type {kind!r} or a sliding window is not supported; "
                 "use a checkpoint with plain RoPE and full attention"
             )
+        if set(raw.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+            raise CheckpointError(
+                f"{source}: layer_types has layers without full attention, which are not supported"
+            )
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise CheckpointError(
+                f"{source}: hidden_act is {raw['hidden_act']!r}; Qwen2 and Qwen3 have silu"
+            )
 
         try:
             return cls(
@@ -75,7 +83,7 @@ class Config:
                 intermediate_size=raw["intermediate_size"],
                 num_hidden_layers=raw["num_hidden_layers"],
                 num_attention_heads=raw["num_attention_heads"],
-                num_key_value_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
+                num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
                 rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),

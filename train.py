@@ -29,7 +29,7 @@ from batches import backward, learning_rate, micro_batches, packed_batches, scor
 from build import build, new_folder, restarted_run
 from eval import evaluate, print_gained
 from metrics import loss_metrics, progress
-from runtime import checkpoint, distributed, lora
+from runtime import checkpoint, distributed, hugging_face, lora
 from runtime.logs import RunLog, write_config
 from sandbox import Pool
 from sandbox.languages import load_language
@@ -269,6 +269,7 @@ def save_checkpoint(run, step, log, unlogged=None):
         keep=run.settings.keep,
         best=run.best[1],
         texts={"selfplay.json": run.play.buffers.to_text()} if run.play else {},
+        base=hugging_face.lasting_name(run.settings.model, run.tokenizer_folder),
     )
 
 

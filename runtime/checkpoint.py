@@ -1,7 +1,8 @@
 """Checkpoints that survive: written under a temporary name, synced, renamed; verified before use.
 
 checkpoints/step_N/ is itself a Hugging Face folder (fp32 master weights), with
-optimizer.safetensors, state.json and MANIFEST.json (size and CRC-32 of every file).
+optimizer.safetensors, state.json and MANIFEST.json (size and CRC-32 of every file). With LoRA its
+weights are merged, and step_N/adapter/ is the adapter alone.
 """
 
 import json
@@ -14,22 +15,37 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from runtime import distributed, hugging_face, lora
+from model import CheckpointError
+from runtime import distributed, folder_check, hugging_face, lora
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+ADAPTER = "adapter"  # the folder of the adapter in a checkpoint
 
 # ---- writing ----
 
 
-def save(folder, step, model, optimizer, state, tokenizer_from, keep, best=None, texts=None):
+def save(
+    folder,
+    step,
+    model,
+    optimizer,
+    state,
+    tokenizer_from,
+    keep,
+    best=None,
+    texts=None,
+    base=None,
+):
     """Write folder/step_N with everything a resume needs. A collective: every rank calls it.
 
     state: what else the run must remember, as JSON. tokenizer_from: a checkpoint folder.
     keep: newest checkpoints that stay. best: the step of one more that stays.
     texts: {file name: text} of the task's own (self-play's buffers).
+    base: with LoRA, hub id or absolute path of the model under the adapter.
 
-    A full disk raises OSError after the temporary folder is gone; earlier checkpoints are
-    untouched, and an old one is only removed once its successor is whole.
+    A full disk raises OSError after the temporary folder is gone, and values that are not finite
+    raise CheckpointError; earlier checkpoints are untouched, and an old one is only removed once
+    its successor is whole.
     """
     folder = Path(folder)
     weights = on_rank_0(lora.merged(model))
@@ -42,7 +58,10 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep, best=None,
             shutil.rmtree(temporary, ignore_errors=True)
             hugging_face.save_model(weights, model.config, temporary, torch.float32, tokenizer_from)
             if adapters:
-                lora.save(adapters, model, temporary, tokenizer_from)
+                lora.save(adapters, model, temporary / ADAPTER, base)
+            for name, moment in moments.items():
+                then = "AdamW cannot go on from it; resume the last checkpoint with a lower --lr"
+                folder_check.require_finite(moment, name, then)
             save_file(moments, temporary / "optimizer.safetensors")
             state = json.dumps({"step": step, **state}, indent=2) + "\n"
             for name, text in {"state.json": state, **(texts or {})}.items():
@@ -52,7 +71,7 @@ def save(folder, step, model, optimizer, state, tokenizer_from, keep, best=None,
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
             # safetensors reports a full disk as its own error type; the caller should see one kind.
-            if isinstance(error, OSError):
+            if isinstance(error, (OSError, CheckpointError)):
                 problem = error
             else:
                 problem = OSError(f"cannot write checkpoint {folder}/step_{step}: {error}")
@@ -86,10 +105,12 @@ def moments_of(model, optimizer):
 def seal(temporary, final):
     """Add the manifest, bring everything to the disk, and give the folder its name."""
     manifest = {}
-    for path in sorted(temporary.iterdir()):
-        manifest[path.name] = [path.stat().st_size, crc(path)]
+    for path in sorted(temporary.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(temporary).as_posix()
+            manifest[name] = [path.stat().st_size, crc(path)]
     (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in (*temporary.iterdir(), temporary):
+    for path in (*temporary.rglob("*"), temporary):
         sync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
@@ -164,7 +185,7 @@ def restore(checkpoint, model, optimizer):
         state = json.loads((checkpoint / "state.json").read_text())
         moments = load_file(checkpoint / "optimizer.safetensors")
         if lora.attached(model):
-            weights = lora.read(checkpoint, model)
+            weights = lora.read(adapter_folder(checkpoint), model)
         else:
             weights = dict(hugging_face.load_model(checkpoint).named_parameters())
     state = distributed.broadcast(state)
@@ -181,3 +202,14 @@ def restore(checkpoint, model, optimizer):
                 whole = moments.get(f"{moment}/{name}")
                 optimizer.state[parameter][moment] = distributed.shard_like(whole, parameter)
     return state
+
+
+def adapter_folder(checkpoint):
+    """Where a checkpoint has its adapter: older ones have it beside the merged weights."""
+    if (checkpoint / ADAPTER).exists():
+        return checkpoint / ADAPTER
+    if (checkpoint / "adapter_model.safetensors").exists():
+        return checkpoint
+    raise CheckpointError(
+        f"{checkpoint} has no adapter: its run was without --lora_rank, resume it so"
+    )

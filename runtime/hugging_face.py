@@ -8,10 +8,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import CheckpointError, Config, Model
+from runtime.folder_check import (
+    check_tensors,
+    check_tied_head,
+    open_weights,
+    read_json,
+    read_raw_config,
+    require_finite,
+)
+from runtime.tokenizer import ChatTokenizer, keep_prompts_whole
 
 # Hugging Face name of each part of a layer, in the order in which fused matrices are stacked.
 LAYER_NAMES = {
@@ -84,101 +92,123 @@ def find_checkpoint(name):
         ) from None
 
 
+def lasting_name(name, folder):
+    """What others can find a model by later: its hub id, or the absolute path of its folder.
+
+    name: --model. folder: what find_checkpoint gave for it, or the built-in model's.
+    """
+    if name == "tiny" or Path(name).is_dir():
+        return str(Path(folder).resolve())
+    return name
+
+
 def read_config(folder):
     """config.json of a checkpoint folder -> Config."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        return Config.from_dict(json.loads(path.read_text()), source=str(path))
-    except json.JSONDecodeError as problem:
-        raise CheckpointError(f"{path} is not valid JSON (line {problem.lineno})") from None
+    folder = Path(folder)
+    return Config.from_dict(read_raw_config(folder), source=str(folder / "config.json"))
 
 
 def load_model(name, dtype=torch.float32, device="cpu"):
     """Load a Qwen2 or Qwen3 checkpoint from a folder or a hub id -> Model in `dtype` on `device`.
 
-    Sharded or not, tied or not. Raises CheckpointError for what is missing, damaged or of another
-    shape than config.json says.
+    Sharded or not, tied or not. Raises CheckpointError for what is missing, damaged, quantised, not
+    finite or another model than config.json says (runtime/folder_check.py).
     """
     folder = find_checkpoint(str(name))
     config = read_config(folder)
-    readers = _open_tensors(folder)
+    stored = open_weights(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    check_tensors(folder, stored, stored_shapes(model), config.tie_word_embeddings)
 
     state = {}
     for ours, theirs in hugging_face_names(config).items():
-        for part in theirs:
-            if part not in readers:
-                raise CheckpointError(
-                    f"{folder} has no tensor {part}: "
-                    "it is not the checkpoint that its config.json describes"
-                )
-        parts = [readers[part](part) for part in theirs]
+        parts = []
+        for name in theirs:
+            part = stored[name].read().to(device=device, dtype=dtype)
+            then = "the model is broken; use an earlier checkpoint, or copy it again"
+            require_finite(part, f"{folder}: {name}", then)
+            parts.append(part)
         # A single part is not copied.
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        state[ours] = whole.to(device=device, dtype=dtype)
+        state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if config.tie_word_embeddings and "lm_head.weight" in stored:
+        check_tied_head(folder, stored, state["embed.weight"])
 
-    with torch.device("meta"):
-        model = Model(config)
-    for ours, parameter in model.named_parameters():
-        if state[ours].shape != parameter.shape:
-            raise CheckpointError(
-                f"{folder}: {ours} has shape {list(state[ours].shape)}, "
-                f"config.json asks for {list(parameter.shape)}"
-            )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
 
-def _open_tensors(folder):
-    """Hugging Face tensor name -> function that reads it; one file or many."""
-    files = ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
-
-    readers = {}
-    for name in files:
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(
-                f"{path} is missing: the checkpoint is not complete, copy or download it again"
-            )
-        try:
-            opened = safe_open(path, framework="pt")
-            for key in opened.keys():
-                readers[key] = opened.get_tensor
-        except (SafetensorError, OSError) as problem:
-            raise CheckpointError(
-                f"{path} is damaged ({problem}): copy or download it again"
-            ) from None
-    return readers
+def stored_shapes(model):
+    """{Hugging Face tensor name: shape} of every tensor that a checkpoint of this model holds."""
+    shapes = {}
+    parameters = dict(model.named_parameters())
+    for ours, theirs in hugging_face_names(model.config).items():
+        rows, *rest = parameters[ours].shape
+        counts = part_rows(model.config, ours) or [rows]
+        for name, count in zip(theirs, counts, strict=True):
+            shapes[name] = [count, *rest]
+    return shapes
 
 
 def save_model(state, config, folder, dtype=torch.bfloat16, tokenizer_from=None):
     """Write parameters (our names -> full tensors) as a folder that transformers and vLLM load.
 
     tokenizer_from: a checkpoint folder whose tokenizer, chat template and generation config are
-    copied along.
+    copied along. With a tokenizer its end marks are written where others look for them.
+    Raises CheckpointError, and writes nothing, when a value is not finite.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for ours, theirs in hugging_face_names(config).items():
         whole = state[ours].detach().to(device="cpu", dtype=dtype)
         parts = whole.split(part_rows(config, ours)) if len(theirs) > 1 else [whole]
         for name, part in zip(theirs, parts):
+            then = "such a model is not saved; go back to its last checkpoint, with a lower --lr"
+            require_finite(part, name, then)
             tensors[name] = part.clone(memory_format=torch.contiguous_format)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     # transformers 5 reads dtype, transformers 4 torch_dtype.
     name = str(dtype).removeprefix("torch.")
     written = config.to_dict() | {"dtype": name, "torch_dtype": name}
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    write_json(folder / "config.json", written)
 
     if tokenizer_from:
-        for path in Path(tokenizer_from).glob("*"):
-            is_elsewhere = path.resolve().parent != folder.resolve()
-            if path.name.startswith(TOKENIZER_FILES) and is_elsewhere:
-                shutil.copy(path, folder / path.name)
+        copy_tokenizer(Path(tokenizer_from), folder)
+    if (folder / "tokenizer.json").exists():
+        write_stop_ids(folder, ChatTokenizer(folder).stop_ids)
+
+
+def copy_tokenizer(source, folder):
+    """Copy the files that turn text into ids and back, prompts kept whole."""
+    if source.resolve() == folder.resolve():
+        return
+    for path in source.glob("*"):
+        if path.is_file() and path.name.startswith(TOKENIZER_FILES):
+            shutil.copy(path, folder / path.name)
+    path = source / "tokenizer.json"
+    if path.exists():
+        raw = read_json(path)
+        if keep_prompts_whole(raw):
+            write_json(folder / path.name, raw)
+
+
+def write_stop_ids(folder, stop_ids):
+    """Let others stop where our sampler stops.
+
+    As Qwen's instruct models have it: the end of a turn in config.json, all end marks in
+    generation_config.json, which generate() of transformers and vLLM read.
+    """
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"eos_token_id": stop_ids[0]})
+
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    generation.pop("_from_model_config", None)  # with it transformers 4 reads config.json
+    write_json(path, generation | {"eos_token_id": list(stop_ids)})
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from model import CheckpointError
 from runtime import distributed
 from runtime.hugging_face import LAYER_NAMES, part_rows
 
@@ -129,7 +130,11 @@ def _peft_names(layer, name):
 
 
 def save(matrices, model, folder, base):
-    """adapter_model.safetensors and adapter_config.json, which peft loads on top of `base`."""
+    """A folder of adapter_model.safetensors and adapter_config.json, which peft loads on `base`.
+
+    Of its own: beside merged weights transformers would add the adapter a second time.
+    base: hub id or absolute path of the model that the adapter was trained on.
+    """
     targets = set()
     for name in MATRICES:
         for theirs in LAYER_NAMES[f"{name}.weight"]:
@@ -146,15 +151,15 @@ def save(matrices, model, folder, base):
         "bias": "none",
         "target_modules": sorted(targets),
     }
-    folder = Path(folder)
+    folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(matrices, folder / "adapter_model.safetensors")
+    save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def read(folder, model):
     """The adapters that save() or peft wrote, as {our parameter name: whole matrix}.
 
-    The model must have adapters of the same rank.
+    CheckpointError when the model's have another rank.
     """
     saved = load_file(Path(folder) / "adapter_model.safetensors")
     found = {}
@@ -164,4 +169,12 @@ def read(folder, model):
             for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
                 parts = [saved[f"{prefix}.{theirs}.weight"] for prefix in prefixes]
                 found[f"layers.{i}.{name}.adapter.{ours}"] = torch.cat(parts)
+
+    rank = model.layers[0].qkv.adapter.rank
+    saved_rank = found["layers.0.qkv.adapter.b"].shape[1]
+    if saved_rank != rank:
+        raise CheckpointError(
+            f"{folder} holds an adapter of rank {saved_rank}, not {rank}: "
+            f"resume with --lora_rank {saved_rank}"
+        )
     return found

@@ -14,7 +14,7 @@ from runtime import checkpoint
 
 def small_model():
     shapes = dict(
-        vocab_size=50,
+        vocab_size=300,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,

@@ -1,8 +1,12 @@
 """Adapters: only they train, the sampler sees them, and they travel as peft's files."""
 
 import json
+import shutil
+from pathlib import Path
 
+import pytest
 import torch
+from runs import SMALL, needs_prolog, whole_run
 from safetensors.torch import load_file
 from test_update import CONFIG, gradient, sequences
 
@@ -74,15 +78,19 @@ def test_a_checkpoint_holds_both_forms_and_resumes_exactly(tmp_path):
     model = adapted_model()
     optimizer = make_optimizer(model)
     train(model, optimizer, steps=2)
-    checkpoint.save(tmp_path, 2, model, optimizer, {"updates": 2}, None, keep=1)
+    base = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    checkpoint.save(tmp_path, 2, model, optimizer, {"updates": 2}, None, keep=1, base=base)
     folder = tmp_path / "step_2"
+    assert checkpoint.damage(folder) == ""
+    assert sorted(path.name for path in folder.glob("*adapter*")) == ["adapter"]
 
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base
     assert config["r"] == 4
     assert config["lora_alpha"] == 8.0
     assert "gate_proj" in config["target_modules"]
 
-    matrices = load_file(folder / "adapter_model.safetensors")
+    matrices = load_file(folder / "adapter/adapter_model.safetensors")
     assert len(matrices) == 2 * 7 * 2  # layers, matrices of a layer, A and B
     parts = []
     for part in "qkv":
@@ -100,3 +108,131 @@ def test_a_checkpoint_holds_both_forms_and_resumes_exactly(tmp_path):
     train(again, other, steps=1)
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p, q), name
+
+
+def trained_checkpoint(folder, **options):
+    """step_1 of a LoRA run of one update; returns its folder and the adapted model."""
+    model = adapted_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, steps=2)
+    checkpoint.save(folder, 1, model, optimizer, {"updates": 2}, None, keep=1, **options)
+    return folder / "step_1", model
+
+
+def test_a_damaged_adapter_is_damage_of_its_checkpoint(tmp_path):
+    folder, _ = trained_checkpoint(tmp_path)
+    path = folder / "adapter/adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    assert "adapter_model.safetensors is damaged" in checkpoint.damage(folder)
+
+
+def test_an_older_checkpoint_with_the_adapter_beside_the_weights_resumes(tmp_path):
+    folder, model = trained_checkpoint(tmp_path)
+    for path in (folder / "adapter").iterdir():
+        path.rename(folder / path.name)
+    (folder / "adapter").rmdir()
+    again = adapted_model()
+    checkpoint.restore(folder, again, make_optimizer(again))
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), name
+
+
+def test_an_adapter_that_does_not_fit_is_one_sentence(tmp_path):
+    folder, _ = trained_checkpoint(tmp_path)
+    wider = plain_model()
+    lora.attach(wider, rank=8, alpha=8.0)
+    with pytest.raises(model_file.CheckpointError, match="rank 4, not 8: .*--lora_rank 4"):
+        checkpoint.restore(folder, wider, make_optimizer(wider))
+
+    shutil.rmtree(folder / "adapter")
+    again = adapted_model()
+    with pytest.raises(model_file.CheckpointError, match="has no adapter"):
+        checkpoint.restore(folder, again, make_optimizer(again))
+
+
+def logits(peer, tokens):
+    with torch.no_grad():
+        return peer(torch.tensor([tokens])).logits[0]
+
+
+def test_transformers_and_peft_apply_an_adapter_once(tmp_path):
+    """step_1 is the merged model, base + step_1/adapter the same one, under the base's own name."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base_model = plain_model()
+    hugging_face.save_model(
+        dict(base_model.named_parameters()), CONFIG, tmp_path / "base", dtype=torch.float32
+    )
+    base = hugging_face.lasting_name(str(tmp_path / "base"), tmp_path / "base")
+    folder, model = trained_checkpoint(tmp_path, base=base)
+
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    positions, borders = torch.arange(8), torch.tensor([0, 8]).int()
+    ours = model.hidden(torch.tensor(tokens), positions, borders).detach() @ model.head_weight.T
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
+    assert (logits(plain, tokens) - ours).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged, tokens), ours.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(adapted, tokens), ours.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_of_peft_is_read(tmp_path):
+    """init_lora_weights=False: B is not zero, so that a mistake shows."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    weights = dict(plain_model().named_parameters())
+    hugging_face.save_model(weights, CONFIG, tmp_path / "base", dtype=torch.float32)
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peer = peft.get_peft_model(plain, config).eval()
+    peer.save_pretrained(tmp_path / "adapter")
+
+    model = adapted_model()
+    matrices = lora.read(tmp_path / "adapter", model)
+    model.load_state_dict(matrices, strict=False)
+    assert matrices.keys() == adapter_names("ab")
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    borders = torch.tensor([0, 8]).int()
+    ours = model.hidden(torch.tensor(tokens), torch.arange(8), borders) @ model.head_weight.T
+    torch.testing.assert_close(logits(peer, tokens), ours.detach(), atol=1e-4, rtol=1e-4)
+
+
+@needs_prolog
+@pytest.mark.slow
+def test_a_lora_run_of_train_is_one_model_in_both_forms(tmp_path):
+    """The built-in model; its run's folder is what both forms are found by."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    run = whole_run(tmp_path, *SMALL, "--lora_rank", "4", "--lr", "0.01", name="lora")
+    step = run / "checkpoints/step_4"
+    config = json.loads((step / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(run / "warm_start")
+    assert json.loads((step / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(run / "warm_start").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(step).eval()
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(step / "adapter").eval()
+    tokens = [1, 300, 301, 2]
+    assert (logits(merged, tokens) - logits(plain, tokens)).abs().max() > 0.1
+    torch.testing.assert_close(
+        logits(adapted, tokens), logits(merged, tokens), atol=1e-3, rtol=1e-4
+    )
+
+
+def test_the_base_is_named_so_that_others_find_it(tmp_path, monkeypatch):
+    """A hub id as it is, not the folder of its cache; a folder by its absolute path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    cache = tmp_path / "cache/models--Qwen--Qwen2.5-Coder-0.5B/snapshots/1"
+    hub_id = "Qwen/Qwen2.5-Coder-0.5B"
+    assert hugging_face.lasting_name(hub_id, cache) == hub_id
+    assert hugging_face.lasting_name("mine", Path("mine")) == str(tmp_path / "mine")
+    assert hugging_face.lasting_name("tiny", Path("runs/a/warm_start")) == str(
+        tmp_path / "runs/a/warm_start"
+    )

@@ -5,14 +5,20 @@ Random weights of every ratio of heads, the real pretrained checkpoint, files in
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import model as model_file
+import sft
 from runtime import hugging_face
+from runtime.tokenizer import ChatTokenizer
 from sampler import Request, Sampler
+from sandbox.languages import load_language
+from tasks.problems import load_problems, program_messages
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: it is the peer of these tests"
@@ -165,6 +171,45 @@ def test_damaged_checkpoints_are_named(tmp_path):
         hugging_face.load_model(str(tmp_path / "nowhere"))
 
 
+def swap_rows(weights, one, other):
+    """A model that says `one` where it said `other`."""
+    rows = weights["embed.weight"].detach().clone()
+    rows[[one, other]] = rows[[other, one]]
+    return weights | {"embed.weight": rows}
+
+
+@pytest.mark.parametrize("mark", [0, 2])
+def test_transformers_stops_where_our_sampler_stops(tmp_path, mark):
+    """At <|im_end|> (2) and at <|endoftext|> (0), after a tokenizer's own end marks are saved.
+
+    The built-in tiny model, untrained: the end mark takes the place of the token that it says 7th.
+    """
+    language = load_language("prolog")
+    problems = load_problems("sums", "train", count=50)
+
+    def prompt(problem):
+        return program_messages(problem, language, 0, system=False)
+
+    sft.make_tiny(problems, language, prompt, tmp_path / "tiny", seed=0)
+    ours = hugging_face.load_model(tmp_path / "tiny")
+    ids = [300, 301, 302]
+    (said,) = greedy(ours, [ids], max_new_tokens=20)
+    place = next(i for i in range(7, 20) if said[i] not in [*said[:i], *ids])
+
+    weights = swap_rows(dict(ours.named_parameters()), mark, said[place])
+    hugging_face.save_model(
+        weights, ours.config, tmp_path / "ends", torch.float32, tokenizer_from=tmp_path / "tiny"
+    )
+    stop_ids = ChatTokenizer(tmp_path / "ends").stop_ids
+    ends = hugging_face.load_model(tmp_path / "ends")
+    (sampled,) = greedy(ends, [ids], max_new_tokens=20, stop_ids=stop_ids)
+    assert sampled == [*said[:place], mark]
+
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ends")
+    whole = peer.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
+    assert whole[0, len(ids) :].tolist() == sampled
+
+
 def real_checkpoint():
     root = Path(__file__).resolve().parent.parent
     folder = Path(os.environ.get("RARECODE_MODEL", root.parent / "models" / "smollm2-135m"))
@@ -199,3 +244,49 @@ def test_real_checkpoint_same_logits_and_same_greedy_text():
             whole = peer.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
         assert tokens == whole[0, len(prompt) :].tolist()
     assert "6 times 7" in tokenizer.decode(sampled[0])
+
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.mark.slow  # the real checkpoint, three times
+def test_a_real_base_model_is_saved_with_the_end_that_was_trained(tmp_path):
+    """A base model names <|endoftext|> alone; its template ends a turn with <|im_end|>.
+
+    transformers went on to the limit; saved by us it stops where our sampler stops.
+    """
+    folder = real_checkpoint()
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    for file in ("config.json", "generation_config.json"):
+        raw = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps(raw | {"eos_token_id": 0}))
+
+    tokenizer = ChatTokenizer(base)
+    ours = hugging_face.load_model(base)
+    weights = dict(ours.named_parameters())
+    saved = tmp_path / "saved"
+    hugging_face.save_model(weights, ours.config, saved, tokenizer_from=base)
+    assert_same_weights(folder, saved)
+
+    ids = tokenizer.encode_chat(QUESTION)
+    limits = dict(max_new_tokens=40, stop_ids=tokenizer.stop_ids)
+    (sampled,) = greedy(ours, [ids], **limits)
+    assert sampled[-1] == 2 and len(sampled) < 40
+    assert tokenizer.decode(sampled) == "The capital of France is Paris."
+    assert generate(saved, ids) == sampled
+    assert len(generate(base, ids)) == 40
+
+
+def assert_same_weights(folder, saved):
+    before = load_file(folder / "model.safetensors")
+    after = load_file(saved / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def generate(folder, ids):
+    """transformers' greedy tokens, as the folder's own files say when to stop."""
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = peer.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+    return whole[0, len(ids) :].tolist()

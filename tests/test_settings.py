@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_checkpoint import small_model
 
 import train
@@ -24,6 +25,9 @@ BAD_INPUT = [
     ("--name taken", "exists: continue it with --resume"),
     ("--model empty", "no config.json"),
     ("--model broken", "damaged"),
+    ("--model quantised", "weights are quantised (quantization_config: fp8)"),
+    ("--model diverged", "norm.weight holds NaN or infinity in 32 of 32 values"),
+    ("--model other", "embedding has 200 rows"),
     ("--model small --max_prompt_tokens 3", "no problem is left"),
     ("--task gsm8k --data data", "line 2"),
     ("--reward correct:1", "--reward"),
@@ -62,9 +66,16 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "data/gsm8k/train.jsonl").write_text(f"{good}\n{cut}\n")
 
     made = small_model()
-    for name in ("broken", "small"):
+    for name in ("broken", "small", "quantised", "diverged", "other"):
         hugging_face.save_model(dict(made.named_parameters()), made.config, tmp_path / name)
         train_bpe(["a few words"], 300, tmp_path / name)
+    said = json.loads((tmp_path / "small/config.json").read_text())
+    quantised = said | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "quantised/config.json").write_text(json.dumps(quantised))
+    (tmp_path / "other/config.json").write_text(json.dumps(said | {"vocab_size": 200}))
+    tensors = load_file(tmp_path / "diverged/model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "diverged/model.safetensors")
     weights = tmp_path / "broken/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     return tmp_path

@@ -123,7 +123,7 @@ def straight_all(tmp_path_factory):
 def test_run_with_lora_kl_and_refilled_groups_resumes_to_the_same_bits(straight_all, tmp_path):
     cut, _, _ = cut_short(tmp_path, signal.SIGKILL, *ALL)
     resume(cut)
-    assert_same_bits(cut, straight_all, 4, "adapter_model.safetensors")
+    assert_same_bits(cut, straight_all, 4, "adapter/adapter_model.safetensors")
 
 
 @needs_prolog
