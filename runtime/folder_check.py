@@ -220,7 +220,7 @@ def check_tensors(folder, stored, shapes, tied):
 
 
 def refuse_quantised(folder, stored, unasked):
-    """Weights that are whole only with what lies beside them, or that are no floating-point numbers.
+    """Weights that mean something only with what lies beside them, or that are not plain numbers.
 
     unasked: names of stored tensors that the model does not have.
     """

@@ -188,7 +188,7 @@ class ChatTokenizer:
 
 
 def keep_prompts_whole(raw):
-    """Take out of a tokenizer.json's content what changes a prompt's ids -> names of what was there.
+    """Take out of a tokenizer.json's content what changes a prompt's ids -> names of what was in.
 
     Some tools save the truncation and padding of their last call, and a BPE trained with dropout
     splits the same words differently every time. transformers ignores the first two as well, so
