@@ -124,15 +124,16 @@ class ChatTokenizer:
         source = config.get("chat_template")
         if "chat_template.jinja" in files:
             source = files["chat_template.jinja"].read_text("utf-8")
-        elif isinstance(source, list):  # several named templates
-            named = {entry.get("name"): entry.get("template") for entry in source}
-            source = named.get("default")
-            if source is None:
+        elif isinstance(source, list):
+            source = {entry.get("name"): entry.get("template") for entry in source}
+        if isinstance(source, dict):  # several named templates
+            if not source.get("default"):
                 raise ValueError(
                     f"{files['tokenizer_config.json']} has chat templates named "
-                    f"{', '.join(map(str, named))}, but none named default: write the one that is "
+                    f"{', '.join(map(str, source))}, but none named default: write the one that is "
                     "meant to chat_template.jinja"
                 )
+            source = source["default"]
         if not source and self._tokenizer.token_to_id("<|im_end|>") is None:
             raise ValueError(
                 f"{self._name} has no chat template and no <|im_end|> token: "

@@ -174,6 +174,8 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor
 def test_several_templates_need_a_default(tmp_path):
     named = [{"name": "tool_use", "template": "-"}, {"name": "default", "template": PLAIN}]
     assert with_template(tmp_path, named).render_chat(HI) == "user: hi<|im_end|>"
+    mapping = {"tool_use": "-", "default": PLAIN}
+    assert with_template(tmp_path, mapping).render_chat(HI) == "user: hi<|im_end|>"
     with pytest.raises(ValueError, match="named tool_use, but none named default"):
         with_template(tmp_path, named[:1])
 
