@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT
 
 import model as model_file
 from batches import make_optimizer
+from runs import ENVIRONMENT, ROOT
 from runtime import checkpoint
 
 

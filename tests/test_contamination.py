@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-import known_programs
 import pytest
 
+import known_programs
 import sft
 from sandbox.languages import language_names, load_language
 from selfplay import triples

@@ -15,14 +15,14 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-import known_programs
 import pytest
 import torch
-from forgers import FORGERS
 
 import eval as evaluation
+import known_programs
 import sft
 from batches import make_optimizer
+from forgers import FORGERS
 from rewards import Judge
 from runtime import hugging_face
 from runtime.tokenizer import ChatTokenizer

@@ -9,14 +9,14 @@ import subprocess
 
 import pytest
 import torch
-from runs import ENVIRONMENT, command, needs_prolog
 from safetensors.torch import load_file, save_file
-from test_update import gradient, sequences
 
 import model as model_file
 from batches import make_optimizer, take_step
+from runs import ENVIRONMENT, command, needs_prolog
 from runtime import checkpoint, hugging_face
 from runtime.tokenizer import ChatTokenizer, train_bpe
+from test_update import gradient, sequences
 
 LAYER = "model.layers.0"
 DOWN = f"{LAYER}.mlp.down_proj"

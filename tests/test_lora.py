@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SMALL, needs_prolog, whole_run
 from safetensors.torch import load_file
-from test_update import CONFIG, gradient, sequences
 
 import model as model_file
 from batches import make_optimizer, pack, take_step
+from runs import SMALL, needs_prolog, whole_run
 from runtime import checkpoint, hugging_face, lora
+from test_update import CONFIG, gradient, sequences
 
 
 def plain_model():

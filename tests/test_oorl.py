@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, rows, whole_run
 
 import train
 from model import Config, random_model
+from runs import ROOT, rows, whole_run
 from runtime.hugging_face import save_model
 from runtime.tokenizer import train_bpe
 from settings import parse_settings, read_recipe

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_update import CONFIG
 
 import model as model_file
 from runtime import lora, memory
 from settings import Settings
+from test_update import CONFIG
 
 
 def test_parameters_are_those_of_the_model_and_its_adapters():

@@ -18,11 +18,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from test_sandbox import bash, check_language, lua
 
 from sandbox import Job, Limits, Pool, Result, SandboxError, languages
 from sandbox.__main__ import main
 from sandbox.languages import load_language
+from test_sandbox import bash, check_language, lua
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = load_language("lua").missing()

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_values import HERE
 
 import grpo
 import sft
@@ -35,6 +34,7 @@ from selfplay.proposals import begin, check
 from selfplay.puzzles import PAIRS, REASONS, TASKS, Candidate, Entry, Puzzle, Refused
 from settings import Settings, read_recipe
 from tasks.verdicts import Parsed, Verdict
+from test_values import HERE
 
 
 @pytest.fixture(scope="module")

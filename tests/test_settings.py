@@ -7,13 +7,13 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import small_model
 
 import train
 from runs import ENVIRONMENT, ROOT, command, needs_prolog
 from runtime import hugging_face
 from runtime.tokenizer import train_bpe
 from settings import Settings, parse_settings
+from test_checkpoint import small_model
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 BAD_INPUT = [

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import (
     ENVIRONMENT,
     ROOT,
@@ -22,7 +23,6 @@ from runs import (
     run,
     whole_run,
 )
-
 from runtime import checkpoint
 
 pytestmark = [needs_prolog, pytest.mark.slow]
