@@ -12,7 +12,8 @@ import pytest
 
 from rewards import Judge
 from sandbox import Pool
-from sandbox.languages import load_language
+from sandbox.languages import language_names, load_language
+from tasks.answers import printed_number
 from tasks.problems import Problem, load_problems
 from tasks.render import completion, solution
 
@@ -209,3 +210,55 @@ def test_rendered_gsm8k_programs_score_full_and_wrong_ones_nothing(name, pool):
         submissions.append(judge.submit(problem, solution(other, language)))
     verdicts = judge.collect(submissions, 300)
     assert [verdict.reward for verdict in verdicts] == [1.0] * 10 + [0.0] * 4
+
+
+# ---- the value that a program prints ----
+
+ANSWERING = [name for name in language_names() if load_language(name).answer]
+# What the fixtures of every [answer] table compute; the last two only where a language has them.
+VALUES = {
+    "unended": 42,  # prints without a newline first
+    "comment": 42,  # stands above the header
+    "unicode": 42,
+    "float": 2**53 - 1,  # 16 digits
+    "integer": 1234567890123456789,  # 19 digits: no float is that exact
+    "main": 42,  # has a main of its own
+}
+
+
+def fixture_verdicts(name, pool, programs, answers):
+    language = installed(name)
+    judge = Judge(pool, language)
+    submissions = []
+    for code, answer in zip(programs, answers):
+        problem = Problem("p", "sums", "?", Fraction(answer))
+        text = completion("r", code.strip("\n"), language.render["query"], language)
+        submissions.append(judge.submit(problem, text))
+    return judge.collect(submissions, 120)
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_every_answer_table_has_its_fixtures(name):
+    fixtures = load_language(name).answer["fixtures"]
+    assert {"unended", "comment", "unicode", "float"} <= set(fixtures)
+    assert set(fixtures) <= {*VALUES, "numberless"}
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_a_value_is_read_whatever_the_program_around_it_is(name, pool):
+    fixtures = load_language(name).answer["fixtures"]
+    kinds = [kind for kind in VALUES if kind in fixtures]
+    programs = [fixtures[kind] for kind in kinds]
+    verdicts = fixture_verdicts(name, pool, programs, [VALUES[kind] for kind in kinds])
+    wrong = {kind: one for kind, one in zip(kinds, verdicts) if not one.correct}
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ANSWERING)
+def test_a_truth_value_nothing_and_an_uncomputed_term_are_no_numbers(name, pool):
+    language = load_language(name)
+    programs = language.answer["fixtures"].get("numberless", [])
+    verdicts = fixture_verdicts(name, pool, programs, [1] * len(programs))
+    for program, verdict in zip(programs, verdicts):
+        assert verdict.status in ("ok", "no_value"), (program, verdict)
+        assert verdict.value is None or printed_number(verdict.value, language) is None, program
