@@ -52,9 +52,8 @@ def printed_number(text, language):
     ratio = re.fullmatch(table.get("ratio", "(?!)"), text, re.ASCII)  # (?!) matches nothing
     if ratio:
         numerator, denominator = map(int, ratio.groups())
-        in_lowest_terms = math.gcd(numerator, denominator) == 1
-        is_whole = denominator == 1  # Ruby prints 84r/2 as 42/1, Lisp as 42
-        if not in_lowest_terms or is_whole and not table.get("whole_ratio"):
+        smallest = 1 if table.get("whole_ratio") else 2  # Ruby prints 84r/2 as 42/1, Lisp as 42
+        if denominator < smallest or math.gcd(numerator, denominator) != 1:
             return None
         return Fraction(numerator, denominator)
 

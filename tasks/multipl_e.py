@@ -235,7 +235,7 @@ def program(row, text, language, mode):
     return f"{_complete(row, code)}\n{row.tests}"
 
 
-def answer_block(text, language, name):
+def answer_block(text, language, name=""):
     """The fenced block after the reasoning that defines a function, else the last; "" if none."""
     blocks = fenced_blocks(text.rpartition("</think>")[2])
     block = defining_block(blocks, name, language)
