@@ -49,9 +49,9 @@ def test_what_is_no_written_number(text):
 
 
 @pytest.mark.parametrize("name", ANSWERING)
-@pytest.mark.parametrize("text, value", [("42", 42), ("-7", -7), ("42.0", 42), (" 0.5\t", "1/2")])
-def test_every_language_prints_decimals(name, text, value):
-    assert printed_number(text, load_language(name)) == Fraction(value)
+def test_every_language_prints_decimals(name):
+    read = [printed_number(text, load_language(name)) for text in ("42", "-7", "42.0", " 0.5\t")]
+    assert read == [42, -7, 42, Fraction(1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -101,33 +101,22 @@ def test_a_language_prints_numbers_in_forms_of_its_own(name, text, value):
     assert printed_number(text, load_language(name)) == Fraction(value)
 
 
+# Terms, text for people, another base, and what is too large.
+UNCOMPUTED = [
+    *("", "x", "84/2", "84//2", "84r2", "84 % 2", "84 rdiv 2", "21*2", "21 * 2", "40+2", "- 5"),
+    *("--5", "1,200", "1 200", "1_200", "+42", "0x2A", "0b101010", "1e3", "1E3", "$42", "42%"),
+    *("42 dollars", "[42]", "(42)", "'42'", "42.", "1.2.3", "1e", "e5", "-", ".", "4 2", "42\n43"),
+    *("7r0", "1/0", "0/0", "7/-2", "42/1/1", "inf", "nan", "NaN", "true", "True", "nil", "()"),
+    *("\u0664\u0662", "1.0e9999999", "1e+99999999999", "9" * 401),
+]
+
+
 @pytest.mark.parametrize("name", ANSWERING)
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "x",
-        "84/2",
-        "84//2",
-        "84r2",
-        "84 % 2",
-        "84 rdiv 2",
-        "21*2",
-        "21 * 2",
-        "40+2",
-        "- 5",
-        "--5",
-    ]
-    + ["1,200", "1 200", "1_200", "+42", "0x2A", "0b101010", "1e3", "1E3", "$42", "42 dollars"]
-    + ["[42]", "(42)", "'42'", "42.", "1.2.3", "1e", "e5", "-", ".", "4 2", "42\n43", "42%"]
-    + ["7r0", "1/0", "0/0", "7/-2", "42/1/1", "inf", "nan", "NaN", "true", "True", "nil", "()"]
-    + ["\u0664\u0662", "1.0e9999999", "1e+99999999999", "9" * 401],
-)
-def test_what_nobody_computed_is_no_number(name, text):
-    """A term, a text for people, another language's form, another base, or what is too large."""
-    of_their_own = {("racket", "1e3")}  # as it prints 1e22
-    if (name, text) not in of_their_own:
-        assert printed_number(text, load_language(name)) is None
+def test_what_nobody_computed_is_no_number(name):
+    read = {text: printed_number(text, load_language(name)) for text in UNCOMPUTED}
+    if name == "racket":
+        del read["1e3"]  # Racket prints 1e22
+    assert set(read.values()) == {None}, read
 
 
 @pytest.mark.parametrize(
