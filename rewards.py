@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sandbox import Job
 from sandbox.languages import language_of
-from sandbox.languages.calls import with_header
+from sandbox.languages.headers import with_header
 from tasks.answers import printed_number, same_number, written_number
 from tasks.fences import fenced_blocks, unix_lines
 from tasks.problems import Problem

@@ -2,7 +2,8 @@
 
 import re
 
-from sandbox.languages.calls import input_text, with_header, without_header
+from sandbox.languages.calls import input_text
+from sandbox.languages.headers import with_header, without_header
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import MAX_TEXT
 from selfplay.puzzles import PAIRS, Entry, Refused

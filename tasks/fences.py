@@ -40,56 +40,60 @@ def fenced_blocks(text):
     lines = unix_lines(text).split("\n")
     opening, closing = _fences(lines)
     starts = list(opening)
+    next_starts = [*starts[1:], len(lines)]
 
-    blocks, end = [], 0
-    for start, following in zip(starts, [*starts[1:], len(lines)]):
+    blocks = []
+    end = 0
+    for start, next_start in zip(starts, next_starts):
         if start < end:
             continue  # within the last block
         fence = opening[start]
-        end, last_line = following, []
-        if start in closing:
-            end, last_line = closing[start]
+        end, last_line = closing.get(start, (next_start, ""))
         code = [_dedented(line, fence["before"]) for line in lines[start + 1 : end]]
-        block = Block(fence["info"].strip(), "\n".join(code + last_line), fence["before"])
-        blocks.append(block)
+        if last_line.strip():
+            code.append(last_line)
+        blocks.append(Block(fence["info"].strip(), "\n".join(code), fence["before"]))
     return blocks
 
 
 def _fences(lines):
-    """Which lines open and which close a block.
+    """Which lines open a block, and which close it.
 
-    -> {line that opens: its match}, {line that opens: (line that closes, code before its fence)}
+    -> {line that opens: match}, {line that opens: (line that closes, what stands before its fence)}
     """
     opening, closing = {}, {}
-    is_open = []  # lines, the innermost last
+    still_open = []  # lines, the innermost last
     for number, line in enumerate(lines):
-        outer = opening[is_open[-1]] if is_open else None
-        closes, opens = _CLOSES.fullmatch(line), _OPENS.fullmatch(line)
+        outer = opening[still_open[-1]] if still_open else None
+        closes = _CLOSES.fullmatch(line)
+        opens = _OPENS.fullmatch(line)
 
-        if outer and closes and _can_close(closes, outer):
-            code = [closes["before"]] if closes["before"].strip() else []
-            closing[is_open.pop()] = number, code
+        if closes and outer and _can_close(closes, outer):
+            closing[still_open.pop()] = number, closes["before"]
         elif opens and _can_open(opens, outer):
             opening[number] = opens
-            is_open.append(number)
+            still_open.append(number)
     return opening, closing
 
 
 def _can_close(match, outer):
     """As many or more of the same, alone or right behind the code; "# ```" is a comment."""
-    before = match["before"]
-    is_behind_code = bool(before) and not before[-1].isspace() and "`" in match["fence"]
-    return match["fence"].startswith(outer["fence"]) and (not before.strip() or is_behind_code)
+    before, fence = match["before"], match["fence"]
+    if not fence.startswith(outer["fence"]):
+        return False
+    is_behind_code = before[-1:].strip() != "" and "`" in fence
+    return is_behind_code or not before.strip()
 
 
 def _can_open(match, outer):
-    """Outside of a block with a tag, a title or nothing; within one only with a tag."""
-    before, info = match["before"], match["info"].strip()
+    """Within a block only with a tag; behind text with a tag or nothing ("Use ``` so" is prose)."""
+    before, fence = match["before"], match["fence"]
+    words = len(match["info"].split())
+    starts_line = not before.strip()
     if outer:
-        return not before.strip() and match["fence"] == outer["fence"] and bool(info)
-    # "Use ``` for blocks" is prose.
-    is_behind_text = before[-1:] in (" ", "\t", ":", ">") and not re.search(r"\s", info)
-    return not before.strip() or is_behind_text and "`" in match["fence"]
+        return starts_line and words > 0 and fence == outer["fence"]
+    is_behind_text = before[-1:] in (" ", "\t", ":", ">") and words < 2 and "`" in fence
+    return starts_line or is_behind_text
 
 
 def _dedented(line, indent):

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 
 from sandbox import Job
 from sandbox.languages import load_language
-from sandbox.languages.calls import call_files, outcomes, with_header
+from sandbox.languages.calls import call_files, outcomes
+from sandbox.languages.headers import with_header
 from sandbox.languages.literals import read_one
 from sandbox.languages.values import write
 from tasks.answers import same_output, same_value

@@ -235,20 +235,21 @@ SURPRISES = {
         '(defmacro twice (x) `(* 2 ,x)) (defun query () "#.(quit)")': "(twice 21)",
     },
     "lua": {
-        "math, string, value = 90, 'text', 7\nfunction solve() return math - 48 end": "solve()",
+        "math, string = 90, 'text'\nfunction solve() return math - 48 end": "solve()",
         "function solve() return 42, 'dollars' end": "solve() -- a comment",
+        "value = 42": "value",
     },
     "ocaml": {
-        "let value = 7\nlet error = 8\nlet solve () = value * 6": "solve ()",
+        "let value = 42 and error = 8": "value",
         "let rec solve = function 0 -> 42 | n -> solve (n - 1)": "solve 3 (* a comment *)",
     },
-    "r": {
-        "value <- 7\nc <- 6\nsolve <- function() value * c": "solve()",
-        "y <- 2": "x <- 21; x * y",
-    },
-    "javascript": {
-        "const value = 7; function solve() { return value * 6; }": "solve() // a comment",
-    },
+    "r": {"value <- 42": "value", "y <- 2": "x <- 21; x * y"},
+    "javascript": {"const value = 42": "value // a comment"},
+    "perl": {"our $value = 42;": "$value # a comment"},
+    "scheme": {"(define value 42)": "value ; a comment"},
+    "c": {"int value = 42;": "value // a comment", "int n;": "n = 21, 2 * n"},
+    "cpp": {"int value = 42;": "value // a comment", "int n;": "(n = 21, 2 * n)"},
+    "java": {"class S { static int value = 42; }": "S.value // a comment"},
 }
 
 

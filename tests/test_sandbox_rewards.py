@@ -14,7 +14,7 @@ import pytest
 from rewards import Judge, answer_files
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
-from sandbox.languages.calls import with_header, without_header
+from sandbox.languages.headers import with_header, without_header
 from tasks.answers import printed_number
 from tasks.problems import Problem, load_problems
 from tasks.render import completion, solution

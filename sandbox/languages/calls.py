@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sandbox.jobs import Job
+from sandbox.languages.headers import with_header
 from sandbox.languages.values import table_of, write
 
 STOPS = ("syntax", "banned", "no_f")  # what the harness finds before it calls f; then it ends
@@ -110,60 +111,6 @@ def call_files(language, program, calls, nonce):
     for name, template in files.items():
         files[name] = re.sub(pattern, lambda match: words[match[0]], template)
     return files
-
-
-def with_header(program, language):
-    """The program, under its language's header line unless it brings one: #lang, <?php, package."""
-    if not language.header or _own_header(program, language):
-        return program
-    return f"{language.header}\n{program}"
-
-
-def without_header(program, language):
-    """The program without its own header line, to stand below other code."""
-    header = _own_header(program, language)
-    return program[: header.start()] + program[header.end() :] if header else program
-
-
-def _own_header(program, language):
-    """Where the program brings a header line (a match), None without one.
-
-    It may stand below blank lines and comments, and may name another variant (#lang racket/base).
-    """
-    if not language.header:
-        return None
-    first_word = re.escape(language.header.split()[0])
-    header = re.compile(rf"^[ \t]*{first_word}\b.*\n?", re.MULTILINE | re.IGNORECASE)
-    return header.search(_with_blank_comments(program, language))
-
-
-def _with_blank_comments(program, language):
-    """A program with blanks for its comments. (A string that holds a comment's mark is cut too.)"""
-    opens, closes = language.block_comment or (None, None)
-    marks = [mark for mark in (opens, closes, language.comment) if mark]
-    any_mark = re.compile("|".join(map(re.escape, marks)))
-
-    parts, at, depth = [], 0, 0
-    while found := any_mark.search(program, at):
-        before = program[at : found.start()]
-        parts.append(_blank(before) if depth else before)
-        if found[0] == opens:
-            depth = depth + 1 if language.nested_comments else 1
-        elif found[0] == closes:
-            depth = max(depth - 1, 0)
-        # What opens or closes is a comment too, and so is the rest of a line behind `comment`.
-        end = found.end()
-        if depth == 0 and found[0] == language.comment:
-            line_end = program.find("\n", end)
-            end = len(program) if line_end < 0 else line_end
-        parts.append(_blank(program[found.start() : end]))
-        at = end
-    rest = program[at:]
-    return "".join([*parts, _blank(rest) if depth else rest])
-
-
-def _blank(text):
-    return re.sub(r"[^\n]", " ", text)
 
 
 def input_text(arguments, language):
