@@ -321,7 +321,7 @@ def parse_translation(text, language, entry=""):
     code = block.code.strip("\n")
     text = unix_lines(text).rstrip()
     only_one = len(blocks) == 1 and text.count("```") == 2
-    opens_a_line = f"\n```{block.info}" in f"\n{text}"
+    opens_a_line = block.before == ""
     is_last = text.endswith("\n```")
     is_marked = block.info.lower() in language.fence
     format_ok = only_one and opens_a_line and is_last and is_marked and bool(code.strip())

@@ -291,7 +291,7 @@ def test_the_right_translation_earns_one(pool):
     "text",
     [
         answer(LUA, "lua").replace("\n", "\r\n"),
-        answer(LUA, "lua").replace("```lua", "```lua \t"),
+        answer(LUA, "lua").replace("```lua", "``` lua \t"),
         answer(LUA, "lua") + " \n\n",
         answer(LUA, "lua").replace("```lua", "```LUA"),
     ],
