@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from sandbox import Job
 from sandbox.languages import language_of
-from tasks.answers import parse_number, same_number
+from sandbox.languages.headers import with_header
+from tasks.answers import printed_number, same_number, written_number
+from tasks.fences import fenced_blocks, unix_lines
 from tasks.problems import Problem
 from tasks.verdicts import Parsed, Submission, Verdict
 
@@ -42,14 +44,19 @@ def tags_of(language):
 
 
 def last_part(text, tag):
-    """What stands in the last <tag>...</tag>, without a Markdown fence; "" when there is none."""
+    """What stands in the last <tag>...</tag>; "" when there is none.
+
+    Of a part that begins with a Markdown fence, the block alone.
+    """
     opened = text.rfind(f"<{tag}>")
     closed = text.find(f"</{tag}>", opened)
     if opened < 0 or closed < 0:
         return ""
-    inner = text[opened + len(tag) + 2 : closed].strip("\n")
-    fenced = re.fullmatch(r"\s*```[\w+-]*\n(.*?)\n?```\s*", inner, re.DOTALL)
-    return (fenced[1] if fenced else inner).rstrip()
+    inner = unix_lines(text[opened + len(tag) + 2 : closed]).strip("\n")
+    blocks = fenced_blocks(inner)
+    if blocks and inner.lstrip().startswith(("```", "~~~")):
+        inner = blocks[0].code.strip("\n")
+    return inner.rstrip()
 
 
 # ---- the judge ----
@@ -119,7 +126,7 @@ class Judge:
     def _verdict(self, submission):
         problem, parsed = submission.problem, submission.parsed
         status, value = printed(submission)
-        number = None if value is None else parse_number(value)
+        number = None if value is None else printed_number(value, self.language)
         right = number is not None and same_number(number, problem.answer)
         syntax_ok = passed(submission.syntax)
         facts = Facts(submission.text, parsed, self.language, right, problem, syntax_ok)
@@ -150,7 +157,10 @@ class Judge:
 
 
 def printed(submission):
-    """(status, printed value or None). A value counts only when the program ended well."""
+    """(status, printed value or None). A value counts only when the program ended well.
+
+    no_value: it did, but before its query gave a value (a Prolog directive that halts).
+    """
     if submission.future is None:
         return "no_program", None
     if not submission.future.done():
@@ -158,7 +168,8 @@ def printed(submission):
     result = submission.future.result()
     if result.status != "ok":
         return result.status, None
-    return "ok", printed_value(result.stdout, submission.nonce)
+    value = printed_value(result.stdout, submission.nonce)
+    return ("no_value" if value is None else "ok"), value
 
 
 def printed_value(stdout, nonce):
@@ -179,18 +190,18 @@ def passed(check):
 def answer_files(language, code, query, nonce):
     """{file name: text} of a job that runs code, then the query, and prints its value.
 
-    The [answer] table: main is the harness. header: a first line for programs that do not bring
-    their own, such as "#lang racket". hoist: what must stand above the harness (imports) wherever
-    the program has it.
+    The [answer] table: main is the harness. hoist: what must stand above it (imports) wherever the
+    program has it. entry: the name of a main of the program's own, which is called program_main
+    here. docs/sandbox.md has all keys.
     """
     table = language.answer
-    header = table.get("header", "")
-    if header and not code.lstrip().startswith(header.split()[0]):
-        code = f"{header}\n{code}"
+    code = with_header(code, language)
     hoisted = ""
     if hoist := table.get("hoist"):
         hoisted = "\n".join(re.findall(hoist, code))
         code = re.sub(hoist, "", code)
+    if entry := table.get("entry"):
+        code, query = (re.sub(entry, "program_main", text) for text in (code, query))
 
     words = {
         "{code}": code,
@@ -245,7 +256,7 @@ def is_leaked(facts):
 
 
 def numbers_in(text):
-    return {parse_number(number) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)}
+    return {written_number(number) for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)}
 
 
 # ---- components: each in [0, 1]; published weights stand in the recipes ----
@@ -276,7 +287,7 @@ def soft_format(facts):
 
 
 def strict_format(facts):
-    return layout(facts, edge=r"\n", end=r"\s*$")
+    return layout(facts, edge=r"\r?\n", end=r"\s*$")
 
 
 def layout(facts, edge, end):

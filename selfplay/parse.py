@@ -3,9 +3,11 @@
 import re
 
 from sandbox.languages.calls import input_text
+from sandbox.languages.headers import with_header, without_header
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import MAX_TEXT
 from selfplay.puzzles import PAIRS, Entry, Refused
+from tasks.fences import fenced_blocks
 from tasks.verdicts import ANSWER_END, first_answer
 
 MAX_MESSAGE = 1000  # characters of an induction proposal's message that are kept
@@ -55,12 +57,9 @@ def answer_of(text):
     return answer.removeprefix("<answer>").removesuffix(ANSWER_END)
 
 
-def blocks(answer, names):
-    """Contents of all blocks that start with ``` and one of the names."""
-    any_name = "|".join(map(re.escape, names))
-    pattern = rf"```(?:{any_name})[ \t]*\n(.*?)```"
-    found = re.findall(pattern, answer, re.DOTALL | re.IGNORECASE)
-    return [text.rstrip(" \t").removesuffix("\n") for text in found]
+def blocks(answer, tags):
+    """Contents of the fenced blocks with one of these tags."""
+    return [block.code for block in fenced_blocks(answer) if block.tag in tags]
 
 
 def code_of(answer, language):
@@ -107,32 +106,24 @@ def compose(code, composed, language):
     if not composed:
         return code
 
-    code = _without_header(code, language)
+    code = without_header(code, language)
     for i in range(len(composed)):
-        definition = language.call["defines"].replace("NAME", f"g_{i}")
+        definition = language.defines.replace("NAME", f"g_{i}")
         if not re.search(_whole_word(f"g_{i}"), code) or re.search(definition, code):
             raise Refused("no_composite")
 
     parts = [renamed(program, i, language) for i, program in enumerate(composed)]
-    if header := language.call.get("header"):
-        parts.insert(0, header)
-    return "\n".join([*parts, code])
+    return with_header("\n".join([*parts, code]), language)
 
 
 def renamed(program, number, language):
     """An earlier program with its f called g_NUMBER, without the line that names the language."""
-    return re.sub(_whole_word("f"), f"g_{number}", _without_header(program, language))
+    return re.sub(_whole_word("f"), f"g_{number}", without_header(program, language))
 
 
 def _whole_word(name):
     """A regular expression that matches a name of any language as a whole word."""
     return rf"(?<![\w\-!?*]){re.escape(name)}(?![\w\-!?*])"
-
-
-def _without_header(program, language):
-    if not language.call.get("header"):
-        return program
-    return re.sub(r"^\s*#lang .*\n", "", program)
 
 
 def normalised(program, language):

@@ -1,6 +1,6 @@
 """Is what a program gave the right answer? Three kinds of answers, three notions of "same".
 
-same_number   printed text that was parsed exactly (GSM8K, sums)
+same_number   printed text that was read exactly, as the language prints numbers (GSM8K, sums)
 same_value    a value of some language against a JSON value (translation by calls)
 same_output   printed output against wanted output, word by word (translation by standard input)
 """
@@ -12,39 +12,57 @@ from fractions import Fraction
 from sandbox.languages.values import Char, Map, Symbol
 
 LONGEST_NUMBER = 400  # characters: no answer is that long, and a huge integer costs time
+LONGEST_EXPONENT = 3  # digits: no float has more, and 1e999999999 would fill the memory
+
+# What a language prints when its TOML says nothing else: 42, -0.5, 1e+16.
+PRINTED_NUMBER = r"-?\d+(\.\d+)?(e[+-]\d+)?"
 
 _SMALLEST = Fraction(1, 10**3)  # answers nearer to 0 are compared as if they were this large
 
-_RATIO = re.compile(r"([-+]?\d+) ?(?:r|//?|%) ?(\d+)")
-_DECIMAL = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d*)?(?:[eEdDfFlLsS]([-+]?\d{1,3}))?")
-_PRINTED_INTEGER = re.compile(r"[-+]?\d+")
-_PRINTED_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_WRITTEN = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
+_OUTPUT_INTEGER = re.compile(r"[-+]?\d+")
+_OUTPUT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 # ---- numbers ----
 
 
-def parse_number(text):
-    """Exact value of a printed number as a Fraction, or None.
+def written_number(text):
+    """Exact value of a number as people write it (a question, a gold answer), or None.
 
-    42, 1,200, 42.0, 1e3, 42.0d0 (Lisp), 3/2, 3r2 (Prolog), 3//2 (Julia), 3 % 2 (Haskell).
+    42, -5, 1,200, 42.50. Not 3,5 or 12,34: thousands are separated, decimals are not.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_NUMBER or not _WRITTEN.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
+def printed_number(text, language):
+    """Exact value of a number as the language prints one that it has computed, or None.
+
+    The forms stand in the language's [answer] table (docs/sandbox.md). Prolog prints 42, 1.0e10 and
+    7r2; what it prints as 84/2, 21*2, 1,200 or +42 is a term that nobody computed.
     """
     text = text.strip()
     if len(text) > LONGEST_NUMBER:
         return None
+    table = language.answer
 
-    if match := _RATIO.fullmatch(text):
-        numerator, denominator = int(match[1]), int(match[2])
-        return Fraction(numerator, denominator) if denominator else None
+    ratio = re.fullmatch(table.get("ratio", "(?!)"), text, re.ASCII)  # (?!) matches nothing
+    if ratio:
+        numerator, denominator = map(int, ratio.groups())
+        smallest = 1 if table.get("whole_ratio") else 2  # Ruby prints 84r/2 as 42/1, Lisp as 42
+        if denominator < smallest or math.gcd(numerator, denominator) != 1:
+            return None
+        return Fraction(numerator, denominator)
 
-    match = _DECIMAL.fullmatch(text)
-    if not match:
+    if not re.fullmatch(table.get("number", PRINTED_NUMBER), text, re.ASCII):
         return None
-    sign, whole, decimals, exponent = match.groups()
-    if not whole and len(decimals or "") < 2:  # "", "." and "-" have no digit
+    digits, _, exponent = re.sub("[A-Za-z]", "e", text).partition("e")  # Lisp: 1.0d7
+    if len(exponent.lstrip("+-0")) > LONGEST_EXPONENT:
         return None
-    whole = (whole or "0").replace(",", "")
-    return Fraction(f"{sign}{whole}{decimals or ''}e{exponent or 0}")
+    return Fraction(f"{digits}e{exponent or 0}")
 
 
 def same_number(value, answer):
@@ -175,8 +193,8 @@ def _same_word(printed, wanted):
         return printed.lower() == wanted
     if len(printed) > LONGEST_NUMBER:
         return False
-    if _PRINTED_INTEGER.fullmatch(printed) and _PRINTED_INTEGER.fullmatch(wanted):
+    if _OUTPUT_INTEGER.fullmatch(printed) and _OUTPUT_INTEGER.fullmatch(wanted):
         return int(printed) == int(wanted)
-    if _PRINTED_NUMBER.fullmatch(printed) and _PRINTED_NUMBER.fullmatch(wanted):
+    if _OUTPUT_NUMBER.fullmatch(printed) and _OUTPUT_NUMBER.fullmatch(wanted):
         return _close(printed, wanted)
     return False

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from sandbox import Job
 from sandbox.languages import language_of
 from tasks.data import find_data, read_jsonl, take
+from tasks.fences import defining_block, fenced_blocks
 from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict, first_answer
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
@@ -216,8 +217,8 @@ def _commented_source(row, language):
 def program(row, text, language, mode):
     """The whole program of a completion, with the row's tests; "" when there is no code.
 
-    completion: prompt + completion, cut at the first stop token. think: the last block of the first
-    answer. chat: the last block.
+    completion: prompt + completion, cut at the first stop token. think: a block of the first answer.
+    chat: a block of the completion. Which one says answer_block().
     """
     if mode == "completion":
         found = [text.find(stop) for stop in row.stop_tokens]
@@ -228,18 +229,17 @@ def program(row, text, language, mode):
         text = first_answer(text).removesuffix(ANSWER_END)
         if "</think>" not in text:
             return ""
-    code = answer_block(text, language_of(language))
+    code = answer_block(text, language_of(language), _signature(row))
     if not code:
         return ""
     return f"{_complete(row, code)}\n{row.tests}"
 
 
-def answer_block(text, language):
-    """The last fenced block after the reasoning; "" when there is none."""
-    answer = text.rpartition("</think>")[2]
-    fences = "|".join(re.escape(name) for name in language.fence)
-    blocks = re.findall(rf"```(?:{fences})?[ \t]*\n(.*?)```", answer, re.DOTALL | re.IGNORECASE)
-    return blocks[-1].strip("\n") if blocks else ""
+def answer_block(text, language, name=""):
+    """The fenced block after the reasoning that defines a function, else the last; "" if none."""
+    blocks = fenced_blocks(text.rpartition("</think>")[2])
+    block = defining_block(blocks, name, language)
+    return block.code.strip("\n") if block else ""
 
 
 def _complete(row, code):

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from sandbox.languages import language_of
 from tasks import sums
+from tasks.answers import written_number
 from tasks.data import download_gsm8k, find_data, read_jsonl, take
 from tasks.render import Step, exact_steps, solution
 
@@ -121,8 +122,16 @@ def _sums_problem(split, seed, index):
 
 
 def _gsm8k_problem(split, index, row):
-    gold = row["answer"].rsplit("####", 1)[1].strip().replace(",", "")
-    return Problem(f"gsm8k/{split}/{index}", "gsm8k", row["question"], Fraction(gold))
+    gold = row["answer"].rsplit("####", 1)[1]
+    return Problem(f"gsm8k/{split}/{index}", "gsm8k", row["question"], _gold_number(gold))
+
+
+def _gold_number(text):
+    """The right answer of a row. What is not clearly one number would train on a wrong one."""
+    number = written_number(text)
+    if number is None:
+        raise ValueError(f"the answer {text.strip()!r} is not a number such as 42, 1,200 or -0.5")
+    return number
 
 
 def _steps_path(split, data):
@@ -141,7 +150,7 @@ def _steps_path(split, data):
 
 def _steps_problem(split, index, row):
     steps = exact_steps([(step["var"], step["expr"]) for step in row["steps"]])
-    answer = Fraction(str(row["answer"]))
+    answer = _gold_number(str(row["answer"]))
     if steps[-1].value != answer:
         raise ValueError(f"steps give {steps[-1].value}, answer is {answer}")
     number = row["id"].rsplit("-", 1)[1]

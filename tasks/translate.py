@@ -22,11 +22,13 @@ from dataclasses import dataclass, replace
 from sandbox import Job
 from sandbox.languages import load_language
 from sandbox.languages.calls import call_files, outcomes
+from sandbox.languages.headers import with_header
 from sandbox.languages.literals import read_one
 from sandbox.languages.values import write
 from tasks.answers import same_output, same_value
 from tasks.contamination import read_benchmark, shows_cases
 from tasks.data import take
+from tasks.fences import defining_block, fenced_blocks, unix_lines
 from tasks.translate_data import SETS, TRANSLATABLE, Translation, built_in, read_problems
 from tasks.verdicts import Parsed, Verdict
 
@@ -259,7 +261,8 @@ class TranslateJudge:
     def submit(self, problem, text, sample=0):
         """Start the tests of a completion's program at once -> TranslateSubmission."""
         language = load_language(problem.target)
-        parsed = parse_translation(text, language)
+        entry = "f" if interface(problem, language) == "call" else ""
+        parsed = parse_translation(text, language, entry)
         nonce = os.urandom(12).hex()
         runs, future = [], None
         if parsed.code.strip():
@@ -303,22 +306,25 @@ class TranslateJudge:
         )
 
 
-def parse_translation(text, language):
+def parse_translation(text, language, entry=""):
     """The code of a completion, and whether its form is right.
 
-    Right is exactly one fenced block, marked with the language, and nothing after it. Where there
-    are more, the last one's code is run and counted, for the log.
+    Right is exactly one block between lines of three backticks, marked with the language, and
+    nothing after it. Where there are more, the last one's code is run and counted, for the log: of
+    those that define `entry`, the function that the tests call.
     """
-    blocks = re.findall(r"^```([^\n`]*)\n(.*?)^```[ \t]*$", text, re.DOTALL | re.MULTILINE)
-    if not blocks:
+    blocks = fenced_blocks(text)
+    block = defining_block(blocks, entry, language)
+    if block is None:
         return Parsed(reasoning="", code="", query="", format_ok=False)
 
-    mark, code = blocks[-1]
-    code = code.strip("\n")
+    code = block.code.strip("\n")
+    text = unix_lines(text).rstrip()
     only_one = len(blocks) == 1 and text.count("```") == 2
-    is_last = text.rstrip().endswith("```")
-    is_marked = mark.strip().lower() in language.fence
-    format_ok = only_one and is_last and is_marked and bool(code.strip())
+    opens_a_line = block.before == ""
+    is_last = text.endswith("\n```")
+    is_marked = block.info.lower() in language.fence
+    format_ok = only_one and opens_a_line and is_last and is_marked and bool(code.strip())
     return Parsed(reasoning="", code=code, query="", format_ok=format_ok)
 
 
@@ -328,7 +334,7 @@ def case_jobs(problem, language, code, nonce):
         return [_call_job(problem, language, code, nonce)]
     jobs = []
     for stdin, _ in stdin_cases(problem):
-        files = {language.file: code + "\n"}
+        files = {language.file: with_header(code, language) + "\n"}
         jobs.append(Job(language.name, files, stdin=stdin.encode()))
     return jobs
 

@@ -62,7 +62,7 @@ class Verdict:
     reward: float  # nan: the sandbox could not judge
     components: dict[str, float]
     correct: bool
-    status: str  # the sandbox's, or "no_program", "forged" or a reason of self-play
+    status: str  # the sandbox's, or "no_program", "no_value", "forged", a reason of self-play
     value: str | None  # what the query gave, as printed
     program: str  # code and query
     parsed: Parsed

@@ -521,6 +521,23 @@ def test_a_thought_program_is_that_of_the_answer():
     assert whole.startswith(f"#lang racket\n{code}\n(require rackunit)")
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        "",
+        "\n```racket\n(displayln (add 1 2))\n```",
+        "\nIt prints:\n```\n3\n```",
+        "\n~~~console\n> (add 1 2)\n~~~",
+        "\n```racket\n(displayln (add 1 2))",
+    ],
+)
+@pytest.mark.parametrize("opening", ["```racket", "```scheme title=add.rkt", "```", "```lisp \r"])
+def test_the_block_that_defines_the_function_is_the_program(opening, after):
+    code = "(define (add x y)\n  (+ x y))"
+    answer = f"First:\n```racket\n(require racket/math)\n```\n{opening}\n{code}\n```{after}"
+    assert answer_block(answer, load_language("racket"), "add") == code
+
+
 @needs_data
 @pytest.mark.parametrize("source", ["python", "cpp"])
 def test_translation_shows_its_source(source):

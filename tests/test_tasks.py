@@ -192,6 +192,20 @@ def test_bad_data_has_one_clear_sentence(tmp_path):
     assert [p.answer for p in load_problems("gsm8k", "train", data=tmp_path)] == [1200]
 
 
+@pytest.mark.parametrize(
+    "gold", ["3,5", "12,34", "1,2345", "42 dollars", "$42", "", "forty-two", "1/2", "1e3", "4\n2"]
+)
+def test_a_gold_answer_that_is_no_number_is_named_not_guessed(tmp_path, gold):
+    """3,5 would be 35 without its comma, and 3.5 to many who write it."""
+    path = tmp_path / "gsm8k" / "train.jsonl"
+    path.parent.mkdir()
+    bad = json.dumps({"question": "q", "answer": f"#### {gold}"})
+    path.write_text(f"{GOOD}\n{bad}\n")
+    sentence = refusal(data=tmp_path)
+    assert f"{path}, line 2" in sentence
+    assert f"{gold!r} is not a number" in sentence
+
+
 def test_what_does_not_exist_has_one_clear_sentence(tmp_path):
     assert "does not exist" in refusal(data=tmp_path / "nowhere")
     assert "unknown task 'sum'" in refusal(task="sum")

@@ -12,7 +12,13 @@ from sandbox import Pool
 from sandbox.languages import language_names, load_language
 from tasks import contamination, translate, translate_data
 from tasks.data import find_data, read_jsonl
-from tasks.translate import TranslateJudge, interface, load_translations, translation_messages
+from tasks.translate import (
+    TranslateJudge,
+    interface,
+    load_translations,
+    parse_translation,
+    translation_messages,
+)
 from tasks.translate_data import Case, Translation
 
 MBPP = "multipl_e/v3/mbpp-py-reworded.jsonl"
@@ -279,6 +285,48 @@ def test_what_is_no_translation_earns_nothing(pool, text, correct, status):
 
 def test_the_right_translation_earns_one(pool):
     assert verdict(pool, TOTAL_LUA, answer(LUA, "lua")).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        answer(LUA, "lua").replace("\n", "\r\n"),
+        answer(LUA, "lua").replace("```lua", "``` lua \t"),
+        answer(LUA, "lua") + " \n\n",
+        answer(LUA, "lua").replace("```lua", "```LUA"),
+    ],
+)
+def test_line_ends_and_blanks_do_not_make_a_right_form_wrong(pool, text):
+    assert verdict(pool, TOTAL_LUA, text).reward == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        answer(LUA, "lua").replace("```", "~~~"),
+        answer(LUA, "lua").replace("```", "````"),
+        answer(LUA, "lua").replace("```lua", "```lua title=f"),
+        answer(LUA, "lua").replace("it is.\n", "it is: "),
+        answer(LUA, "lua").replace("\n", "\n  "),
+        answer(LUA, "lua").replace("end\n```", "end```"),
+        answer(LUA, "lua").removesuffix("```"),
+        answer(LUA, "lua") + "\n```lua\nprint(f({1}, 'a'))\n```",  # its use
+        answer(LUA, "lua") + "\n```\n9\n```",  # its output
+    ],
+)
+def test_another_form_is_read_but_not_rewarded(text):
+    parsed = parse_translation(text, load_language("lua"), "f")
+    assert parsed.code == LUA
+    assert not parsed.format_ok
+
+
+@pytest.mark.parametrize("header", ["", "; sum\n#lang racket/base\n"])
+def test_a_racket_program_needs_no_header_of_its_own(pool, header):
+    needs("racket")
+    cases = (Case(stdin="21", stdout="42"),)
+    problem = Translation("t/twice", "python", "print(2 * int(input()))", "", cases, "racket")
+    text = answer(f"{header}(display (* 2 (read)))", "racket")
+    assert verdict(pool, problem, text).reward == 1.0
 
 
 def test_a_compiler_that_refuses_is_told(pool):

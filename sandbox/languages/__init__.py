@@ -93,6 +93,10 @@ class Language:
     fixtures: dict[str, str]  # pass, wrong, error, loop: main files that the tests run
     fence: list[str]  # marks after ``` in Markdown
     comment: str  # starts a comment to the end of the line
+    header: str = ""  # a line that a program must begin with, such as "#lang racket" (headers.py)
+    block_comment: list[str] = field(default_factory=list)  # what opens and closes one
+    nested_comments: bool = False  # a block comment holds others
+    defines: str = ""  # a regular expression that finds a definition of NAME
     aliases: list[str] = field(default_factory=list)
     compile: list[str] | None = None
     # syntax check; it may run code of the program, so it is a job like any other

@@ -10,8 +10,6 @@ A language's TOML says how, in its [call] table:
     main       the harness, with {nonce}, {inputs} (the literals of every call, each in the form
                `arguments`), and the lists of strings {banned}, {modules}, {mentions} and {macros}
     files      the program's own files, with {code}
-    header     a first line that a program must have, such as "#lang racket"
-    defines    a regular expression that finds a definition of NAME
     identity   and hello: the program and the input that self-play starts from
     rules      a sentence for the prompts
 
@@ -28,6 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sandbox.jobs import Job
+from sandbox.languages.headers import with_header
 from sandbox.languages.values import table_of, write
 
 STOPS = ("syntax", "banned", "no_f")  # what the harness finds before it calls f; then it ends
@@ -94,15 +93,11 @@ def wait(jobs, deadline=None):
 def call_files(language, program, calls, nonce):
     """{file name: text} of the job that checks a program and prints f of every argument list."""
     call = language.call
-    header = call.get("header", "")
-    if header and not program.lstrip().startswith(header.split()[0]):
-        program = f"{header}\n{program}"
-
     inputs = [input_text(arguments, language) for arguments in calls]
     inputs = [call["arguments"].format(text) for text in inputs]
     between = "\n" if table_of(language)["family"] == "lists" else ", "
     words = {
-        "{code}": program,
+        "{code}": with_header(program, language),
         "{nonce}": nonce,
         "{inputs}": between.join(inputs),
     }
