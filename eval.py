@@ -10,11 +10,14 @@
     python eval.py --model DIR --bench translate --source python,cpp --lang racket,lua --mode chat
     python eval.py --model DIR --bench crux --lang racket \\
         --programs FILE                                         predict input, output (CRUXEval)
+    python eval.py --model DIR --bench mbpp+ --lang python --mode chat      EvalPlus: more tests
     python eval.py --compare runs/eval/A runs/eval/B            paired, problem by problem
+    python eval.py --compare A0,A1,A2 B0,B1,B2                  the same of several seeds a side
 
-Every program and verdict goes to OUT/samples.jsonl; the same command continues a killed
-evaluation. evaluate() is what train.py calls in the loop; under torchrun both spread over the ranks
-and give the numbers of one process.
+Every program and verdict goes to OUT/samples.jsonl; the same command continues a killed evaluation,
+as long as weights, tokenizer, problems and code are what they were (runtime/content.py). evaluate()
+is what train.py calls in the loop; under torchrun both spread over the ranks and give the numbers
+of one process.
 """
 
 import runtime.cpu  # noqa: F401 (before torch)
@@ -28,13 +31,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import torch
 
 from rewards import Judge
-from runtime import distributed
+from runtime import content, distributed
 from runtime.hugging_face import find_checkpoint, load_model
 from runtime.tokenizer import ChatTokenizer
 from sampler import Completion, Request, Sampler
@@ -45,6 +48,7 @@ from selfplay.buffers import load_puzzles
 from selfplay.judge import SolveJudge
 from selfplay.prompts import solve_prompt
 from settings import add_flags, setting
+from tasks import evalplus
 from tasks.data import find_data
 from tasks.multipl_e import (
     BENCHMARKS,
@@ -54,12 +58,23 @@ from tasks.multipl_e import (
     stops_note,
 )
 from tasks.problems import load_problems, program_messages
-from tasks.statistics import compare, summary
+from tasks.statistics import compare, p_text, summary
 from tasks.verdicts import Submission
 
 # --bench crux: what is predicted -> the self-play task that asks for it.
 CRUX_TASKS = {"output": "deduction", "input": "abduction"}
 MODES = ("completion", "chat", "think")
+# Settings that change no number: where things lie, and how many are sampled at once. What lies
+# there does: see content_of.
+PLACES = ("model", "data", "programs", "out", "slots")
+# What content_of found to be different, in words.
+OTHER = {
+    "weights": "other weights",
+    "tokenizer": "another tokenizer or chat template",
+    "problems": "other problems, tests or prompts",
+    "code": "another version of the code that samples and judges",
+    "arithmetic": "another arithmetic",
+}
 
 
 @dataclass
@@ -67,7 +82,9 @@ class EvalSettings:
     """Settings of one evaluation."""
 
     model: str = setting("", "checkpoint folder or hub id", section="what is evaluated")
-    bench: str = setting("gsm8k", f"gsm8k, sums, crux, {', '.join(BENCHMARKS)}")
+    bench: str = setting(
+        "gsm8k", f"gsm8k, sums, crux, {', '.join([*BENCHMARKS, *evalplus.BENCHMARKS])}"
+    )
     lang: str = setting("prolog", "language, or several with commas")
     source: str = setting(
         "python",
@@ -100,7 +117,7 @@ class EvalSettings:
     )
     mode: str = setting(
         "completion",
-        "humaneval, mbpp, translate: completion (base models), chat (instruct) "
+        "humaneval, mbpp (+), translate: completion (base models), chat (instruct) "
         "or think (self-play models)",
     )
     programs: str = setting(
@@ -124,7 +141,7 @@ class Cell:
     source: str  # translate: the source language; crux: what is predicted; else ""
     language: Language
     problems: list
-    judge: Judge | SolveJudge | TestJudge
+    judge: Judge | SolveJudge | TestJudge | evalplus.PlusJudge
     prompt: Callable  # problem -> chat messages, or a text to continue
     note: str = ""  # what a reader of the figures has to know
 
@@ -235,7 +252,7 @@ def prompt_ids(tokenizer, prompt):
 
 def judged_row(problem, completion, text, verdict):
     """What samples.jsonl keeps of one sample."""
-    return {
+    row = {
         "id": problem.id,
         "sample": completion.sample,
         "question": problem.question,
@@ -251,6 +268,9 @@ def judged_row(problem, completion, text, verdict):
         "constant": verdict.constant,
         "leaked": verdict.leaked,
     }
+    if "base" in verdict.components:  # EvalPlus: HumanEval's or MBPP's own tests alone
+        row["base"] = verdict.components["base"] == 1.0
+    return row
 
 
 def print_gained(before, after, count=3):
@@ -286,6 +306,17 @@ def load_cell(settings, pool, source, language):
 
     def prompt(problem):
         return benchmark_prompt(problem, language, settings.mode)
+
+    if settings.bench in evalplus.BENCHMARKS:
+        problems = evalplus.load_problems(
+            settings.bench,
+            language,
+            settings.data or None,
+            settings.problems or None,
+            settings.seed,
+        )
+        judge = evalplus.PlusJudge(pool, language, settings.mode)
+        return Cell(source, language, problems, judge, prompt)
 
     problems = load_benchmark(
         settings.bench,
@@ -354,14 +385,17 @@ def load_crux_cell(settings, pool, source, language):
 # ---- one cell, in files ----
 
 
-def run_cell(settings, sampler, tokenizer, cell):
-    """Evaluate one cell, or continue it -> its figures, also in results.json."""
+def run_cell(settings, sampler, tokenizer, cell, of_model):
+    """Evaluate one cell, or continue it -> its figures, also in results.json.
+
+    of_model: model_content's digests.
+    """
     names = [name for name in (cell.source, cell.language.name) if name]
     title = " ".join([settings.bench, *names])
     out = settings.out or f"runs/eval/{Path(settings.model).name}-{settings.bench}"
     folder = Path(out) / "-".join(names)
 
-    done = resume(folder, settings, cell)
+    done = resume(folder, settings, cell, of_model)
     numbers = [n for n, problem in enumerate(cell.problems) if problem.id not in done]
 
     with open(folder / f"partial-{distributed.rank()}.jsonl", "a", encoding="utf-8") as partial:
@@ -387,31 +421,61 @@ def run_cell(settings, sampler, tokenizer, cell):
     return conclude(folder, cell.problems, title, cell.note)
 
 
-def resume(folder, settings, cell):
-    """{problem id: rows} that an interrupted evaluation with the same settings has judged.
+def resume(folder, settings, cell, of_model):
+    """{problem id: rows} that an interrupted evaluation of the same things has judged.
 
-    SystemExit when the folder holds an evaluation with other settings. A collective.
+    SystemExit when the folder holds an evaluation of something else: nothing of it is mixed in,
+    and nothing is thrown away. A collective.
     """
-    # Where data and results lie and how many slots there are changes no result.
-    kept = asdict(settings) | {
-        "lang": cell.language.name,
-        "source": cell.source,
-        "out": "",
-        "data": "",
-        "slots": 0,
-    }
+    refusal = None
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "settings.json"
-        if file.exists() and json.loads(file.read_text("utf-8")) != kept:
-            raise SystemExit(
-                f"{folder} holds an evaluation with other settings: choose another --out"
-            )
-        file.write_text(json.dumps(kept, indent=1), "utf-8")
-    distributed.barrier()
+        wanted = asdict(settings) | {"lang": cell.language.name, "source": cell.source}
+        wanted["content"] = of_model | cell_content(cell)
+        if file.exists():
+            refusal = what_differs(folder, json.loads(file.read_text("utf-8")), wanted)
+        if not refusal:
+            file.write_text(json.dumps(wanted, indent=1), "utf-8")
+    distributed.stop_together(refusal)
 
     # A sandbox error says nothing about the program: its problem is done again.
     return distributed.broadcast(read_partial(folder, with_errors=False))
+
+
+def model_content(folder, model):
+    """Digests of the weights and of the tokenizer, and how the model computes."""
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")
+    return {
+        "weights": content.weights(folder),
+        "tokenizer": content.tokenizer(folder),
+        "arithmetic": f"{dtype} on {model.embed.weight.device.type}",
+    }
+
+
+def cell_content(cell):
+    """Digests of what is asked (problems, tests and prompts) and of the code that judges it."""
+    asked = [f"{problem!r} {cell.prompt(problem)!r}" for problem in cell.problems]
+    return {"problems": content.of_texts(asked), "code": content.code()}
+
+
+def what_differs(folder, found, wanted):
+    """Why an evaluation in a folder cannot be continued, in a sentence, or None.
+
+    found, wanted: settings.json as it is, and as this evaluation would write it.
+    """
+    names = [name for name in wanted if name not in (*PLACES, "content")]
+    changed = [name for name in names if found.get(name) != wanted[name]]
+    before = found.get("content", {})
+    others = [OTHER[name] for name in OTHER if before.get(name) != wanted["content"][name]]
+    if changed:
+        others.insert(0, f"other settings ({', '.join(changed)})")
+    if not others:
+        return None
+    return (
+        f"{folder} holds an evaluation with {', '.join(others)}: choose another --out, or remove "
+        "the folder"
+    )
 
 
 def read_partial(folder, with_errors):
@@ -511,27 +575,50 @@ def print_matrix(bench, cells, results):
         print(f"{source or 'all':<19}{cells_of_row}")
 
 
-def print_comparison(folder_a, folder_b):
-    """Two evaluations side by side: which problems were gained and lost, and the difference."""
-    found = compare(read_samples(folder_a), read_samples(folder_b))
+def print_comparison(side_a, side_b):
+    """Two sides next to each other: which problems were gained and lost, and the difference.
+
+    A side is an evaluation folder, or several (seeds) with commas.
+    """
+    folders_a, folders_b = side_a.split(","), side_b.split(",")
+    for folders in (folders_a, folders_b):
+        if len(set(map(Path, folders))) < len(folders):
+            raise ValueError(f"--compare {','.join(folders)}: a folder is named twice")
+    found = compare(list(map(read_samples, folders_a)), list(map(read_samples, folders_b)))
     gained, lost = len(found["gained"]), len(found["lost"])
 
     for name in ("gained", "lost"):
         for id in found[name][:10]:
             print(f"{name:<8}{id}")
 
+    print(f"\n{'':<12}{'A':>10}{'B':>10}{'B - A':>10}   95 % interval      p")
+    label = "pass@1"
+    if len(folders_a) > 1 or len(folders_b) > 1:
+        print_runs(found)
+        label = "mean pass@1"
     before, after, difference = found["pass@1_a"], found["pass@1_b"], found["difference"]
     low, high = found["difference_low"], found["difference_high"]
-    print(f"\n{'':<12}{'A':>10}{'B':>10}{'B - A':>10}   95 % interval      p")
     print(
-        f"{'pass@1':<12}{before:>10.4f}{after:>10.4f}{difference:>+10.4f}"
-        f"   [{low:+.4f}, {high:+.4f}]   {found['p']:.4f}"
+        f"{label:<12}{before:>10.4f}{after:>10.4f}{difference:>+10.4f}"
+        f"   [{low:+.4f}, {high:+.4f}]   {p_text(found['p'])}"
     )
     print(
         f"{found['problems']} problems: "
         f"{gained} gained, {lost} lost, {found['unchanged']} unchanged"
     )
     print(json.dumps({**found, "gained": gained, "lost": lost}))
+
+
+def print_runs(found):
+    """pass@1 of every run, and the spread (standard deviation) over the runs of a side."""
+    runs_a, runs_b = found["runs_a"], found["runs_b"]
+    for number, (a, b) in enumerate(zip_longest(runs_a, runs_b), 1):
+        print(f"{f'run {number}':<12}{_rate(a)}{_rate(b)}")
+    print(f"{'spread':<12}{_rate(found.get('spread_a'))}{_rate(found.get('spread_b'))}")
+
+
+def _rate(value):
+    return f"{'' if value is None else f'{value:.4f}':>10}"
 
 
 def read_samples(folder):
@@ -554,7 +641,10 @@ def main(arguments=None):
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="two evaluation folders, side by side"
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two evaluation folders, side by side; several with commas: seeds of one side",
     )
     add_flags(parser, EvalSettings)
     given = vars(parser.parse_args(arguments))
@@ -585,7 +675,8 @@ def main(arguments=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         tokenizer = ChatTokenizer(folder)
         sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
-        results = [run_cell(settings, sampler, tokenizer, cell) for cell in cells]
+        of_model = model_content(folder, sampler.model) if distributed.rank() == 0 else None
+        results = [run_cell(settings, sampler, tokenizer, cell, of_model) for cell in cells]
 
     if distributed.rank() == 0:
         print_matrix(settings.bench, cells, results)

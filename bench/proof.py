@@ -208,7 +208,7 @@ def table():
 
 def print_row(folder, steps, before, after):
     """One run of the table."""
-    found = compare(before, after)
+    found = compare([before], [after])
     difference, low, high = (
         100 * found[name] for name in ("difference", "difference_low", "difference_high")
     )

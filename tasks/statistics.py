@@ -1,19 +1,22 @@
 """Figures of an evaluation: pass@k, intervals, and two evaluations side by side."""
 
 import math
+import operator
 import random
-from statistics import fmean, pvariance
+from statistics import fmean, pvariance, stdev
 from types import SimpleNamespace
 
 from tasks.verdicts import shares
+
+KS = (1, 2, 4, 8, 10, 16)  # of pass@k: powers of two, and 10 as HumanEval's paper has it
+DRAWS = 10_000  # of the bootstrap and of the test, whose least p is about 2 / DRAWS
 
 
 def summary(rows):
     """Figures of one evaluation, from the rows of its samples.jsonl.
 
-    pass@k with its 95 % interval for k = 1, 2, 4, ... up to the fewest samples of a problem,
-    any-of-n and all-of-n, lengths, and the shares of verdicts.shares. ValueError when no sample was
-    judged.
+    pass_rates, of EvalPlus also under base/ for the base tests alone; lengths; and the shares of
+    verdicts.shares. ValueError when no sample was judged.
     """
     outcomes = per_problem(rows)
     if not outcomes:
@@ -22,19 +25,10 @@ def summary(rows):
             "(python -m sandbox doctor says why)"
         )
 
-    found = {}
-    fewest = min(map(len, outcomes.values()))
-    k = 1
-    while k <= fewest:
-        rates = [pass_at_k(len(correct), sum(correct), k) for correct in outcomes.values()]
-        low, high = interval(rates)
-        found[f"pass@{k}"] = fmean(rates)
-        found[f"pass@{k}_low"] = low
-        found[f"pass@{k}_high"] = high
-        k *= 2
-    if fewest > 1:
-        found["any_of_n"] = fmean(map(any, outcomes.values()))
-        found["all_of_n"] = fmean(map(all, outcomes.values()))
+    found = pass_rates(outcomes)
+    if "base" in rows[0]:
+        base = pass_rates(per_problem(rows, "base"))
+        found |= {f"base/{name}": value for name, value in base.items()}
 
     found["mean_tokens"] = fmean(row["tokens"] for row in rows)
     found["cut_frac"] = fmean(row["finish_reason"] == "length" for row in rows)
@@ -47,13 +41,36 @@ def _as_verdict(row):
     return SimpleNamespace(**row, problem=row["id"], parsed=parsed)
 
 
-def per_problem(rows):
-    """{problem id: [correct of each judged sample]}."""
+def per_problem(rows, outcome="correct"):
+    """{problem id: [outcome of each judged sample]}."""
     outcomes = {}
     for row in rows:
         if row["status"] != "sandbox_error":
-            outcomes.setdefault(row["id"], []).append(row["correct"])
+            outcomes.setdefault(row["id"], []).append(row[outcome])
     return outcomes
+
+
+def pass_rates(outcomes):
+    """pass@k with its 95 % interval over problems, any-of-n and all-of-n.
+
+    For k of KS and n, the most samples of a problem, but no k above the fewest judged samples of a
+    problem: nobody has measured that. Samples 3, 3, 2 give pass@1 and pass@2.
+    """
+    counts = [len(judged) for judged in outcomes.values()]
+    found = {}
+    for k in sorted({*KS, max(counts)}):
+        if k > min(counts):
+            break
+        rates = [pass_at_k(len(judged), sum(judged), k) for judged in outcomes.values()]
+        low, high = interval(rates)
+        found[f"pass@{k}"] = fmean(rates)
+        found[f"pass@{k}_low"] = low
+        found[f"pass@{k}_high"] = high
+
+    if min(counts) > 1:
+        found["any_of_n"] = fmean(map(any, outcomes.values()))
+        found["all_of_n"] = fmean(map(all, outcomes.values()))
+    return found
 
 
 def pass_at_k(n, c, k):
@@ -86,42 +103,86 @@ def interval(rates, z=1.96):
     return max(low, 0.0), min(high, 1.0)
 
 
-def compare(rows_a, rows_b, draws=10_000):
-    """Two evaluations of the same problems: their difference in pass@1 (b - a).
+def compare(runs_a, runs_b, draws=DRAWS):
+    """Two sides, of one evaluation or several (seeds): their difference in pass@1 (b - a).
 
-    difference_low, difference_high: 95 % of a paired bootstrap over problems.
-    p: share of bootstrap differences on the other side of 0, doubled.
+    runs_a, runs_b: the rows of each run of a side. Compared are the problems that all runs have
+    judged; a problem's pass rate on a side is the mean over its runs.
+    pass@1_a, pass@1_b: means over the runs, which runs_a and runs_b list one by one.
+    spread_a, spread_b: their standard deviation over the runs; none for a single run.
+    difference_low, difference_high: 95 % of a paired bootstrap over problems. How much another seed
+        would change is not in it: that is the spread.
+    p: of the differences' mean, two-sided, their signs flipped at random (see sign_test).
     gained, lost: problems whose pass rate rose, fell.
     """
-    a, b = per_problem(rows_a), per_problem(rows_b)
-    common = [id for id in a if id in b]
+    rates_a = [rates_of(rows) for rows in runs_a]
+    rates_b = [rates_of(rows) for rows in runs_b]
+    everywhere = set.intersection(*[set(rates) for rates in rates_a + rates_b])
+    common = [id for id in rates_a[0] if id in everywhere]
     if not common:
         raise ValueError(
-            "the two evaluations have no problem in common: "
-            "compare runs of the same --bench and --lang"
+            "the evaluations have no problem in common: compare runs of the same --bench and --lang"
         )
-    before = [fmean(a[id]) for id in common]
-    after = [fmean(b[id]) for id in common]
-    differences = [new - old for old, new in zip(before, after)]
+    each_a = [fmean(rates[id] for id in common) for rates in rates_a]
+    each_b = [fmean(rates[id] for id in common) for rates in rates_b]
 
+    differences = []
+    for id in common:
+        before = fmean(rates[id] for rates in rates_a)
+        after = fmean(rates[id] for rates in rates_b)
+        differences.append(after - before)
     means = _bootstrap(differences, draws)
-    not_above = sum(mean <= 0 for mean in means)
-    not_below = sum(mean >= 0 for mean in means)
 
-    return {
+    found = {
         "problems": len(common),
-        "only_in_a": len(a) - len(common),
-        "only_in_b": len(b) - len(common),
-        "pass@1_a": fmean(before),
-        "pass@1_b": fmean(after),
+        "only_in_a": len(set().union(*rates_a)) - len(common),
+        "only_in_b": len(set().union(*rates_b)) - len(common),
+        "runs_a": each_a,
+        "runs_b": each_b,
+        "pass@1_a": fmean(each_a),
+        "pass@1_b": fmean(each_b),
+    }
+    if len(each_a) > 1:
+        found["spread_a"] = stdev(each_a)
+    if len(each_b) > 1:
+        found["spread_b"] = stdev(each_b)
+    return found | {
         "difference": fmean(differences),
         "difference_low": means[int(0.025 * draws)],
         "difference_high": means[int(0.975 * draws) - 1],
-        "p": min(1.0, 2 * min(not_above, not_below) / draws),
+        "p": sign_test(differences, draws),
         "gained": [id for id, change in zip(common, differences) if change > 0],
         "lost": [id for id, change in zip(common, differences) if change < 0],
         "unchanged": sum(change == 0 for change in differences),
     }
+
+
+def rates_of(rows):
+    """{problem id: share of its judged samples that are right}."""
+    return {id: fmean(judged) for id, judged in per_problem(rows).items()}
+
+
+def sign_test(differences, draws=DRAWS):
+    """p, two-sided, of paired differences whose mean would be 0 if the two sides were alike.
+
+    Were they alike, each difference could as well have the other sign: p is the share of random
+    signs that give a mean as far up, or as far down, doubled. The signs that were found count as
+    one draw, so p is never 0. Five gained and none lost: about 2 / 2**5 = 0.06.
+    """
+    changes = [change for change in differences if change != 0]
+    found = abs(sum(changes)) - 1e-12  # signs in another order round otherwise
+    rng = random.Random(0)
+    as_far = 1
+    for _ in range(draws):
+        signs = rng.choices((1, -1), k=len(changes))
+        as_far += sum(map(operator.mul, signs, changes)) >= found
+    return min(1.0, 2 * as_far / (draws + 1))
+
+
+def p_text(p, draws=DRAWS):
+    """A p of so many draws: below the least one that they can show, only that is known."""
+    least = 2 / draws
+    return f"< {least:.4f}" if p <= least else f"{p:.4f}"
 
 
 def _bootstrap(values, draws):

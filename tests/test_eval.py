@@ -1,4 +1,4 @@
-"""Evaluation: figures by hand, benchmark rows, known programs, and the command with a real model.
+"""Evaluation: benchmark rows, known programs, and the command with a real model.
 
 The harness is tested with programs whose verdict is known. RARECODE_FULL=1 judges every one of them
 instead of a sample and prints the counts of BENCHMARKS.md.
@@ -40,7 +40,6 @@ from tasks.multipl_e import (
 )
 from tasks.problems import load_problems, program_messages
 from tasks.render import solution
-from tasks.statistics import compare, interval, pass_at_k, summary
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("RARECODE_FULL"))
@@ -80,105 +79,6 @@ def add_row(language):
     """The problem that most tests use: add(x, y)."""
     rows = load_benchmark("humaneval", language)
     return next(row for row in rows if "HumanEval_53_add" in row.id)
-
-
-# ---- figures ----
-
-
-def test_pass_at_k_by_hand():
-    assert pass_at_k(4, 1, 2) == 0.5  # 3 of the 6 pairs hold the right one
-    assert pass_at_k(5, 5, 3) == 1.0
-    assert pass_at_k(5, 0, 3) == 0.0
-
-
-def test_pass_at_k_is_unbiased():
-    rng = random.Random(0)
-    outcomes = [True] * 3 + [False] * 7
-    draws = 20_000
-    hits = sum(any(rng.sample(outcomes, 4)) for _ in range(draws))
-    assert pass_at_k(10, 3, 4) == pytest.approx(hits / draws, abs=0.01)
-
-
-def test_interval_is_wilsons():
-    # p = 0.75, n = 4
-    assert interval([1, 0, 1, 1]) == pytest.approx((0.301, 0.954), abs=1e-3)
-    # No success in 10: the lower end is 0, the upper one is not.
-    low, high = interval([0.0] * 10)
-    assert low == 0.0
-    assert high == pytest.approx(0.278, abs=1e-3)
-
-
-def test_interval_holds_the_mean_of_problems_with_several_samples():
-    """40 problems of 4 samples each with their own difficulty, whose mean is 0.5 / 2 = 0.25."""
-    rng = random.Random(1)
-    inside = 0
-    for _ in range(300):
-        difficulties = [rng.betavariate(0.5, 1.5) for _ in range(40)]
-        rates = [sum(rng.random() < d for _ in range(4)) / 4 for d in difficulties]
-        low, high = interval(rates)
-        inside += low <= 0.25 <= high
-    assert 0.90 <= inside / 300 <= 0.99  # of 95 %
-
-
-def rows_of(outcomes):
-    """samples.jsonl of {problem id: outcome of each sample}; None: the sandbox could not judge."""
-    found = []
-    for id, corrects in outcomes.items():
-        for sample, correct in enumerate(corrects):
-            row = {
-                "id": id,
-                "sample": sample,
-                "correct": bool(correct),
-                "status": "sandbox_error" if correct is None else "ok",
-                "program": f"{id}{sample}",
-                "tokens": 10,
-                "finish_reason": "stop",
-                "format_ok": True,
-                "constant": False,
-                "leaked": False,
-            }
-            found.append(row)
-    return found
-
-
-def test_summary_by_hand():
-    outcomes = {"a": [1, 1, 0, 0], "b": [0, 0, 0, 0], "c": [1, 1, 1, 1], "d": [None] * 4}
-    found = summary(rows_of(outcomes))
-    assert found["pass@1"] == 0.5  # of a, b and c: (1/2 + 0 + 1) / 3
-    assert found["pass@2"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3)
-    assert found["pass@4"] == pytest.approx(2 / 3)
-    assert found["any_of_n"] == pytest.approx(2 / 3)
-    assert found["all_of_n"] == pytest.approx(1 / 3)
-    assert found["sandbox/sandbox_error_frac"] == 0.25  # d
-
-
-def test_nothing_judged_has_no_figures():
-    with pytest.raises(ValueError, match="nothing could be judged"):
-        summary(rows_of({"a": [None]}))
-
-
-def test_comparison_is_paired(tmp_path, capsys):
-    """Of 40 problems every other one is right in A; B is right on the first 10 as well."""
-    a = {f"p{n}": [n % 2] for n in range(40)}
-    b = a | {f"p{n}": [1] for n in range(10)} | {"only": [1]}
-    for name, outcomes in (("a", a), ("b", b)):
-        (tmp_path / name).mkdir()
-        lines = [json.dumps(row) + "\n" for row in rows_of(outcomes)]
-        (tmp_path / name / "samples.jsonl").write_text("".join(lines))
-
-    evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
-    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert (found["gained"], found["lost"], found["unchanged"], found["only_in_b"]) == (5, 0, 35, 1)
-    assert found["difference"] == 0.125  # 5 of 40
-    assert 0 < found["difference_low"] < 0.125 < found["difference_high"]
-    assert found["p"] < 0.05
-
-
-def test_comparison_needs_two_evaluations_of_the_same_problems(tmp_path):
-    with pytest.raises(ValueError, match="no problem in common"):
-        compare(rows_of({"a": [1]}), rows_of({"x": [1]}))
-    with pytest.raises(ValueError, match="does not exist"):
-        evaluation.main(["--compare", str(tmp_path), str(tmp_path / "nothing")])
 
 
 # ---- the harness, with programs whose verdict is known ----
