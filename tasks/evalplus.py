@@ -57,7 +57,7 @@ FACTOR = 4.0
 LEAST_SECONDS = 1.0
 MOST_SECONDS = 60.0
 REFERENCE_SECONDS = 120.0  # for the problem's own solution, all calls
-# Characters that a program may print for its results: the own solution's, times this, and some.
+# Equal results may differ in how long they are written: 1 and 1.0 and True.
 LONGER = 8
 SOME = 1000
 
@@ -94,6 +94,7 @@ class Reference:
 
     expected: list
     lengths: list  # most characters of each result's line
+    longest: int  # of any result: a program that returns more has no need to go on
     limits: list  # seconds of CPU of each call
     seconds: float  # of all together
 
@@ -214,7 +215,8 @@ class PlusJudge:
         if row.id not in self.references:
             future = self.references[row.id] = concurrent.futures.Future()
             limits = [REFERENCE_SECONDS] * len(row.calls)
-            run = self.pool.submit(self._job(row, row.solution, limits, REFERENCE_SECONDS, 1 << 28))
+            job = self._job(row, row.solution, limits, REFERENCE_SECONDS, 1 << 28, math.inf)
+            run = self.pool.submit(job)
             _then(run, future, lambda result: future.set_result(read_reference(row, result)))
         return self.references[row.id]
 
@@ -224,13 +226,14 @@ class PlusJudge:
             outcome.set_result(Outcome("sandbox_error"))
             return
         output = sum(reference.lengths) + (64 << 10)
-        job = self._job(row, source, reference.limits, reference.seconds, output)
+        limits, seconds = reference.limits, reference.seconds
+        job = self._job(row, source, limits, seconds, output, reference.longest)
         run = self.pool.submit(job)
         _then(run, outcome, lambda result: outcome.set_result(judge(row, reference, result)))
 
-    def _job(self, row, source, limits, seconds, output):
+    def _job(self, row, source, limits, seconds, output, longest):
         """The job that calls a program's function on every input."""
-        calls = {"entry": row.entry, "calls": list(zip(row.calls, limits))}
+        calls = {"entry": row.entry, "longest": longest, "calls": list(zip(row.calls, limits))}
         files = {
             self.language.file: Path(evalplus_run.__file__).read_text("utf-8"),
             "solution.py": source,
@@ -290,8 +293,10 @@ def read_reference(row, result):
         return None
     expected, limits = [], []
     around = result.cpu
+    longest = 0
     for line in lines:
-        seconds, coded = json.loads(line)
+        seconds, length, coded = json.loads(line)
+        longest = max(longest, LONGER * length + SOME)
         around -= seconds
         value = decode(coded)
         if row.entry in SOMETHING_OR_NONE:
@@ -300,7 +305,7 @@ def read_reference(row, result):
         limits.append(max(LEAST_SECONDS, FACTOR * seconds))
     lengths = [LONGER * len(line) + SOME for line in lines]
     together = min(MOST_SECONDS, sum(limits)) + 1 + FACTOR * max(around, 0.0)
-    return Reference(expected, lengths, limits, together)
+    return Reference(expected, lengths, longest, limits, together)
 
 
 def result_lines(result):
@@ -339,7 +344,7 @@ def first_wrong(row, reference, lines, numbers):
         if number >= len(lines) or len(lines[number]) > reference.lengths[number]:
             return number
         try:
-            _, coded = json.loads(lines[number])
+            _, _, coded = json.loads(lines[number])
             value = decode(coded)
             arguments = decode(row.calls[number])
             if not is_right(row.entry, arguments, value, expected, tolerance):

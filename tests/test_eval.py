@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import sft
 from batches import make_optimizer
 from forgers import FORGERS
 from rewards import Judge
-from runtime import hugging_face
+from runtime import content, hugging_face
 from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
 from sandbox import Pool
@@ -731,6 +732,106 @@ def test_a_killed_evaluation_continues_where_it_stopped(tiny, whole, tmp_path):
 def test_other_settings_need_another_folder(tiny, whole):
     with pytest.raises(SystemExit, match="other settings"):
         evaluation.main([*words(tiny, whole.parent), "--seed", "1"])
+
+
+# ---- what an evaluation is continued by ----
+
+
+@pytest.fixture
+def evaluated(tiny, whole, tmp_path):
+    """(a copy of the model, the folder of its finished evaluation): both may be changed."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    out = shutil.copytree(whole.parent, tmp_path / "out")
+    return model, out
+
+
+def zero_weights(model):
+    """Other weights in the same file, of the same size."""
+    loaded = hugging_face.load_model(model)
+    weights = {name: 0 * tensor for name, tensor in loaded.named_parameters()}
+    size = (model / "model.safetensors").stat().st_size
+    hugging_face.save_model(weights, loaded.config, model, dtype=torch.float32)
+    assert (model / "model.safetensors").stat().st_size == size
+
+
+def edit_template(model):
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = config["chat_template"].replace("assistant", "helper")
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (zero_weights, "with other weights:"),
+        (edit_template, "another tokenizer or chat template:"),
+    ],
+)
+def test_a_new_model_under_an_old_path_is_not_mixed_with_the_old_numbers(
+    change, sentence, evaluated
+):
+    model, out = evaluated
+    before = (out / "prolog/samples.jsonl").read_text()
+    change(model)
+    with pytest.raises(SystemExit, match=sentence):
+        evaluation.main(words(model, out))
+    assert (out / "prolog/samples.jsonl").read_text() == before
+
+
+def test_new_weights_have_their_own_numbers_in_a_folder_of_their_own(evaluated, tmp_path):
+    """Weights of 0 always write the first token: no program is right, whatever was before."""
+    model, out = evaluated
+    assert json.loads((out / "prolog/results.json").read_text())["pass@1"] > 0
+    zero_weights(model)
+    evaluation.main(words(model, tmp_path / "new"))
+    assert json.loads((tmp_path / "new/prolog/results.json").read_text())["pass@1"] == 0
+
+
+def test_the_same_content_under_another_path_is_continued(evaluated):
+    """The copy is asked for what the model in another folder has done: nothing is sampled again."""
+    model, out = evaluated
+    lines = (out / "prolog/partial-0.jsonl").read_text()
+    evaluation.main(words(model, out))
+    assert (out / "prolog/partial-0.jsonl").read_text().strip() == lines.strip()
+
+
+def test_other_problems_under_the_same_ids_are_not_mixed(tiny, whole, monkeypatch):
+    def other_answers(*arguments):
+        problems = load_problems(*arguments)
+        return [replace(problem, answer=problem.answer + 1) for problem in problems]
+
+    monkeypatch.setattr(evaluation, "load_problems", other_answers)
+    with pytest.raises(SystemExit, match="other problems, tests or prompts:"):
+        evaluation.main(words(tiny, whole.parent))
+
+
+def test_another_judge_or_an_older_version_is_not_mixed(evaluated, monkeypatch):
+    model, out = evaluated
+    with monkeypatch.context() as changed:
+        changed.setattr(evaluation.content, "code", lambda: "other")
+        with pytest.raises(SystemExit, match="another version of the code"):
+            evaluation.main(words(model, out))
+
+    file = out / "prolog/settings.json"
+    old = json.loads(file.read_text())
+    del old["content"]
+    file.write_text(json.dumps(old))
+    with pytest.raises(SystemExit, match="other weights"):
+        evaluation.main(words(model, out))
+
+
+def test_digests_see_every_byte_and_no_path(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(100_000))
+    one = content.weights(tmp_path / "a")
+    assert content.weights(tmp_path / "b") == one
+    with open(tmp_path / "b/model.safetensors", "r+b") as file:
+        file.seek(77_777)
+        file.write(b"x")
+    assert content.weights(tmp_path / "b") != one
+    assert content.of_texts(["ab", "c"]) != content.of_texts(["a", "bc"])
 
 
 def test_ranks_give_the_numbers_of_one_process(tiny, whole, tmp_path):
