@@ -23,7 +23,17 @@ from sampler import Sampler
 from selfplay import loop as selfplay
 from settings import Settings
 from tasks import translate
-from tasks.problems import load_problems
+from tasks.data import hold_out, take
+from tasks.problems import load_problems, question_of
+
+
+@dataclass
+class Validation:
+    """Problems of the training split that are not trained on: they choose the best checkpoint."""
+
+    problems: list
+    judge: object
+    ask: Callable
 
 
 @dataclass
@@ -31,7 +41,8 @@ class Task:
     """What is trained on and evaluated, and who judges it."""
 
     problems: list  # self-play: none, the model makes its own
-    held_out: list
+    validation: Validation
+    held_out: list  # of the test split, which is only reported
     judge: object  # of held-out problems, and of the others where there are any
     ask: Callable  # problem -> chat messages, or text to continue
 
@@ -53,6 +64,7 @@ class Run:
     problems: list
     held_out: list
     ask: Callable | None = None  # the prompt of a held-out problem
+    validation: Validation | None = None
     task: ModuleType = rollout  # or selfplay.loop: rollout() and set_advantages() of a step
     reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
@@ -61,7 +73,7 @@ class Run:
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
     lengths: dict = field(default_factory=dict)  # problem id -> mean tokens of its last completions
-    best: tuple = (-1.0, 0)  # highest pass@1 of an evaluation during training, and its step
+    best: tuple = (-1.0, 0)  # highest pass@1 on the validation problems so far, and its step
 
 
 def build(settings, folder, language, pool, device, report):
@@ -112,6 +124,15 @@ def build(settings, folder, language, pool, device, report):
     else:
         run.problems = usable(task.problems, tokenizer, task.ask, limit, report)
     run.held_out = usable(task.held_out, tokenizer, task.ask, limit, report, "held-out ")
+    if settings.eval_every and task.validation.problems:
+        run.validation = task.validation
+        run.validation.problems = usable(
+            task.validation.problems, tokenizer, task.validation.ask, limit, report, "validation "
+        )
+        report(
+            f"{len(run.validation.problems)} validation problems, not trained on, choose the best "
+            "checkpoint"
+        )
     return run
 
 
@@ -121,20 +142,32 @@ def build(settings, folder, language, pool, device, report):
 def load_task(settings, language, pool):
     """The Task of --task. What is missing is said here, in one sentence."""
     if settings.task == "selfplay":
-        return Task([], *selfplay.load_evaluation(settings, language, pool))
+        validation = Validation(*selfplay.load_validation(settings, language, pool))
+        return Task([], validation, *selfplay.load_evaluation(settings, language, pool))
 
     def ask(problem):
         return rollout.prompt_messages(settings, language, problem)
 
     if settings.task == "translate":
         judge = translate.make_translate_judge(settings, pool)
-        return Task(*translate.load_both(settings), judge, ask)
-    judge = make_judge(settings, pool, language)
+        problems, validation, held_out = translate.load_splits(settings)
+    else:
+        judge = make_judge(settings, pool, language)
+        problems, validation, held_out = load_splits(settings)
+    return Task(problems, Validation(validation, judge, ask), held_out, judge, ask)
+
+
+def load_splits(settings):
+    """(problems to train on, validation problems, held-out problems) of sums and gsm8k."""
     data = settings.data or None
     count = settings.problems or None
-    problems = load_problems(settings.task, "train", data=data, count=count, seed=settings.seed)
+    whole = None
+    if settings.task == "sums" and count:  # the generator makes as many as are asked for
+        whole = count + settings.validation_problems
+    split = load_problems(settings.task, "train", data=data, count=whole, seed=settings.seed)
+    problems, validation = hold_out(split, settings.validation_problems, question_of)
     held_out = load_problems(settings.task, "test", data=data, count=settings.eval_problems, seed=0)
-    return Task(problems, held_out, judge, ask)
+    return take(problems, count, settings.seed), validation, held_out
 
 
 def make_judge(settings, pool, language):

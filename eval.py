@@ -65,9 +65,9 @@ from tasks.verdicts import Submission
 CRUX_TASKS = {"output": "deduction", "input": "abduction"}
 MODES = ("completion", "chat", "think")
 # Settings that change no number: where things lie, and how many are sampled at once. What lies
-# there does: see content_of.
+# there does: see model_content and cell_content.
 PLACES = ("model", "data", "programs", "out", "slots")
-# What content_of found to be different, in words.
+# What was found to be different, in words.
 OTHER = {
     "weights": "other weights",
     "tokenizer": "another tokenizer or chat template",

@@ -196,12 +196,19 @@ class Settings:
 
     eval_every: int = setting(
         100,
-        "steps between evaluations on held-out problems; 0 = only before and after",
+        "steps between evaluations on held-out and validation problems; 0 = only before and after, "
+        "on held-out problems",
         section="evaluation in the loop",
         least=0,
     )
     eval_problems: int = setting(200, "held-out problems of an evaluation", least=1)
-    eval_samples: int = setting(1, "completions per held-out problem", least=1)
+    validation_problems: int = setting(
+        200,
+        "problems of the training split that are not trained on and choose the best checkpoint, at "
+        "most a tenth of it (tasks/data.py: hold_out); 0 = none, and no best checkpoint is kept",
+        least=0,
+    )
+    eval_samples: int = setting(1, "completions per evaluated problem", least=1)
     eval_temperature: float = setting(0.0, "of evaluation; 0 = greedy", least=0)
 
     translate_data: str = setting(
@@ -416,4 +423,5 @@ def read_config(folder):
             f"{path} has settings that no longer exist ({', '.join(gone)}): an older version made "
             f"this run; continue it with the code in {folder}/source, or start a new run"
         )
-    return values
+    # A run from before there was a validation slice trains on the whole split.
+    return {"validation_problems": 0, **values}

@@ -35,7 +35,8 @@ from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
 from selfplay import triples
 from settings import add_flags, setting
-from tasks.problems import load_problems, program_messages
+from tasks.data import hold_out, take
+from tasks.problems import load_problems, program_messages, question_of
 from tasks.render import solution
 
 # The tiny model's BPE learns from the texts of so many problems, to so many tokens.
@@ -60,7 +61,10 @@ class WarmStart:
     data: str = setting(
         "", "folder with data sets (default: RARECODE_DATA, then ../shared/data, else download)"
     )
-    problems: int = setting(0, "use only the first so many problems; 0 = all")
+    problems: int = setting(0, "use only so many problems; 0 = all")
+    validation_problems: int = setting(
+        200, "leave out what train.py with this setting holds out of the training split"
+    )
     examples: int = setting(0, "worked examples in the prompt: 0, 1 or 5")
     short_prompt: bool = setting(False, "leave the long instructions out")
     max_prompt_tokens: int = setting(
@@ -291,13 +295,16 @@ def main():
     device = distributed.setup()
     problems = []
     if settings.task != "selfplay":
-        problems = load_problems(
+        count = settings.problems and settings.problems + settings.validation_problems
+        split = load_problems(
             settings.task,
             "train",
             data=settings.data or None,
-            count=settings.problems or None,
+            count=count or None,
             seed=settings.seed,
         )
+        rest, _ = hold_out(split, settings.validation_problems, question_of)
+        problems = take(rest, settings.problems or None, settings.seed)
 
     def report(text):
         if distributed.rank() == 0:

@@ -69,7 +69,8 @@ SCALES = {
         temperature=0,
         evaluations=4,
     ),
-    # Prompts of at most 70 tokens leave 210 held-out questions, and 1,145 to learn from.
+    # Prompts of at most 70 tokens leave 210 held-out questions, and 1,145 to learn from, of which
+    # some are validation problems.
     "cpu": Scale(
         prompt_tokens=70,
         warm_steps=200,

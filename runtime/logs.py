@@ -119,15 +119,18 @@ class RunLog:
         for row in rows:
             self.files["samples.jsonl"].write(json.dumps({"step": step, **clean(row)}) + "\n")
 
-    def evaluation(self, step, rows):
-        """Every judged program of an evaluation in the loop -> eval/step_N.jsonl."""
+    def evaluation(self, step, rows, name="eval"):
+        """Every judged program of an evaluation in the loop -> NAME/step_N.jsonl.
+
+        name: eval, or validation for the problems that choose the best checkpoint.
+        """
         if not self.enabled:
             return
-        folder = self.folder / "eval"
+        folder = self.folder / name
         folder.mkdir(exist_ok=True)
         lines = [json.dumps(row) + "\n" for row in rows]
         replace(folder / f"step_{step}.jsonl", "".join(lines))
-        if self.wandb and rows:
+        if self.wandb and rows and name == "eval":
             import wandb
 
             # Made anew each time, because wandb tables do not append (wandb issue 2981).

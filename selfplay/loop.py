@@ -47,6 +47,7 @@ LEARN = STEP // 4
 SOLVE = STEP // 2
 
 GROUPS = list(itertools.product(TASKS, ROLES))  # each has its own mean and deviation of rewards
+VALIDATION_SEED = 1  # of triples; those that are reported have 0
 SEED_ROUNDS = 40  # most rounds of --prompts seed proposals
 IDLE_ROUNDS = 4  # of these in a row may give nothing new; then the model starts with what there is
 SMOOTHING = 0.1  # weight of a step in the moving average of the solver's accuracy
@@ -143,6 +144,25 @@ def load_evaluation(settings, language, pool):
         return benchmark_prompt(row, language, "think")
 
     return rows, TestJudge(pool, language, "think"), ask_row
+
+
+def load_validation(settings, language, pool):
+    """What chooses the best checkpoint: (problems, judge, prompt of a problem).
+
+    Always triples: of another seed than those that are reported, and none of them.
+    """
+    reported = triples.held_out_triples(language, settings.eval_problems)
+    known = {(puzzle.entry.program, puzzle.entry.inputs) for puzzle in reported}
+    wanted = settings.validation_problems
+    drawn = triples.held_out_triples(language, 4 * wanted, VALIDATION_SEED)
+    puzzles = [
+        puzzle for puzzle in drawn if (puzzle.entry.program, puzzle.entry.inputs) not in known
+    ]
+
+    def ask_puzzle(puzzle):
+        return solve_prompt(puzzle, language, settings.short_prompt)
+
+    return puzzles[:wanted], SolveJudge(pool, language), ask_puzzle
 
 
 def fill(play, checkpoint, report):

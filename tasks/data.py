@@ -130,6 +130,34 @@ def take(items, count, seed):
     return [items[index] for index in sorted(drawn)]
 
 
+def hold_out(problems, count, family):
+    """(problems to train on, validation problems) of a training split.
+
+    count: how many to hold out, at most a tenth of the split.
+    family(problem): text that problems share which must not be on both sides.
+    Which they are depends on the families alone: neither on a run's seed nor on the other problems,
+    so that a part of the split holds out what the whole does.
+    """
+
+    def place(name):
+        return random.Random(f"validation/{name}").random()
+
+    count = min(count, len(problems) // 10)
+    names = sorted({family(problem) for problem in problems}, key=place)
+    members = {name: [] for name in names}
+    for problem in problems:
+        members[family(problem)].append(problem)
+
+    chosen = []
+    held_out = set()
+    for name in names:
+        if len(chosen) >= count:
+            break
+        chosen += members[name]
+        held_out.add(name)
+    return [p for p in problems if family(p) not in held_out], chosen[:count]
+
+
 def in_passes(items, numbers, key):
     """The items at these numbers 0, 1, 2, ... of endless passes over the data.
 

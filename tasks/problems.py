@@ -82,6 +82,10 @@ class Problem:
     reasoning: str = ""  # in words; render.solution() falls back on the steps
 
 
+def question_of(problem):
+    return problem.question
+
+
 # ---- loading ----
 
 

@@ -27,7 +27,7 @@ from sandbox.languages.literals import read_one
 from sandbox.languages.values import write
 from tasks.answers import same_output, same_value
 from tasks.contamination import read_benchmark, shows_cases
-from tasks.data import take
+from tasks.data import hold_out, take
 from tasks.fences import defining_block, fenced_blocks, unix_lines
 from tasks.translate_data import SETS, TRANSLATABLE, Translation, built_in, read_problems
 from tasks.verdicts import Parsed, Verdict
@@ -64,8 +64,8 @@ nothing after it."""
 # ---- which problem goes to which language ----
 
 
-def load_both(settings):
-    """(problems to train on, held-out problems) for train.py's settings.
+def load_splits(settings):
+    """(problems to train on, validation problems, held-out problems) for train.py's settings.
 
     --lang names the target languages, with commas.
     """
@@ -76,9 +76,10 @@ def load_both(settings):
         )
     targets = [load_language(name) for name in settings.lang.split(",")]
     data, path = settings.data or None, settings.translate_data
-    train = load_translations("train", targets, data, path, seed=settings.seed)
+    whole = load_translations("train", targets, data, path, seed=settings.seed)
+    train, validation = hold_out(whole, settings.validation_problems, family)
     held_out = load_translations("test", targets, data, path, count=settings.eval_problems, seed=0)
-    return train, held_out
+    return train, validation, held_out
 
 
 def load_translations(split, targets, data=None, path="", count=None, seed=0):
@@ -96,7 +97,7 @@ def load_translations(split, targets, data=None, path="", count=None, seed=0):
     for problem in problems:
         if benchmark.contains(problem) or shows_cases(problem):
             continue
-        if is_held_out(problem.id) != (split == "test"):
+        if is_held_out(problem) != (split == "test"):
             continue
         fitting = [target for target in targets if _fits(problem, target)]
         if fitting:
@@ -113,9 +114,13 @@ def load_translations(split, targets, data=None, path="", count=None, seed=0):
     return take(drawn, count, seed)
 
 
-def is_held_out(id):
-    """By a problem's name, so that a function held out in one source language is in all."""
-    return random.Random(id.rpartition("/")[0] or id).random() < HELD_OUT
+def is_held_out(problem):
+    return random.Random(family(problem)).random() < HELD_OUT
+
+
+def family(problem):
+    """A problem's name: a function held out in one source language is in all."""
+    return problem.id.rpartition("/")[0] or problem.id
 
 
 def _fits(problem, target):

@@ -734,6 +734,18 @@ def test_other_settings_need_another_folder(tiny, whole):
         evaluation.main([*words(tiny, whole.parent), "--seed", "1"])
 
 
+@needs_data
+def test_evalplus_from_the_command_line(tiny, tmp_path):
+    """A model of Prolog sums has no Python: both figures are there, and 0."""
+    settings = "--bench humaneval+ --lang python --problems 3 --max_new_tokens 8".split()
+    evaluation.main(["--model", str(tiny), *settings, "--out", str(tmp_path)])
+    figures = json.loads((tmp_path / "python/results.json").read_text())
+    assert figures["problems"] == 3
+    assert figures["pass@1"] == figures["base/pass@1"] == 0
+    rows = [json.loads(line) for line in (tmp_path / "python/samples.jsonl").open()]
+    assert [row["base"] for row in rows] == [False] * 3
+
+
 # ---- what an evaluation is continued by ----
 
 
