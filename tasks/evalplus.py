@@ -20,7 +20,7 @@ from tasks import evalplus_run
 from tasks.data import find_data, read_jsonl, take
 from tasks.evalplus_run import MARK, decode, encode
 from tasks.multipl_e import program
-from tasks.verdicts import Parsed, Submission, Verdict
+from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict
 
 # Benchmark -> its file, how its ids begin, and where a base model's completion is cut.
 STOPS = ("\nif __name__", "\ndef main(", "\nprint(")
@@ -61,11 +61,12 @@ REFERENCE_SECONDS = 120.0  # for the problem's own solution, all calls
 LONGER = 8
 SOME = 1000
 
-# MBPP+'s problems for which equality is not what is asked, by function.
+# Problems for which equality is not what is asked, by function.
 SAME_ELEMENTS = (
     *("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly"),
     *("larg_nnum", "intersection_array", "find_dissimilar", "Diff"),
 )
+BY_ARGUMENTS = ("find_zero", "surface_Area", "digit_distance_nums")
 SOMETHING_OR_NONE = ("check_str", "text_match_three", "text_starta_endb")
 
 
@@ -196,7 +197,9 @@ class PlusJudge:
 
     def stop_strings(self, row):
         """What a completion is cut at."""
-        return row.stop_tokens if self.mode == "completion" else ()
+        if self.mode == "completion":
+            return row.stop_tokens
+        return (ANSWER_END,) if self.mode == "think" else ()
 
     def submit(self, row, text, sample=0):
         """Start a completion's program -> Submission, whose future is of an Outcome."""
@@ -272,7 +275,7 @@ class PlusJudge:
 
 
 def _then(first, outcome, use):
-    """Call use(result) when `first` is done; an error there is the outcome, not lost in a thread."""
+    """Call use(result) when `first` is done, in a thread of the pool: an error is the outcome."""
 
     def done(first):
         try:
@@ -346,7 +349,7 @@ def first_wrong(row, reference, lines, numbers):
         try:
             _, _, coded = json.loads(lines[number])
             value = decode(coded)
-            arguments = decode(row.calls[number])
+            arguments = decode(row.calls[number]) if row.entry in BY_ARGUMENTS else ()
             if not is_right(row.entry, arguments, value, expected, tolerance):
                 return number
         except Exception:  # no value, too deep, cannot be hashed, added up or compared

@@ -15,8 +15,9 @@ A judge scores completions by running programs. It has three methods:
         Waits until all are done, or for `deadline` seconds. What is not done then was not judged:
         its reward is nan and its status "sandbox_error". It is masked, never scored 0.
 
-The four judges: rewards.Judge (a number, by value), translate.TranslateJudge (hidden cases),
-multipl_e.TestJudge (a benchmark's own tests), selfplay.judge (puzzles).
+The five judges: rewards.Judge (a number, by value), translate.TranslateJudge (hidden cases),
+multipl_e.TestJudge (a benchmark's own tests), evalplus.PlusJudge (results compared with another
+program's), selfplay.judge (puzzles).
 """
 
 import concurrent.futures

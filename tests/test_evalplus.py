@@ -1,22 +1,21 @@
-"""EvalPlus: own solutions pass, wrong programs and forgers do not, values and tolerances by hand."""
+"""EvalPlus: own solutions pass, wrong programs and forgers fail; values and tolerances by hand."""
 
 import ast
 import json
-import os
+import time
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 
-import known_programs
 import pytest
 
+import known_programs
 from sandbox import Pool
 from tasks import evalplus
 from tasks.evalplus import PlusJudge, in_form, is_right
 from tasks.evalplus_run import decode, encode, result
 from tasks.multipl_e import benchmark_prompt, program
 
-FULL = bool(os.environ.get("RARECODE_FULL"))
 pytestmark = pytest.mark.skipif(
     not (known_programs.DATA / "evalplus").is_dir(), reason="../shared/data is not here"
 )
@@ -117,9 +116,13 @@ HONEST = {
     "prints": "def add(x, y):\n    print('rarecode-result [0, 1]')\n    return x + y",
     "prints while it is loaded": f"print('x' * 10**6)\n{ADD}",
     "has a main": f"{ADD}\nif __name__ == '__main__':\n    raise SystemExit(3)",
-    "is a class with a call": "class Add:\n    def __call__(self, x, y):\n        return x + y\nadd = Add()",
+    "is a class with a call": (
+        "class Add:\n    def __call__(self, x, y):\n        return x + y\nadd = Add()"
+    ),
     "changes what it is given": "def add(*a):\n    a = list(a)\n    return a.pop() + a.pop()",
-    "returns a fraction": "from fractions import Fraction\ndef add(x, y):\n    return Fraction(x) + y",
+    "returns a fraction": (
+        "from fractions import Fraction\ndef add(x, y):\n    return Fraction(x) + y"
+    ),
 }
 FORGERS = {
     "equals everything": "class Any:\n    __eq__ = lambda *a: True\nadd = lambda x, y: Any()",
@@ -171,9 +174,21 @@ def test_no_expected_result_is_in_the_sandbox(pool, humaneval):
 
 def test_a_call_that_takes_too_long_is_wrong_whatever_it_catches(pool, humaneval):
     """The limit is 1 s where the own solution needs less; it is CPU time."""
-    loops = "def add(x, y):\n    while True:\n        try:\n            1 + 1\n        except Exception:\n            pass"
+    loops = (
+        "def add(x, y):\n    while True:\n        try:\n            1 + 1\n"
+        "        except Exception:\n            pass"
+    )
     (verdict,) = judged(pool, [(humaneval["HumanEval_53_add"], loops)])
     assert (verdict.correct, verdict.status) == (False, "cpu_limit")
+
+
+@pytest.mark.slow
+def test_a_call_that_sleeps_is_wrong_in_seconds(pool, humaneval):
+    sleeps = "import time\nadd = lambda x, y: time.sleep(1000)"
+    started = time.monotonic()
+    (verdict,) = judged(pool, [(humaneval["HumanEval_53_add"], sleeps)])
+    assert (verdict.correct, verdict.status) == (False, "cpu_limit")
+    assert time.monotonic() - started < 30  # 5 times the limit of 1 s
 
 
 def test_a_problem_whose_own_solution_fails_here_is_not_judged(pool, humaneval):

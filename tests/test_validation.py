@@ -1,13 +1,13 @@
-"""The validation slice: never trained on, never reported as a result, alone decides what is best."""
+"""The validation slice: never trained on, never reported, alone decides what is best."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
-from runs import SMALL, needs_prolog, rows, whole_run
 
 import build
 import train
+from runs import SMALL, needs_prolog, rows, whole_run
 from sandbox.languages import load_language
 from selfplay import loop as selfplay
 from selfplay import triples
