@@ -280,7 +280,8 @@ def print_gained(before, after, count=3):
     """
     gained = {}
     for old, new in zip(before, after):
-        if new["correct"] and not old["correct"]:
+        was_wrong = not old["correct"] and old["status"] != "sandbox_error"
+        if new["correct"] and was_wrong:
             gained[old["id"]] = (old, new)
 
     for old, new in list(gained.values())[:count]:

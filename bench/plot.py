@@ -39,7 +39,8 @@ def read(folder, mean=1):
 
     held_out = {}
     for path in (folder / "eval").glob("step_*.jsonl"):
-        correct = [json.loads(line)["correct"] for line in path.read_text().splitlines()]
+        samples = map(json.loads, path.read_text().splitlines())
+        correct = [row["correct"] for row in samples if row["status"] != "sandbox_error"]
         held_out[int(path.stem.removeprefix("step_"))] = sum(correct) / max(1, len(correct))
     return Curve(folder.name, running_mean(rates, mean), dict(sorted(held_out.items())))
 

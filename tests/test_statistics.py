@@ -6,6 +6,7 @@ import random
 import pytest
 
 import eval as evaluation
+from bench import plot
 from tasks.statistics import compare, interval, p_text, pass_at_k, sign_test, summary
 
 # ---- pass@k and its interval ----
@@ -118,6 +119,29 @@ def test_evalplus_has_figures_of_its_base_tests():
 def test_nothing_judged_has_no_figures():
     with pytest.raises(ValueError, match="nothing could be judged"):
         summary(rows_of({"a": [None]}))
+
+
+# ---- what was not judged is not wrong ----
+
+
+def test_a_curve_leaves_out_what_was_not_judged(tmp_path):
+    """Of four samples one is right, one could not be judged: 1/3."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "eval").mkdir()
+    lines = [json.dumps(row) + "\n" for row in rows_of({"a": [1, 0], "b": [0, None]})]
+    (tmp_path / "eval/step_5.jsonl").write_text("".join(lines))
+    assert plot.read(tmp_path).held_out == {5: pytest.approx(1 / 3)}
+
+
+def test_gained_is_what_was_wrong_before(capsys):
+    before = rows_of({"wrong": [0], "unknown": [None], "right": [1]})
+    after = rows_of({"wrong": [1], "unknown": [1], "right": [1]})
+    for row in before + after:
+        row |= {"question": "?", "value": "1"}
+    evaluation.print_gained(before, after)
+    shown = capsys.readouterr().out
+    assert "--- wrong" in shown
+    assert "--- unknown" not in shown and "--- right" not in shown
 
 
 # ---- two sides ----
