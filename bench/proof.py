@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import print_gained
+from runtime import content
+from runtime.hugging_face import find_checkpoint
 from tasks.statistics import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +161,19 @@ def training(language, seed, reward, asked, scale):
     return Stage(name, " ".join(words), f"{folder}/eval/step_{scale.steps}.jsonl", folder)
 
 
+def check_start(model, scale):
+    """End with a sentence when runs/proof/ has stages of other weights or of another scale."""
+    start = {"weights": content.weights(find_checkpoint(model)), "scale": scale}
+    file = Path("runs/proof/start.json")
+    if file.exists() and json.loads(file.read_text()) != start:
+        sys.exit(
+            "runs/proof/ holds stages of another model or scale: move it away to begin anew "
+            "(--table prints its table)"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(start))
+
+
 def run(command, deadline):
     """Run one stage -> True when it ended well.
 
@@ -254,6 +269,7 @@ def main():
     if not options.model:
         parser.error("--model is needed: a checkpoint folder or a hub id")
 
+    check_start(options.model, options.scale)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     languages = options.lang.split(",")
     seeds = [int(seed) for seed in options.seeds.split(",")]

@@ -37,6 +37,21 @@ def test_every_stage_is_a_command_that_is_taken(scale):
             assert settings.eval_every and settings.steps % settings.eval_every == 0
 
 
+def test_stages_of_another_model_are_not_taken_for_done(tmp_path, monkeypatch):
+    """Same path, other weights; or another scale."""
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "DIR/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"old")
+    proof.check_start("DIR", "gpu")
+    proof.check_start("DIR", "gpu")
+    with pytest.raises(SystemExit, match="another model or scale"):
+        proof.check_start("DIR", "cpu")
+    weights.write_bytes(b"new")
+    with pytest.raises(SystemExit, match="another model or scale"):
+        proof.check_start("DIR", "gpu")
+
+
 def test_table_compares_the_same_questions(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs/proof/prolog-seed-0"
     (folder / "eval").mkdir(parents=True)
