@@ -21,7 +21,7 @@ def read_benchmark(data=None):
 
 
 class Benchmark:
-    """What MultiPL-E tests, as far as it is at hand.
+    """What MultiPL-E and MBPP+ test, as far as they are at hand.
 
     names: of its functions, without _ and capitals.
     grams: every 13 words in a row of its prompts and of the canonical solutions.
@@ -34,6 +34,9 @@ class Benchmark:
             for name, prompt in read_if_here(file, _name_and_prompt, data):
                 self.names.add(_bare(name.split("_", 2)[2]))
                 self.grams |= grams(prompt, WORDS)
+        for name, solved in read_if_here("evalplus/MbppPlus.jsonl", _name_and_solved, data):
+            self.names.add(_bare(name))
+            self.grams |= grams(solved, WORDS)
         self.names -= MEANINGLESS
 
         codes = ("cpp", "go", "java", "js", "rust")
@@ -56,6 +59,10 @@ class Benchmark:
 
 def _name_and_prompt(_, row):
     return row["name"], row["prompt"]
+
+
+def _name_and_solved(_, row):
+    return row["entry_point"], row["prompt"] + row["canonical_solution"]
 
 
 def _solved(_, row):

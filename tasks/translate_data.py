@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from tasks.data import read_if_here, read_jsonl
 
 SETS = ("multipl_t", "transcoder_gfg", "mbxp", "exercism")
+# MBPP's numbers that MBPP+ tests on and MultiPL-E does not.
+ONLY_IN_MBPP_PLUS = {
+    *(2, 7, 82, 85, 98, 111, 124, 137, 139, 140, 232, 233, 235, 276, 300, 301, 311, 312, 473, 590),
+    *(596, 620, 758),
+}
 TRANSLATABLE = {"python": "Python", "cpp": "C++"}
 
 # Exercism's own language-neutral cases (problem-specifications) by exercise: the properties for
@@ -150,8 +155,8 @@ def _transcoder_gfg(data):
 def _mbxp(data):
     """MBPP's functions in Python and C++ (MBXP); cases from MBPP's assertions.
 
-    The ids that MultiPL-E tests on are left out. Without its list nobody can say what may be
-    trained on, so there are no problems at all.
+    The ids that MultiPL-E and MBPP+ test on are left out. Without MultiPL-E's list nobody can say
+    what may be trained on, so there are no problems at all.
     """
 
     def read_number(_, row):
@@ -163,6 +168,7 @@ def _mbxp(data):
     evaluated = set(read_if_here("multipl_e/v3/mbpp-py-reworded.jsonl", read_number, data))
     if not evaluated:
         return []
+    evaluated |= ONLY_IN_MBPP_PLUS
 
     functions = {}  # {number: {language: row}}
     for language, name in (("python", "mbpp_release_v1"), ("cpp", "mbcpp_release_v1.2")):

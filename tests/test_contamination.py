@@ -50,7 +50,7 @@ def test_no_training_task_is_forgotten(settings):
 
 @dataclass
 class Evaluated:
-    """All of MultiPL-E, also of languages without a TOML, and the sources of translate."""
+    """All of MultiPL-E, also of languages without a TOML, the sources of translate, and MBPP+."""
 
     ids: set  # of (bench, number)
     names: set
@@ -70,6 +70,10 @@ def evaluated():
         ids.add((bench.lower(), number))
         names.add(bare(name))
         texts.append(row["prompt"])
+    for row in known_programs.rows("evalplus/MbppPlus.jsonl.gz"):
+        ids.add(("mbpp", row["task_id"].split("/")[1]))
+        names.add(bare(row["entry_point"]))
+        texts += [row["prompt"], row["canonical_solution"]]
     names.remove("f")  # HumanEval 106 is called so, which says nothing
     for source in SOURCES:
         problems = load_benchmark("translate", "python", source=source)
@@ -94,7 +98,7 @@ def grams(text, n):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python sources in the data
 @pytest.mark.parametrize("task", TASKS)
 def test_no_benchmark_row_is_reachable_from_a_training_task(task, evaluated):
-    """Over all 23 languages."""
+    """Over all 23 languages, and MBPP+, of which 23 problems are not in MultiPL-E."""
     defined = r"(\w+_\w+)()"  # in prose, anything that looks like a function's name
     if task == "translate":
         defined = r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{"
