@@ -83,6 +83,8 @@ class Judge:
             raise ValueError(
                 f"{self.language.name} cannot be judged by value: its TOML has no [answer] table"
             )
+        if "syntax" in self.components and not self.language.check:
+            raise ValueError(f"{self.language.name} has no syntax check: its TOML has no check line")
         unknown = sorted(set(self.components) - set(COMPONENTS))
         if unknown:
             known = ", ".join(COMPONENTS)
@@ -105,7 +107,8 @@ class Judge:
             future = self.pool.submit(Job(name, files, id=f"{problem.id}/{sample}"))
         check = None
         if has_code and "syntax" in self.components:
-            check = self.pool.submit(Job(name, {file: parsed.code}, run=self.language.check))
+            command = [word.replace("{nonce}", nonce) for word in self.language.check]
+            check = self.pool.submit(Job(name, {file: parsed.code}, run=command))
         return Submission(problem, sample, text, parsed, nonce, future, check)
 
     def _nonce(self, parsed):
@@ -128,7 +131,7 @@ class Judge:
         status, value = printed(submission)
         number = None if value is None else printed_number(value, self.language)
         right = number is not None and same_number(number, problem.answer)
-        syntax_ok = passed(submission.syntax)
+        syntax_ok = passed(submission, self.language)
         facts = Facts(submission.text, parsed, self.language, right, problem, syntax_ok)
 
         components = {name: COMPONENTS[name](facts) for name in self.components}
@@ -178,13 +181,22 @@ def printed_value(stdout, nonce):
     return found[-1].strip() if found else None
 
 
-def passed(check):
-    """1 when a check passed, 0 when not or nothing was checked, nan when nobody could tell."""
+def passed(submission, language):
+    """1 when the syntax check passed, 0 when not or nothing was checked, nan when nobody could tell.
+
+    A check that runs code of the program says the nonce when it is done: exit code 0 alone may be
+    the program's.
+    """
+    check = submission.syntax
     if check is None:
         return 0.0
     if not check.done() or check.result().status == "sandbox_error":
         return math.nan
-    return float(check.result().status == "ok")
+    result = check.result()
+    if any("{nonce}" in word for word in language.check):
+        said = result.stdout.decode(errors="replace").splitlines()
+        return float(result.status == "ok" and submission.nonce in said)
+    return float(result.status == "ok")
 
 
 def answer_files(language, code, query, nonce):
