@@ -34,9 +34,10 @@ def parse(text, language):
     marks = [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags]
     once = all(text.count(mark) == 1 for mark in marks)
     pattern = r"\s*".join(rf"<{tag}>.*?</{tag}>" for tag in tags)
-    in_order = re.fullmatch(rf"\s*{pattern}\s*", text, re.DOTALL) is not None
+    # `once` first: where each mark occurs once, the pattern takes linear time
+    in_order = once and re.fullmatch(rf"\s*{pattern}\s*", text, re.DOTALL) is not None
     none_empty = bool(reasoning and code and query)
-    return Parsed(reasoning, code, query, format_ok=once and in_order and none_empty)
+    return Parsed(reasoning, code, query, format_ok=in_order and none_empty)
 
 
 def tags_of(language):
@@ -84,7 +85,9 @@ class Judge:
                 f"{self.language.name} cannot be judged by value: its TOML has no [answer] table"
             )
         if "syntax" in self.components and not self.language.check:
-            raise ValueError(f"{self.language.name} has no syntax check: its TOML has no check line")
+            raise ValueError(
+                f"{self.language.name} has no syntax check: its TOML has no check line"
+            )
         unknown = sorted(set(self.components) - set(COMPONENTS))
         if unknown:
             known = ", ".join(COMPONENTS)
@@ -295,7 +298,7 @@ def tags(facts):
 
 
 def soft_format(facts):
-    return layout(facts, edge=r"\s*", end="")
+    return layout(facts, edge="", end="")
 
 
 def strict_format(facts):
@@ -303,9 +306,21 @@ def strict_format(facts):
 
 
 def layout(facts, edge, end):
-    """1 when the three parts stand in order; edge: what must stand inside every tag."""
-    parts = [rf"<{tag}>{edge}(.+?){edge}</{tag}>" for tag in tags_of(facts.language)]
-    return float(re.match(r"\s*".join(parts) + end, facts.text, re.DOTALL) is not None)
+    """1 when the three parts stand in order, none empty; edge: what must stand inside every tag.
+
+    In linear time: between two seams anything may stand, so each is best taken where it is first.
+    """
+    first, second, third = tags_of(facts.language)
+    seams = [
+        rf"{edge}</{first}>\s*<{second}>{edge}",
+        rf"{edge}</{second}>\s*<{third}>{edge}",
+        rf"{edge}</{third}>{end}",
+    ]
+    found = re.match(f"<{first}>{edge}", facts.text)
+    for seam in seams:
+        if found:
+            found = re.compile(seam).search(facts.text, found.end() + 1)
+    return float(found is not None)
 
 
 def query_leak(facts):
@@ -321,7 +336,7 @@ def query_leak(facts):
 
 def bare(line):
     """A goal without what marks it as a query or ends it."""
-    return re.sub(r"^\s*[?:]-|\.?\s*$", "", line).strip()
+    return re.sub(r"^\s*[?:]-", "", line).rstrip().removesuffix(".").strip()
 
 
 def reasoning_words(facts):
