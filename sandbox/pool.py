@@ -445,8 +445,10 @@ class _Launcher:
             raise SandboxError(f"a sandbox launcher did not start: {error}") from None
         # not among the arguments, which every user of the machine can read
         settings = {"level": level, "folder": self.folder, "warm": warm}
+        # sorted, as jobs are: a warm interpreter has its environment in the order of a cold one
+        message = json.dumps(settings, sort_keys=True).encode()
         with contextlib.suppress(OSError):  # it died: wait_until_ready says so
-            self._send(json.dumps(settings).encode())
+            self._send(message)
 
     def wait_until_ready(self):
         self.channel.settimeout(60)
