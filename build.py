@@ -1,6 +1,7 @@
 """From settings to the live parts of a run: task, judge, starting checkpoint, model, optimizer,
 sampler."""
 
+import glob
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -326,7 +327,8 @@ def restarted_run(settings):
     That is the newest run with these settings.
     """
     found = []
-    for path in Path("runs").glob(f"{settings.name or '*'}/config.json"):
+    name = glob.escape(settings.name) or "*"
+    for path in Path("runs").glob(f"{name}/config.json"):
         if json.loads(path.read_text()) == asdict(settings):
             found.append(path)
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)

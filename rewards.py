@@ -34,9 +34,10 @@ def parse(text, language):
     marks = [f"<{tag}>" for tag in tags] + [f"</{tag}>" for tag in tags]
     once = all(text.count(mark) == 1 for mark in marks)
     pattern = r"\s*".join(rf"<{tag}>.*?</{tag}>" for tag in tags)
-    in_order = re.fullmatch(rf"\s*{pattern}\s*", text, re.DOTALL) is not None
+    # `once` first: where each mark occurs once, the pattern takes linear time
+    in_order = once and re.fullmatch(rf"\s*{pattern}\s*", text, re.DOTALL) is not None
     none_empty = bool(reasoning and code and query)
-    return Parsed(reasoning, code, query, format_ok=once and in_order and none_empty)
+    return Parsed(reasoning, code, query, format_ok=in_order and none_empty)
 
 
 def tags_of(language):
@@ -83,6 +84,10 @@ class Judge:
             raise ValueError(
                 f"{self.language.name} cannot be judged by value: its TOML has no [answer] table"
             )
+        if "syntax" in self.components and not self.language.check:
+            raise ValueError(
+                f"{self.language.name} has no syntax check: its TOML has no check line"
+            )
         unknown = sorted(set(self.components) - set(COMPONENTS))
         if unknown:
             known = ", ".join(COMPONENTS)
@@ -105,7 +110,8 @@ class Judge:
             future = self.pool.submit(Job(name, files, id=f"{problem.id}/{sample}"))
         check = None
         if has_code and "syntax" in self.components:
-            check = self.pool.submit(Job(name, {file: parsed.code}, run=self.language.check))
+            command = [word.replace("{nonce}", nonce) for word in self.language.check]
+            check = self.pool.submit(Job(name, {file: parsed.code}, run=command))
         return Submission(problem, sample, text, parsed, nonce, future, check)
 
     def _nonce(self, parsed):
@@ -128,7 +134,7 @@ class Judge:
         status, value = printed(submission)
         number = None if value is None else printed_number(value, self.language)
         right = number is not None and same_number(number, problem.answer)
-        syntax_ok = passed(submission.syntax)
+        syntax_ok = passed(submission, self.language)
         facts = Facts(submission.text, parsed, self.language, right, problem, syntax_ok)
 
         components = {name: COMPONENTS[name](facts) for name in self.components}
@@ -178,13 +184,22 @@ def printed_value(stdout, nonce):
     return found[-1].strip() if found else None
 
 
-def passed(check):
-    """1 when a check passed, 0 when not or nothing was checked, nan when nobody could tell."""
+def passed(submission, language):
+    """1 when the syntax check passed, 0 when not or nothing was checked, nan when nobody could tell.
+
+    A check that runs code of the program says the nonce when it is done: exit code 0 alone may be
+    the program's.
+    """
+    check = submission.syntax
     if check is None:
         return 0.0
     if not check.done() or check.result().status == "sandbox_error":
         return math.nan
-    return float(check.result().status == "ok")
+    result = check.result()
+    if any("{nonce}" in word for word in language.check):
+        said = result.stdout.decode(errors="replace").splitlines()
+        return float(result.status == "ok" and submission.nonce in said)
+    return float(result.status == "ok")
 
 
 def answer_files(language, code, query, nonce):
@@ -283,7 +298,7 @@ def tags(facts):
 
 
 def soft_format(facts):
-    return layout(facts, edge=r"\s*", end="")
+    return layout(facts, edge="", end="")
 
 
 def strict_format(facts):
@@ -291,9 +306,21 @@ def strict_format(facts):
 
 
 def layout(facts, edge, end):
-    """1 when the three parts stand in order; edge: what must stand inside every tag."""
-    parts = [rf"<{tag}>{edge}(.+?){edge}</{tag}>" for tag in tags_of(facts.language)]
-    return float(re.match(r"\s*".join(parts) + end, facts.text, re.DOTALL) is not None)
+    """1 when the three parts stand in order, none empty; edge: what must stand inside every tag.
+
+    In linear time: between two seams anything may stand, so each is best taken where it is first.
+    """
+    first, second, third = tags_of(facts.language)
+    seams = [
+        rf"{edge}</{first}>\s*<{second}>{edge}",
+        rf"{edge}</{second}>\s*<{third}>{edge}",
+        rf"{edge}</{third}>{end}",
+    ]
+    found = re.match(f"<{first}>{edge}", facts.text)
+    for seam in seams:
+        if found:
+            found = re.compile(seam).search(facts.text, found.end() + 1)
+    return float(found is not None)
 
 
 def query_leak(facts):
@@ -309,7 +336,7 @@ def query_leak(facts):
 
 def bare(line):
     """A goal without what marks it as a query or ends it."""
-    return re.sub(r"^\s*[?:]-|\.?\s*$", "", line).strip()
+    return re.sub(r"^\s*[?:]-", "", line).rstrip().removesuffix(".").strip()
 
 
 def reasoning_words(facts):

@@ -8,7 +8,7 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -356,6 +356,15 @@ def check_limits(settings):
         if choices and value not in choices:
             known = ", ".join(map(str, choices))
             raise SystemExit(f"unknown {setting.name} {value!r}: choose one of {known}")
+    check_name(settings.name)
+
+
+def check_name(name):
+    """SystemExit with one sentence when runs/NAME would not be a folder below runs/."""
+    path = PurePosixPath(name)
+    is_elsewhere = path.is_absolute() or ".." in path.parts or "\0" in name
+    if name and (is_elsewhere or not path.parts):
+        raise SystemExit(f"--name {name!r}: a run stays under runs/; give a name such as first")
 
 
 # ---- recipes and old runs ----

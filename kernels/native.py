@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import stat
 import subprocess
 import sys
 import tempfile
@@ -169,7 +170,8 @@ def library():
     """
     try:
         path = library_path()
-        if not path.exists():
+        own_folder(path.parent)
+        if not is_own_file(path):
             build(path)
         found = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as problem:
@@ -199,9 +201,39 @@ def library_path():
     return Path(cache) / "rarecode" / f"native-{digest[:16]}.so"
 
 
+# What others put into the cache folder would run in this process.
+
+
+def own_folder(folder):
+    """Make a folder that is this user's alone to write; RuntimeError when it cannot be that."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    user = os.geteuid()
+    if folder.is_symlink() or folder.stat().st_uid != user:
+        raise RuntimeError(f"{folder} is somebody else's: name another XDG_CACHE_HOME")
+    folder.chmod(0o700)
+
+    for parent in folder.resolve().parents:
+        info = parent.stat()
+        # in a sticky one (/tmp) others can add, but not take away what is ours
+        is_open = info.st_mode & stat.S_IWOTH and not info.st_mode & stat.S_ISVTX
+        if info.st_mode & stat.S_IWGRP and info.st_gid not in (0, os.getegid()):
+            is_open = True
+        if is_open or info.st_uid not in (0, user):
+            raise RuntimeError(f"others can write to {parent}: name another XDG_CACHE_HOME")
+
+
+def is_own_file(path):
+    """Is it there, and did this user alone write it?"""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return False
+    is_open = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid() and not is_open
+
+
 def build(path):
     """Compile native.c elsewhere and rename it to `path`: other ranks may be at it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         for more in MORE_FLAGS:
@@ -210,4 +242,5 @@ def build(path):
             if done.returncode == 0:
                 break
         done.check_returncode()
+        built.chmod(0o700)
         built.rename(path)

@@ -382,7 +382,7 @@ def private_tmpfs(folder, size, files):
     size: bytes. files: inodes.
     """
     private, recursive, nosuid, nodev = 1 << 18, 1 << 14, 2, 4
-    options = f"size={size},nr_inodes={files},mode=0755"
+    options = f"size={size},nr_inodes={files},mode=0700"
     _mount("none", "/", None, private | recursive, None)
     _mount("tmpfs", folder, "tmpfs", nosuid | nodev, options)
 

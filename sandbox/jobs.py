@@ -11,7 +11,8 @@ STATUSES = (
     "memory_limit",
     "output_limit",
     "file_limit",
-    "crash",  # died by a signal, or was killed for starting too many processes
+    # died by a signal, was killed for starting too many processes, or broke three launchers
+    "crash",
     # the sandbox failed, not the program: retried, then masked from the loss, never scored 0
     "sandbox_error",
 )

@@ -1,12 +1,16 @@
 """One launcher: a small process that runs one program at a time, locked down.
 
-pool.py starts it as `python -I -S launcher.py SETTINGS` with a socket as stdin; standard library
-only, about 11 MB. It knows no language: a job comes as one or two stages (compile, run) with
-everything resolved, and its reply says how it ended. It never sees a right answer. When the socket
-closes, the trainer is gone: the program is killed, the work folder removed, the launcher ends.
+pool.py starts it as `python -I -S launcher.py` with a socket as stdin; standard library only, about
+11 MB. It knows no language: a job comes as one or two stages (compile, run) with everything
+resolved, and its reply says how it ended. It never sees a right answer. When the socket closes, the
+trainer is gone: the program is killed, the work folder removed, the launcher ends.
 
-SETTINGS (JSON): {"level", "folder": the work folder}.
-Message either way: 4 bytes of length, then JSON; bytes travel as Latin-1 text.
+This process has no walls around it, so nothing of a job may reach what it runs or reads: it loads
+all its code, a warm interpreter too, before the first job comes.
+
+First message: {"level", "folder": the work folder, "warm": a stage to have an interpreter warm for,
+or null}. The others are jobs. Message either way: 4 bytes of length, then JSON; bytes travel as
+Latin-1 text.
 """
 
 import contextlib
@@ -15,7 +19,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import socket
 import struct
@@ -26,11 +29,9 @@ import time
 
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import isolation
+from folders import WORK_BYTES, WORK_FILES, clear, make_executable, write_files
+from warm_prolog import WarmProlog
 from watch import THREADS, Disk, Program
-
-# What all files of one job may take.
-WORK_BYTES = 256 << 20
-WORK_FILES = 16384
 
 # What a runtime says when it could get no more memory and ended by itself.
 _NO_MEMORY = (
@@ -44,14 +45,16 @@ _NO_MEMORY = (
 
 
 def main():
-    settings = json.loads(sys.argv[1])
-    folder = settings["folder"]
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    settings = receive(channel)
+    if settings is None:
+        return
 
+    folder = settings["folder"]
     trainer_gone = False
     try:
-        launcher = Launcher(channel, settings["level"], folder, isolation.program_user())
+        launcher = Launcher(channel, settings, isolation.program_user())
         send(channel, {"ready": True, "bounded": launcher.bounded})
         trainer_gone = launcher.serve()
     finally:
@@ -66,7 +69,7 @@ def leave(folder, trainer_gone):
     os.chdir("/")
     with contextlib.suppress(OSError):
         isolation.unmount(folder)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    with contextlib.suppress(OSError):
         clear(folder)
         os.rmdir(folder)
         if trainer_gone:
@@ -82,29 +85,30 @@ class Launcher:
     Level, work folder, prepared Landlock rulesets and seccomp filters, a warm interpreter.
     """
 
-    def __init__(self, channel, level, folder, user):
+    def __init__(self, channel, settings, user):
         self.channel = channel
-        self.level = level
-        self.folder = folder
+        self.level = settings["level"]
+        self.folder = settings["folder"]
         self.user = user  # whom programs run as; None: as this process
 
         # a user namespace of its own, in which the process limit counts
-        self.own_users = level == "namespaces" and user is None
+        self.own_users = self.level == "namespaces" and user is None
         # where the process limit counts more than this job (one user for all, or none for root),
         # the launcher counts itself
         self.ask = False
-        if level == "kernel" and user is None:
+        if self.level == "kernel" and user is None:
             self.ask = isolation.attempt(isolation.ask_once) is None
 
         self._rulesets = {}
         self._filters = {}
-        self._warm = None  # False: it cannot be had
 
         # jobs are plain dicts; a collection would only touch pages shared with the children
         gc.disable()
         open_files = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
         self.bounded = self._separate()
+        # its home and working folder are the work folder, as a program's: nothing is in there yet
+        self._warm = load_warm(settings["warm"], self.folder)
 
     def _separate(self):
         """Leave the trainer's view as far as allowed.
@@ -140,14 +144,26 @@ class Launcher:
             while (job := receive(self.channel)) is not None:
                 try:
                     reply = self.run(job)
-                    clear(self.folder)
                 except Exception as error:
                     said = f"{type(error).__name__}: {error}"
                     send(self.channel, {"status": "sandbox_error", "stderr": said})
                     return False
                 if reply is None:  # the trainer went away during the job
                     break
+
+                # The reply first: what a program left behind does not change how it ended.
                 send(self.channel, reply)
+                if not self._clear():
+                    return False
+        return True
+
+    def _clear(self):
+        """Make the work folder ready for the next job; False when it cannot be."""
+        try:
+            clear(self.folder)
+        except OSError as error:
+            print(f"sandbox: a launcher gives up its work folder ({error})", file=sys.stderr)
+            return False
         return True
 
     def run(self, job):
@@ -169,16 +185,20 @@ class Launcher:
             memory = max(memory, program.peak_memory)
 
             status = judge(program, stage)
+            if status == "sandbox_error" and number > 0:
+                status = "crash"  # what a compiler made of the job's own files cannot be started
             if status != "ok":
                 break
             if not stage["last"]:
-                self._make_executable(job["stages"][number + 1]["argv"][0])
+                name = job["stages"][number + 1]["argv"][0]
+                make_executable(self.folder, name.removeprefix("./"))
 
         stderr = program.stderr
-        if status == "sandbox_error":
-            stderr = program.report[1:] or b"the program never started"
+        if program.report.startswith(b"E"):
+            stderr = program.report[1:]
         return {
             "status": status,
+            "began": status != "sandbox_error",
             "stdout": program.stdout.decode("latin-1"),
             "stderr": stderr.decode("latin-1"),
             "returncode": program.returncode,
@@ -187,12 +207,6 @@ class Launcher:
             "peak_memory": memory,
             "truncated": program.truncated,
         }
-
-    def _make_executable(self, path):
-        """A linker sets the mode by path, which a program may not do."""
-        place = os.path.join(self.folder, path)
-        if os.path.realpath(place).startswith(self.folder + "/") and os.path.isfile(place):
-            os.chmod(place, 0o755)
 
     def run_stage(self, stage, stdin):
         """Start one program, wait for its end. Returns the Program."""
@@ -253,32 +267,28 @@ class Launcher:
 
     def warm_for(self, stage):
         """The warm interpreter that can stand in for a stage, or None."""
-        wanted = stage.get("warm")
-        if not wanted:
-            return None
-        if self._warm is None:
-            self._warm = load_warm(wanted, stage, self.folder)
-        if self._warm and self._warm.wanted == wanted and self._warm.ready():
+        if self._warm and self._warm.wanted == stage.get("warm") and self._warm.ready():
             return self._warm
         return None
 
 
-def load_warm(wanted, stage, folder):
-    """A warm interpreter in this process, for good.
+def load_warm(stage, folder):
+    """A warm interpreter in this process, for good, that can stand in for a stage.
 
-    False when it cannot be had, and then programs start cold.
+    None when none is wanted, or when it cannot be had, and then programs start cold.
     """
-    from warm_prolog import WarmProlog
-
+    if stage is None:
+        return None
     os.chdir(folder)  # what the interpreter takes for its working folder is the same for all jobs
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     environment = program_environment(stage, folder)
+    libraries = stage["warm"]["libraries"]
     try:
-        warm = WarmProlog(stage["program"], stage["argv"], wanted["libraries"], environment)
+        warm = WarmProlog(stage["program"], stage["argv"], libraries, environment)
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         print(f"sandbox: no warm interpreter ({error}); programs start cold", file=sys.stderr)
-        return False
-    warm.wanted = wanted
+        return None
+    warm.wanted = stage["warm"]
     return warm
 
 
@@ -423,51 +433,6 @@ def set_limits(stage, count_processes):
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
         resource.setrlimit(name, (value, value))
-
-
-# ---- the work folder ----
-
-
-def write_files(folder, files, user):
-    """Write {path: Latin-1 text} below the folder.
-
-    user: who owns them then; None when the launcher may not give files away.
-    """
-    for path, content in files.items():
-        place = os.path.join(folder, path)
-        if "/" in path:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-        with open(place, "xb") as file:
-            file.write(content.encode("latin-1"))
-
-    if user is None:
-        return
-    os.chown(folder, user, user)
-    if files:
-        for parent, folders, names in os.walk(folder):
-            for name in folders + names:
-                os.chown(os.path.join(parent, name), user, user)
-
-
-def clear(folder):
-    """Remove everything in the folder, whatever a program did to it.
-
-    No permissions, 20,000 levels, a folder where a file was.
-    """
-    with contextlib.suppress(OSError, RecursionError):
-        os.chmod(folder, 0o755)
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
-
-    # rm and chmod walk without recursion; Python's rmtree fails beyond 1,000 levels
-    rest = [os.path.join(folder, name) for name in os.listdir(folder)]
-    if rest:
-        open_up = ["chmod", "-R", "u+rwX", "--", *rest]
-        subprocess.run(open_up, stderr=subprocess.DEVNULL, check=False)
-        subprocess.run(["rm", "-rf", "--", *rest], check=True)
 
 
 # ---- messages ----

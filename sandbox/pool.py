@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import queue
-import shutil
 import signal
 import socket
 import struct
@@ -23,12 +22,13 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+from sandbox.folders import WORK_BYTES, WORK_FILES, remove
 from sandbox.jobs import Result, SandboxError
 from sandbox.languages import load_language
 from sandbox.probe import LEVELS, available_level, probe
 
 _LAUNCHER = os.path.join(os.path.dirname(__file__), "launcher.py")
-_ATTEMPTS = 3
+_ATTEMPTS = 3  # on fresh launchers
 _CACHE_BYTES = 64 << 20
 # These depend on the program alone, a wall limit or a sandbox error on how busy the machine was.
 _CACHED = (
@@ -195,33 +195,48 @@ class Pool:
             return bool(pending.waiters)
 
     def _attempt(self, launchers, wanted):
-        """Run a job; when the sandbox fails, again, on a fresh launcher."""
+        """Run a job; when the sandbox fails, again, on a fresh launcher.
+
+        A job that has lost every fresh launcher after its program had begun is its own fault: a
+        program must not be able to choose that it is not scored.
+        """
         kind = wanted.kind
         reason = ""
-        for attempt in range(_ATTEMPTS):
+        fresh = 0  # launchers that had run no other job
+        lost = 0  # those of them that failed after the program had begun
+        while fresh < _ATTEMPTS:
             if self._closed:
                 return self._error("the sandbox pool was closed")
-            if attempt:
+            if reason:
                 self.retries += 1
-                time.sleep(0.05 * attempt)
+                time.sleep(0.05 * fresh)
 
+            launcher = launchers.get(kind)
+            is_fresh = launcher is None or not launcher.used
+            fresh += is_fresh
             try:
-                if kind not in launchers:
-                    self.replaced += attempt > 0
-                    launchers[kind] = self._launch()
-                    launchers[kind].wait_until_ready()
-                result = self._result(launchers[kind].run(wanted))
+                if launcher is None:
+                    self.replaced += bool(reason)
+                    launcher = launchers[kind] = self._launch(wanted.warm)
+                    launcher.wait_until_ready()
+                result = self._result(launcher.run(wanted))
                 if result.status != "sandbox_error":
                     return result
                 reason = result.stderr.decode(errors="replace")
             except (SandboxError, OSError) as error:
                 reason = str(error)
-            if kind in launchers:
-                launchers.pop(kind).stop()
+            if launcher is not None:
+                lost += is_fresh and launcher.began
+                del launchers[kind]
+                launcher.stop()
+
+        if lost == _ATTEMPTS and not self._closed:
+            said = f"the sandbox failed each of {lost} times while it ran: {reason}"
+            return self._result({"status": "crash", "stderr": said})
         return self._error(reason)
 
-    def _launch(self):
-        launcher = _Launcher(self.folder, self.level)
+    def _launch(self, warm=None):
+        launcher = _Launcher(self.folder, self.level, warm)
         self.launcher_pids.append(launcher.process.pid)
         return launcher
 
@@ -303,37 +318,75 @@ class Request:
     message: bytes  # equal jobs give equal ones
     kind: str  # of launcher
     patience: float  # seconds after which the launcher must be broken
+    warm: dict | None  # the stage for which a launcher of this kind has an interpreter warm
 
 
 def request(job):
     """The Request for a Job; SandboxError or ValueError when it cannot be run."""
     language = load_language(job.lang)
+    check_files(job.files)
     stages = language.stages(job.limits, job.run, job.files)
     files = {}
     for path, content in job.files.items():
-        if not _is_plain(path):
-            raise SandboxError(
-                f"file name {path!r} must be a plain relative path inside the work folder"
-            )
         if isinstance(content, str):
             content = content.encode("utf-8", "replace")
         files[path] = content.decode("latin-1")
 
     body = {"stages": stages, "files": files, "stdin": job.stdin.decode("latin-1")}
-    warm = stages[-1]["warm"]
+    last = stages[-1]
+    is_warm = last["warm"] is not None
     return Request(
         message=json.dumps(body, sort_keys=True).encode(),
-        kind=warm["alone"] if warm else "",
+        kind=f"{language.name} {last['warm']['alone']}" if is_warm else "",
         patience=30 + 3 * sum(stage["wall"] for stage in stages),
+        warm=last if is_warm else None,
     )
 
 
-def _is_plain(path):
-    """Is this a relative path that names the same place however it is read?"""
-    if not path or path.startswith("/") or "\0" in path:
-        return False
+def check_files(files):
+    """SandboxError when these could not be written into a work folder.
+
+    They may take half of it, so that the program has room.
+    """
+    size = 0
+    folders = set()
+    for path, content in files.items():
+        if reason := _unfit(path):
+            raise SandboxError(
+                f"file name {path!r:.100} {reason}: it must be a plain relative path inside the "
+                "work folder"
+            )
+        if not isinstance(content, str | bytes):
+            kind = type(content).__name__
+            raise SandboxError(f"file {path!r:.100} must be text or bytes, not {kind}")
+        folders |= {str(parent) for parent in PurePosixPath(path).parents}
+        size += len(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+
+    if both := sorted(folders & set(files)):
+        raise SandboxError(f"file name {both[0]!r:.100} is also the folder of another file")
+    if len(files) + len(folders) > WORK_FILES // 2:
+        raise SandboxError(f"{len(files)} files are too many: give at most {WORK_FILES // 2}")
+    if size > WORK_BYTES // 2:
+        most = WORK_BYTES // 2 >> 20
+        raise SandboxError(f"the files have {size >> 20} MiB together: give at most {most} MiB")
+
+
+def _unfit(path):
+    """Why no file can have this name on every system; None when one can."""
+    if not isinstance(path, str):
+        return f"is not text but {type(path).__name__}"
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return "has characters that no file name can have"
     plain = PurePosixPath(path)
-    return bool(plain.parts) and ".." not in plain.parts and str(plain) == path
+    if "\0" in path or path.startswith("/") or ".." in plain.parts:
+        return "leads out of the work folder or to no file"
+    if not plain.parts or str(plain) != path:
+        return "can be written otherwise"
+    if len(encoded) > 1000 or any(len(part.encode()) > 255 for part in plain.parts):
+        return "is too long"
+    return None
 
 
 @dataclass
@@ -372,13 +425,14 @@ class _Cache:
 class _Launcher:
     """A launcher process and the socket to it."""
 
-    def __init__(self, parent, level):
+    def __init__(self, parent, level, warm):
         self.folder = tempfile.mkdtemp(dir=parent)
         self.program = None  # process id of what it runs
+        self.used = False  # has it been given a job?
+        self.began = False  # has its job's program?
         self.bounded = False  # known once it is ready: is its work folder a file system of its own?
         self.channel, other = socket.socketpair()
-        settings = json.dumps({"level": level, "folder": self.folder})
-        command = [sys.executable, "-I", "-S", _LAUNCHER, settings]
+        command = [sys.executable, "-I", "-S", _LAUNCHER]
         try:
             # A session of its own: Ctrl-C in the trainer's terminal must not reach it before the
             # trainer has ended it.
@@ -389,6 +443,12 @@ class _Launcher:
         except OSError as error:
             self.channel.close()
             raise SandboxError(f"a sandbox launcher did not start: {error}") from None
+        # not among the arguments, which every user of the machine can read
+        settings = {"level": level, "folder": self.folder, "warm": warm}
+        # sorted, as jobs are: a warm interpreter has its environment in the order of a cold one
+        message = json.dumps(settings, sort_keys=True).encode()
+        with contextlib.suppress(OSError):  # it died: wait_until_ready says so
+            self._send(message)
 
     def wait_until_ready(self):
         self.channel.settimeout(60)
@@ -400,18 +460,23 @@ class _Launcher:
     def run(self, wanted):
         """The launcher's reply to a Request; SandboxError when it died or hangs."""
         self.channel.settimeout(wanted.patience)
-        size = struct.pack("I", len(wanted.message))
+        self.used = True
         try:
-            self.channel.sendall(size + wanted.message)
+            self._send(wanted.message)
             while "started" in (reply := self._receive()):
                 self.program = reply["started"]
+                self.began = True
             self.program = None
+            self.began = reply.get("began", self.began)
             return reply
         except TimeoutError:
             self.process.kill()
             raise SandboxError(
                 f"a sandbox launcher gave no answer for {wanted.patience:.0f} s"
             ) from None
+
+    def _send(self, message):
+        self.channel.sendall(struct.pack("I", len(message)) + message)
 
     def _receive(self):
         size = struct.unpack("I", self._receive_exactly(4))[0]
@@ -445,12 +510,3 @@ class _Launcher:
                 os.killpg(self.program, signal.SIGKILL)
         self.channel.close()
         remove(self.folder)
-
-
-def remove(folder):
-    """Remove a work folder whatever a program left in it (a launcher that was killed could not)."""
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(folder, ignore_errors=True)
-    if os.path.isdir(folder):
-        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
-            subprocess.run([*command, "--", folder], stderr=subprocess.DEVNULL, check=False)

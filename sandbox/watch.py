@@ -410,7 +410,7 @@ def _written(pid):
 
 def _read(path):
     with open(path, "rb", buffering=0) as file:  # unbuffered: a third of the cost
-        return file.read(65536).decode()
+        return file.read(65536).decode(errors="replace")  # a program may choose its own name
 
 
 class Disk:

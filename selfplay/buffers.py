@@ -29,13 +29,20 @@ class Buffer:
 
     def add(self, entry):
         """False when it is there already. The oldest entry makes room."""
-        key = (normalised(entry.program, self.language), entry.inputs)
+        key = self._key(entry)
         if key in self.entries:
             return False
         self.entries[key] = entry
         if len(self.entries) > self.capacity:
             del self.entries[next(iter(self.entries))]
         return True
+
+    def remove(self, entry):
+        """Forget an entry, if it is still there."""
+        self.entries.pop(self._key(entry), None)
+
+    def _key(self, entry):
+        return normalised(entry.program, self.language), entry.inputs
 
     def draw(self, rng, count):
         """Up to `count` different entries, uniformly."""

@@ -33,7 +33,7 @@ from selfplay.judge import SolveJudge
 from selfplay.metrics import Scored, mean, play_metrics, right_or_wrong, verdicts_of
 from selfplay.parse import parse_proposal
 from selfplay.prompts import propose_prompt, solve_prompt
-from selfplay.proposals import begin, check
+from selfplay.proposals import begin, check, still_true
 from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle, Refused
 from selfplay.rewards import REFUSED, proposer_reward, read_setting
 from tasks.multipl_e import TestJudge, benchmark_prompt, load_benchmark
@@ -271,7 +271,8 @@ def rollout(run, step):
     added = store(play, proposed)
 
     # Solve.
-    puzzles = distributed.share(puzzles_of(play, step))
+    picked, forgotten = forget_changed(play, step, draw_entries(play, step))
+    puzzles = distributed.share(puzzles_of(play, step, picked))
     solvers = answer(play, puzzles, step * STEP + SOLVE)
 
     # Reward and log.
@@ -286,6 +287,7 @@ def rollout(run, step):
     scored = distributed.gather(scored)
     accuracies = [one.accuracy for one in proposed if one.accuracy is not None]
     metrics |= play_metrics(play.buffers, scored, distributed.gather(accuracies), added)
+    metrics["buffer/forgotten"] = float(forgotten)
 
     # The next step's rewards know how good the solver is now.
     right = right_or_wrong(verdicts_of(scored, "solve"))
@@ -358,14 +360,39 @@ def ask(play, task, number, rng):
         references = references[:-1]
 
 
-def puzzles_of(play, step):
-    """--prompts puzzles per task: this step's new entries first."""
+def draw_entries(play, step):
+    """[(task, Entry)] for the solver, --prompts per task: this step's new entries first."""
     rng = random.Random(f"{play.settings.seed}/{step}/solve")
-    puzzles = []
+    picked = []
     for task in TASKS:
         for entry in play.buffers[task].newest_first(rng, play.settings.prompts, step):
-            id = f"solve/{task}/{step}/{len(puzzles)}"
-            puzzles.append(puzzle_of(play, task, entry, id))
+            picked.append((task, entry))
+    return picked
+
+
+def forget_changed(play, step, picked):
+    """Run the earlier entries of a draw again; out of it and of the buffers with those that changed.
+
+    Returns (the draw without them, how many they are), the same on all ranks.
+    """
+    earlier = list(dict.fromkeys(pair for pair in picked if pair[1].step != step))
+    mine = distributed.share(earlier)
+    entries = [entry for _, entry in mine]
+    started = time.perf_counter()
+    still = still_true(play.judge.runner, entries, step, play.settings.reward_deadline)
+    play.waited += time.perf_counter() - started
+
+    changed = set(distributed.gather([pair for pair, is_same in zip(mine, still) if not is_same]))
+    for task, entry in changed:
+        play.buffers[task].remove(entry)
+    return [pair for pair in picked if pair not in changed], len(changed)
+
+
+def puzzles_of(play, step, picked):
+    """A puzzle of each (task, Entry)."""
+    puzzles = []
+    for i, (task, entry) in enumerate(picked):
+        puzzles.append(puzzle_of(play, task, entry, f"solve/{task}/{step}/{i}"))
     return puzzles
 
 

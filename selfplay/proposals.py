@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass, replace
 
 from sandbox.languages.calls import Running, wait
-from sandbox.languages.literals import read
+from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import same, write
 from selfplay.parse import value_of
 from selfplay.puzzles import Candidate, Refused
 
 # Numbers of the runs, so that the pool's cache does not answer one with another's result.
-FIRST, SECOND, IDENTITY = 1, 2, 3
+FIRST, SECOND, IDENTITY, LATER = 1, 2, 3, 4  # and, of `still_true`, LATER + step
 CHUNK = 40  # values that one process passes through the identity function
 
 
@@ -67,6 +67,30 @@ def check(runner, trials, deadline=None):
         values += trial.values or []
     returned = round_trip(runner, values, deadline)
     return [_conclude(trial, returned, language) for trial in trials]
+
+
+def still_true(runner, entries, step, deadline=None):
+    """[does its program still give its outputs?] of entries that are about to be used in a step.
+
+    No list of what is banned is whole, and chance can show the same in both runs of check(). Here
+    each program runs in a new process, at another time. What the sandbox cannot say counts as true.
+    """
+    runs = []
+    for entry in entries:
+        calls = _calls(Candidate(entry), runner.language)
+        runs.append(runner.start(entry.program, calls, LATER + step))
+    wait(runs, deadline)
+    return [_gives(runner, running, entry) for running, entry in zip(runs, entries)]
+
+
+def _gives(runner, running, entry):
+    language = runner.language
+    try:
+        values = _values(runner, running)
+    except Refused as refusal:
+        return refusal.reason == "sandbox_error"
+    outputs = [read_one(text, language) for text in entry.outputs]
+    return all(same(a, b, language) for a, b in zip(values, outputs, strict=True))
 
 
 def _calls(candidate, language):

@@ -1,6 +1,9 @@
 """The C kernels of the CPU sampler against their torch references: values, bits that do not depend
 on the batch, and what happens without a compiler."""
 
+import os
+import stat
+
 import pytest
 import torch
 
@@ -116,3 +119,49 @@ def test_without_a_compiler_one_sentence_says_so(monkeypatch, tmp_path, capsys):
     assert native.library.__wrapped__() is None
     assert "apt-get install gcc" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_library_is_this_users_alone(monkeypatch, tmp_path, capsys):
+    """What others may have put into the cache folder is never loaded: made anew, or done without."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native.library_path()
+    path.parent.mkdir()
+    path.parent.chmod(0o777)
+    path.write_text("planted")
+    path.chmod(0o666)
+    assert native.library.__wrapped__() is not None
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) & 0o022 == 0
+
+    before = path.stat().st_mtime_ns
+    assert native.library.__wrapped__() is not None
+    assert path.stat().st_mtime_ns == before  # taken as it is: nobody else could write it
+
+    other = tmp_path / "other"
+    other.mkdir()
+    path.parent.rename(other / "elsewhere")
+    path.parent.symlink_to(other / "elsewhere")
+    assert native.library.__wrapped__() is None
+    assert "is somebody else's" in capsys.readouterr().err
+
+    path.parent.unlink()
+    tmp_path.chmod(0o777)
+    assert native.library.__wrapped__() is None
+    assert f"others can write to {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_another_users_library_is_not_loaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native.library_path()
+    path.parent.mkdir()
+    os.chown(path.parent, 12345, 12345)
+    assert native.library.__wrapped__() is None
+    assert "is somebody else's" in capsys.readouterr().err
+
+    os.chown(path.parent, 0, 0)
+    path.write_text("planted")
+    os.chown(path, 12345, 12345)
+    assert native.library.__wrapped__() is not None
+    assert path.stat().st_uid == 0

@@ -22,6 +22,7 @@ import pytest
 from sandbox import Job, Limits, Pool, Result, SandboxError, languages
 from sandbox.__main__ import main
 from sandbox.languages import load_language
+from sandbox.pool import request
 from test_sandbox import bash, check_language, lua
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,21 +111,66 @@ def test_a_killed_launcher_is_replaced_and_its_job_runs_again(work_root):
     assert not alive(pool.launcher_pids)
 
 
-def test_a_job_that_kills_every_launcher_is_a_sandbox_error(work_root):
-    """After three launchers the pool gives the job up; the next job finds a fresh one."""
+@pytest.mark.parametrize("before, launchers", [(0, 3), (1, 4)])
+def test_a_job_that_loses_three_fresh_launchers_has_crashed(work_root, before, launchers):
+    """It is scored: else a program could choose not to be. The next job finds a fresh launcher.
+
+    A launcher that ran another job before may have been harmed by that: it does not count.
+    """
     with Pool(workers=1) as pool:
+        for _ in range(before):
+            assert pool.submit(lua("print(1)")).result().status == "ok"
         done = threading.Event()
         killer = threading.Thread(target=kill_launchers, args=(pool, done), daemon=True)
         killer.start()
         result = pool.submit(bash("sleep 2; echo 43")).result(30)
         done.set()
         killer.join()
-        assert result.status == "sandbox_error"
+        assert result.status == "crash"
         assert b"launcher died" in result.stderr
-        assert len(pool.launcher_pids) == 3
+        assert len(pool.launcher_pids) == launchers
         assert pool.submit(lua("print(44)")).result().stdout == b"44\n"
     assert is_empty(work_root)
     assert not alive(pool.launcher_pids)
+
+
+def test_launchers_that_end_before_the_program_begins_are_no_fault_of_the_job(monkeypatch):
+    with Pool(workers=1) as pool:
+        monkeypatch.setattr("sandbox.pool._LAUNCHER", "/nowhere/launcher.py")
+        os.kill(pool.launcher_pids[0], signal.SIGKILL)
+        result = pool.submit(lua("print(1)")).result(30)
+        assert result.status == "sandbox_error"
+        assert b"did not start" in result.stderr
+
+
+def test_what_a_compiler_made_and_cannot_be_started_has_crashed(language_folder):
+    """Its own files are at fault: none there, one that is no program, a folder."""
+    (language_folder / "made.toml").write_text(
+        (ROOT / "sandbox/languages/bash.toml")
+        .read_text()
+        .replace("run = [", 'compile = ["bash", "main.sh"]\nrun = ["./main"]\n#')
+    )
+    sources = ("true", "echo no program > main", "mkdir main")
+    with Pool(workers=1) as pool:
+        results = pool.run_all([Job("made", {"main.sh": source}) for source in sources])
+        assert [result.status for result in results] == ["crash"] * 3, results
+        assert b"No such file" in results[0].stderr
+        assert len(pool.launcher_pids) == 1
+
+
+def test_the_reply_is_sent_before_the_work_folder_is_cleared(tmp_path, monkeypatch, work_root):
+    """A launcher that cannot clear it is replaced; the job that left it so has its own result."""
+    shutil.copytree(ROOT / "sandbox", tmp_path / "sandbox")
+    with open(tmp_path / "sandbox/folders.py", "a") as file:
+        file.write("def clear(folder):\n    raise OSError('it cannot be cleared')\n")
+    monkeypatch.setattr("sandbox.pool._LAUNCHER", str(tmp_path / "sandbox/launcher.py"))
+
+    with Pool(workers=1) as pool:
+        for number in (41, 42, 43):
+            result = pool.submit(lua(f"print({number})")).result()
+            assert (result.status, int(result.stdout)) == ("ok", number)
+        assert len(pool.launcher_pids) == 3
+    assert is_empty(work_root)
 
 
 def kill_launchers(pool, done):
@@ -216,6 +262,73 @@ def test_the_trainer_never_forks():
     with Pool(workers=2) as pool:
         assert pool.submit(lua("print(1)")).result().status == "ok"
     assert not forks
+
+
+# ---- what is written, and where ----
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("", "can be written otherwise"),
+        (".", "can be written otherwise"),
+        ("./a", "can be written otherwise"),
+        ("a/", "can be written otherwise"),
+        ("a//b", "can be written otherwise"),
+        ("/etc/passwd", "leads out"),
+        ("..", "leads out"),
+        ("a/../../b", "leads out"),
+        ("a\0b", "leads out of the work folder or to no file"),
+        ("x" * 256, "too long"),
+        ("a/" + "é" * 128, "too long"),  # 256 bytes
+        ("a/" * 500 + "a", "too long"),  # 1,001 bytes
+        ("\ud800", "no file name can have"),
+        (b"a", "is not text"),
+        (None, "is not text"),
+    ],
+)
+def test_file_names_that_cannot_be_are_one_sentence(name, said):
+    with pytest.raises(SandboxError, match=said) as refused:
+        request(Job("lua", {"main.lua": "", name: ""}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"a": "", "a/b": ""}, "file name 'a' is also the folder of another file"),
+        ({"a/b/c/d": "", "a/b": ""}, "'a/b' is also the folder"),
+        ({"a": 3}, "must be text or bytes, not int"),
+        ({str(number): "" for number in range(8193)}, "8193 files are too many"),
+        ({"a": b"x" * (65 << 20), "b": b"x" * (64 << 20)}, "129 MiB together: give at most 128"),
+    ],
+)
+def test_files_that_cannot_be_written_are_one_sentence(files, said):
+    with pytest.raises(SandboxError, match=said):
+        request(Job("lua", files))
+
+
+def test_the_longest_names_are_written():
+    """255 bytes a name and 1,000 a path: what the rules allow, the launcher writes."""
+    deep = "a/" * 499 + "ab"
+    files = {"main.lua": "print(#io.open(arg[1]):read('a'))", "x" * 255: "42", deep: "4"}
+    jobs = []
+    for name in ("x" * 255, deep):
+        jobs.append(Job("lua", files, run=["lua", "main.lua", name]))
+    with Pool(workers=1) as pool:
+        assert [int(result.stdout) for result in pool.run_all(jobs)] == [2, 1]
+
+
+def test_other_users_see_no_work_folder():
+    """Neither its name, in the arguments of a process, nor what is in it."""
+    with Pool(workers=1) as pool:
+        future = pool.submit(bash("ls -ld . $HOME; sleep 0.5"))
+        assert eventually(lambda: descendants(pool.launcher_pids[0]))
+        pids = [*pool.launcher_pids, *descendants(pool.launcher_pids[0])]
+        for pid in pids:
+            assert "rarecode-" not in Path(f"/proc/{pid}/cmdline").read_text()
+        lines = future.result().stdout.decode().splitlines()
+        assert [line[:10] for line in lines] == ["drwx------"] * 2
 
 
 # ---- results ----

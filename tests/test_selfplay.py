@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,31 @@ def test_a_program_that_differs_the_second_time_is_refused(pool, name, code):
     """A hash order that changes from process to process, a clock, a state that is kept."""
     found = checked(Runner(pool, load_language(name)), Entry(code, ("1",), ()))
     assert found[0].reason == "not_deterministic"
+
+
+def test_an_entry_that_changes_later_is_forgotten(lua):
+    """A clock that stood still while it was checked. Of two equal draws both go, and no other."""
+    clock = "function f(a) return os.time() end"
+    stored = Entry(clock, ("1",), ("7",), step=1)
+    honest = Entry("function f(a) return a + 6 end", ("1",), ("7",), step=1)
+    fresh = replace(stored, inputs=("2",), step=5)
+    unbanned = {**lua.language.call, "banned": [], "mentions": []}
+    runner = Runner(lua.pool, replace(lua.language, call=unbanned))
+
+    buffers = Buffers(9, lua.language)
+    for entry in (stored, honest, fresh):
+        buffers["deduction"].add(entry)
+    play = SimpleNamespace(
+        judge=SimpleNamespace(runner=runner),
+        settings=Settings(),
+        buffers=buffers,
+        waited=0.0,
+    )
+    picked = [("deduction", entry) for entry in (stored, honest, stored, fresh)]
+    kept, forgotten = selfplay.forget_changed(play, 5, picked)
+    assert kept == [("deduction", honest), ("deduction", fresh)]
+    assert forgotten == 1
+    assert list(buffers["deduction"]) == [honest, fresh]
 
 
 def test_a_value_that_changes_on_its_way_is_refused(lua):

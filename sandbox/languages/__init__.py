@@ -99,7 +99,7 @@ class Language:
     defines: str = ""  # a regular expression that finds a definition of NAME
     aliases: list[str] = field(default_factory=list)
     compile: list[str] | None = None
-    # syntax check; it may run code of the program, so it is a job like any other
+    # syntax check. It should run nothing of the program: one that must says {nonce} after it
     check: list[str] | None = None
     version: list[str] | None = None
     limits: Limits = Limits()

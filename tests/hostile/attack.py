@@ -49,6 +49,7 @@ class Attack:
     name: str
     language: str
     source: str
+    files: dict[str, str]  # others than the main one
     limits: Limits
     expected: list[str]  # statuses
 
@@ -132,6 +133,7 @@ def attacks(languages=None, only=None, scale=1.0):
                 name=f"{path.stem}/{name}",
                 language=path.stem,
                 source=prelude + entry["source"].lstrip("\n"),
+                files=entry.get("files", {}),
                 limits=limits_of(entry, language, scale),
                 expected=entry["status"],
             )
@@ -150,11 +152,10 @@ def limits_of(entry, language, scale):
 
 def hostile_job(attack, words):
     """words: what the @WORDS@ in it stand for."""
-    source = attack.source
+    files = {load_language(attack.language).file: attack.source, **attack.files}
     for word, value in words.items():
-        source = source.replace(word, value)
-    main_file = load_language(attack.language).file
-    return Job(attack.language, {main_file: source}, limits=attack.limits)
+        files = {name: text.replace(word, value) for name, text in files.items()}
+    return Job(attack.language, files, limits=attack.limits)
 
 
 def honest_job(language):

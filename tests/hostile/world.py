@@ -36,6 +36,7 @@ class World:
         self.answer = self.outside / "answer.txt"
         self.answer.write_text(self.secret)
         (self.outside / "empty").mkdir()
+        (self.outside / "closed").mkdir(0o500)  # a careless chmod -R would open it
         with contextlib.suppress(OSError):
             os.setxattr(self.answer, "user.mark", b"1")
         # The strongest target: every program that runs as this user may do to it what it likes, but
@@ -182,7 +183,8 @@ def processes(owners):
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, IndexError):
-            status = Path(f"/proc/{entry}/status").read_text()
+            # a program may choose its name
+            status = Path(f"/proc/{entry}/status").read_text(errors="replace")
             user = int(status.partition("\nUid:\t")[2].split()[0])
             if user in owners:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ")
@@ -212,7 +214,8 @@ def is_of_a_job(pid):
         return b"rarecode-" in Path(f"/proc/{pid}/environ").read_bytes()
     except PermissionError:
         # a warm Prolog, or another user's: of interest when nobody but process 1 waits for it
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
+        status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return status.rpartition(")")[2].split()[1] == "1"
     except OSError:
         return False
 
