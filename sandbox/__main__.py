@@ -35,7 +35,8 @@ ADVICE = {
     "The kernel level does without",
     "process guard": "seccomp notification, not taken by a container manager; without it fork "
     "bombs of a normal user's programs are only watched",
-    "private tmpfs": "as namespaces; without it the work folder is bounded by a look every 0.1 s",
+    "private files": "as namespaces; without it a look every 0.1 s bounds what a program writes, "
+    "and it cannot change modes and times of its files",
 }
 JOB_KEYS = ("id", "lang", "source", "files", "stdin", "limits")
 

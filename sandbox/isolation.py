@@ -1,7 +1,8 @@
 """What the Linux kernel offers an unprivileged process to lock itself down.
 
 Landlock (files), seccomp (system calls) and namespaces. Standard library only: the launcher imports
-it. Nothing here needs privileges but `private_tmpfs`. Every call that fails raises OSError.
+it. Nothing here needs privileges but a mount without a user namespace. Every call that fails raises
+OSError.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import signal
 import struct
 import sys
 
-from syscalls import AUDIT_ARCH, DENIED, NUMBER
+from syscalls import AUDIT_ARCH, DENIED, NUMBER, ON_OPEN_NUMBERS, UNSUPPORTED_NUMBERS
 
 LINUX = sys.platform == "linux"
 
@@ -55,6 +56,14 @@ def set_dumpable(value):
 def become_subreaper():
     """Orphans of a job come to this process instead of process 1, so that it can reap them."""
     _prctl("PR_SET_CHILD_SUBREAPER", 36, 1)
+
+
+def no_huge_pages():
+    """No page of 2 MiB, of which a program could hold one byte where no limit sees it.
+
+    For good, the children included: the filter refuses to take it back.
+    """
+    _prctl("PR_SET_THP_DISABLE", 41, 1)
 
 
 def no_new_privs():
@@ -174,6 +183,7 @@ def landlock_restrict(ruleset):
 # from 16 on.
 
 LOAD, RETURN = 0x20, 0x06
+_AND, _JUMP = 0x54, 0x05
 _IF_EQUAL, _IF_ANY_BIT, _IF_AT_LEAST = 0x15, 0x45, 0x35
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 
@@ -183,6 +193,8 @@ _ASK = 0x7FC00000
 _ERRNO = 0x00050000
 _EPERM = _ERRNO | errno.EPERM
 ENOSYS = _ERRNO | errno.ENOSYS
+_ENOTTY = _ERRNO | errno.ENOTTY
+_EOPNOTSUPP = _ERRNO | errno.EOPNOTSUPP
 
 _PID = 0x7FABCDEF  # stands for the program's own process id, which is known after the fork only
 
@@ -194,16 +206,31 @@ _CLONE_THREAD = 0x10000
 _CLONE_NEW_ANY = 0x7E020000
 
 
-def seccomp_filter(may_fork, ask=False):
+# Of prctl: PDEATHSIG (a program must not outlive its launcher), DUMPABLE (the launcher must be able
+# to read what it did), SECCOMP, MM, CHILD_SUBREAPER, THP_DISABLE, SCHED_CORE, MEMORY_MERGE.
+_PRCTL_REFUSED = (1, 4, 22, 35, 36, 41, 62, 67)
+
+# Of fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX send any signal to any process of this user; F_SETLEASE
+# delays who opens a file, F_NOTIFY is an older inotify, of F_SETPIPE_SZ all pipes of a user share a
+# limit.
+_FCNTL_REFUSED = (8, 10, 15, 1024, 1026, 1031)
+
+# Of the terminal's ioctls, which are also those of pipes and sockets: TIOCSTI and TIOCLINUX type
+# into a terminal, TIOCSETD loads parts of the kernel.
+_TERMINAL, _TERMINAL_REFUSED = 0x5400, (0x5412, 0x541C, 0x5423)
+_SHARED_ANONYMOUS = 0x21  # of mmap: both bits
+
+
+def seccomp_filter(may_fork, read_only):
     """Filter program (bytes) that `seccomp_load` applies.
 
     may_fork: the program may start processes, not threads only.
-    ask: the launcher grants every new process and thread, see `answer`.
+    read_only: it sees all but its own files on read-only mounts, see `private_files`.
 
     A list of refusals, not of permissions: two dozen runtimes use some 150 different calls, other
     versions others. What it must keep is narrow: no network, no way out of the process group, no
-    effect on any other process, no object that outlives the program, no change to files by a path
-    that Landlock does not govern.
+    effect on any other process, no object that outlives the program, nothing held that no limit
+    counts or that all programs of a user share, no change to files that Landlock does not govern.
     """
     machine = os.uname().machine
     program = [
@@ -217,14 +244,15 @@ def seccomp_filter(may_fork, ask=False):
 
     for name in DENIED:
         program += refuse(name)
+    for name in UNSUPPORTED_NUMBERS:
+        program += refuse(name, _EOPNOTSUPP)
     program += refuse("clone3", ENOSYS)  # libc falls back to clone, whose flags can be read
     program += refuse("memfd_create", ENOSYS)  # a memfd could be executed
 
     # New processes and threads.
-    granted = _ASK if ask else ALLOW
     for name in ("fork", "vfork"):
-        program += refuse(name, granted if may_fork else _EPERM)
-    program += allow_clone(may_fork, granted)
+        program += refuse(name, ALLOW if may_fork else _EPERM)
+    program += allow_clone(may_fork)
 
     # Calls that reach other processes: on the program itself only.
     program += _only("kill", (0, (0, _PID)))
@@ -236,12 +264,29 @@ def seccomp_filter(may_fork, ask=False):
 
     # AF_UNIX streams, with any flags: a datagram pair could send to a named socket
     program += _only("socketpair", (0, (1,)), (1, (1, 0x801, 0x80001, 0x80801)))
-    # F_SETOWN, F_SETSIG, F_SETOWN_EX: any signal to any process of this user
-    program += _never("fcntl", 1, (8, 10, 15))
-    # FIOSETOWN, SIOCSPGRP: the same; TIOCSTI: type into a terminal
-    program += _never("ioctl", 1, (0x8901, 0x8902, 0x5412))
-    # path NULL, in both halves of the pointer: by descriptor only
-    program += _only("utimensat", (1, (0,)), (1.5, (0,)))
+    program += _never("prctl", 0, _PRCTL_REFUSED)
+    program += _never("fcntl", 1, _FCNTL_REFUSED)
+    program += _never("fadvise64", 3, (4,))  # DONTNEED: take a file out of everybody's memory
+    program += _terminal_ioctls()
+    program += _no_shared_memory()
+
+    # Changes to open files, of which a normal user owns more than the program's.
+    if read_only:  # path NULL, in both halves of the pointer: by descriptor only
+        program += _only("utimensat", (1, (0,)), (1.5, (0,)))
+    else:
+        for name in ON_OPEN_NUMBERS:
+            program += refuse(name)
+    return b"".join([*program, instruction(RETURN, ALLOW)])
+
+
+def ask_filter():
+    """Filter program (bytes): the launcher grants every new process and thread, see `answer`.
+
+    Beside `seccomp_filter`, before it: what that refuses nobody is asked for.
+    """
+    program = [instruction(LOAD, _NUMBER)]
+    for name in ("fork", "vfork", "clone"):
+        program += refuse(name, _ASK)
     return b"".join([*program, instruction(RETURN, ALLOW)])
 
 
@@ -257,13 +302,44 @@ def refuse(name, verdict=_EPERM):
     return [instruction(_IF_EQUAL, NUMBER[name], 0, 1), instruction(RETURN, verdict)]
 
 
-def allow_clone(may_fork, granted=ALLOW):
+def allow_clone(may_fork):
     """No new namespaces; threads only, unless the program may start processes."""
     body = [_load_argument(0)]
     if not may_fork:
         body += [instruction(_IF_ANY_BIT, _CLONE_THREAD, 1, 0), instruction(RETURN, _EPERM)]
     body += [instruction(_IF_ANY_BIT, _CLONE_NEW_ANY, 0, 1), instruction(RETURN, _EPERM)]
-    return _when("clone", [*body, instruction(RETURN, granted)])
+    return _when("clone", [*body, instruction(RETURN, ALLOW)])
+
+
+def _terminal_ioctls():
+    """The ioctls of terminals, pipes and sockets; those of file systems can change any file."""
+    refused = _skip_when_one_of(_TERMINAL_REFUSED)
+    body = [
+        _load_argument(1),
+        *refused,
+        instruction(_JUMP, 1),
+        instruction(RETURN, _EPERM),
+        instruction(_AND, 0xFF00),
+        instruction(_IF_EQUAL, _TERMINAL, 1, 0),
+        instruction(RETURN, _ENOTTY),
+        instruction(RETURN, ALLOW),
+    ]
+    return _when("ioctl", body)
+
+
+def _no_shared_memory():
+    """No memory that is shared and of no file.
+
+    All of it stays while one page is mapped, and only mapped pages count.
+    """
+    body = [
+        _load_argument(3),
+        instruction(_AND, _SHARED_ANONYMOUS),
+        instruction(_IF_EQUAL, _SHARED_ANONYMOUS, 0, 1),
+        instruction(RETURN, _EPERM),
+        instruction(RETURN, ALLOW),
+    ]
+    return _when("mmap", body)
 
 
 def _only(name, *allowed):
@@ -324,8 +400,7 @@ def ask_once():
     Some container managers do.
     """
     no_new_privs()
-    program = seccomp_filter(may_fork=True, ask=True)
-    os.close(seccomp_load(program, ask=True))
+    os.close(seccomp_load(ask_filter(), ask=True))
 
 
 def answer(descriptor, allowed):
@@ -376,19 +451,37 @@ def _write_own(name, text):
         file.write(text)
 
 
-def private_tmpfs(folder, size, files):
-    """Mount an empty file system on `folder`, seen by this process and its children only.
+def private_files(folder, size, files, new_user):
+    """Let this process and its children see an empty file system of their own on `folder`.
 
-    size: bytes. files: inodes.
+    And all the rest read-only: not even the owner of a file can change it, or its mode, marks and
+    times, through a descriptor.
+    size: bytes. files: inodes. new_user: by a user namespace of its own; False: root does without.
     """
+    if new_user:
+        enter_user_namespace(CLONE_NEWNS)
+    else:
+        unshare(CLONE_NEWNS)
+
     private, recursive, nosuid, nodev = 1 << 18, 1 << 14, 2, 4
-    options = f"size={size},nr_inodes={files},mode=0700"
     _mount("none", "/", None, private | recursive, None)
+    _make_read_only("/")
+    options = f"size={size},nr_inodes={files},mode=0700"
     _mount("tmpfs", folder, "tmpfs", nosuid | nodev, options)
 
 
+def _make_read_only(folder):
+    """All mounts from here down."""
+    here, recursive = ctypes.c_int(-100), ctypes.c_uint(0x8000)
+    # struct mount_attr: set, clear, propagation, user namespace
+    attributes = struct.pack("QQQQ", 1, 0, 0, 0)
+    place = ctypes.c_char_p(os.fsencode(folder))
+    size = ctypes.c_size_t(len(attributes))
+    _syscall("mount_setattr", here, place, recursive, ctypes.c_char_p(attributes), size)
+
+
 def unmount(folder):
-    """Take away a private_tmpfs, with all that is in it."""
+    """Take away the file system of `private_files`, with all that is in it."""
     detach = 2
     _checked(_libc.umount2(os.fsencode(folder), detach), f"umount {folder}")
 
@@ -468,3 +561,21 @@ def become_user(user):
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
+
+
+@contextlib.contextmanager
+def looking_as(user):
+    """Read /proc as a user to whom a process belongs; None: as this process does.
+
+    Root may read it all the same, but not in a container that took CAP_SYS_PTRACE from it.
+    """
+    if user is None:
+        yield
+        return
+    _libc.setfsgid(user)
+    _libc.setfsuid(user)
+    try:
+        yield
+    finally:
+        _libc.setfsuid(os.geteuid())
+        _libc.setfsgid(os.getegid())

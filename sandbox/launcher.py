@@ -31,7 +31,10 @@ sys.path.append(os.path.dirname(os.path.abspath(__file__)))
 import isolation
 from folders import WORK_BYTES, WORK_FILES, clear, make_executable, write_files
 from warm_prolog import WarmProlog
-from watch import THREADS, Disk, Program
+from watch import THREADS, Disk, Guard, Program
+
+# Signals and timers under way. The machine lets a user have about 100,000 in all of its programs.
+SIGNALS = 1024
 
 # What a runtime says when it could get no more memory and ended by itself.
 _NO_MEMORY = (
@@ -45,6 +48,7 @@ _NO_MEMORY = (
 
 
 def main():
+    outside = os.open("/", os.O_RDONLY)  # of the view in which the work folder can be removed
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     settings = receive(channel)
@@ -58,22 +62,25 @@ def main():
         send(channel, {"ready": True, "bounded": launcher.bounded})
         trainer_gone = launcher.serve()
     finally:
-        leave(folder, trainer_gone)
+        leave(folder, outside, trainer_gone)
 
 
-def leave(folder, trainer_gone):
+def leave(folder, outside, trainer_gone):
     """Remove the work folder.
 
+    outside: descriptor of / as it was before this process left the trainer's view.
     When the trainer is gone, the last of the launchers removes the common one too.
     """
     os.chdir("/")
     with contextlib.suppress(OSError):
-        isolation.unmount(folder)
-    with contextlib.suppress(OSError):
-        clear(folder)
-        os.rmdir(folder)
+        try:
+            isolation.unmount(folder)
+        except (OSError, AttributeError):  # it is not a file system of its own, or this is macOS
+            clear(folder)
+        place = folder.lstrip("/")
+        os.rmdir(place, dir_fd=outside)
         if trainer_gone:
-            os.rmdir(os.path.dirname(folder))
+            os.rmdir(os.path.dirname(place), dir_fd=outside)
 
 
 # ---- the launcher ----
@@ -91,14 +98,6 @@ class Launcher:
         self.folder = settings["folder"]
         self.user = user  # whom programs run as; None: as this process
 
-        # a user namespace of its own, in which the process limit counts
-        self.own_users = self.level == "namespaces" and user is None
-        # where the process limit counts more than this job (one user for all, or none for root),
-        # the launcher counts itself
-        self.ask = False
-        if self.level == "kernel" and user is None:
-            self.ask = isolation.attempt(isolation.ask_once) is None
-
         self._rulesets = {}
         self._filters = {}
 
@@ -106,33 +105,45 @@ class Launcher:
         gc.disable()
         open_files = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
-        self.bounded = self._separate()
+        # The work folder is a file system of its own with a size, and all else read-only.
+        self.bounded = False
+        # A user namespace of its own, in which the process limit counts.
+        self.own_users = False
+        # Where it counts more than this job (one user for all, or none for root), the launcher
+        # counts itself.
+        self.ask = False
+        self.guard = None
+        if isolation.LINUX:
+            self.guard = Guard()
+            self._separate()
         # its home and working folder are the work folder, as a program's: nothing is in there yet
         self._warm = load_warm(settings["warm"], self.folder)
 
     def _separate(self):
-        """Leave the trainer's view as far as allowed.
-
-        True when the work folder has become a file system of its own with a size.
-        """
-        if not isolation.LINUX:
-            return False
+        """Leave the trainer's view as far as allowed."""
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("800")  # when memory is short the kernel ends a program, never the trainer
         isolation.become_subreaper()
-        if self.own_users:
-            isolation.enter_user_namespace(isolation.CLONE_NEWNS)
-        isolation.set_dumpable(0)
         if self.level == "portable":
-            return False
+            isolation.set_dumpable(0)
+            return
 
-        try:
-            if self.user is not None:
-                isolation.unshare(isolation.CLONE_NEWNS)
-            isolation.private_tmpfs(self.folder, WORK_BYTES, WORK_FILES)
-            return True
-        except OSError:
-            return False
+        isolation.no_huge_pages()
+        if isolation.attempt(self._see_own_files) is None:
+            self._see_own_files()
+            self.bounded = True
+        elif self.level == "namespaces" and self.user is None:
+            isolation.enter_user_namespace(isolation.CLONE_NEWNS)
+        self.own_users = self.user is None and (self.bounded or self.level == "namespaces")
+        isolation.set_dumpable(0)
+
+        counts_all = self.user is None and (not self.own_users or os.geteuid() == 0)
+        if self.level == "kernel" and counts_all:
+            self.ask = isolation.attempt(isolation.ask_once) is None
+
+    def _see_own_files(self):
+        no_user = self.user is None
+        isolation.private_files(self.folder, WORK_BYTES, WORK_FILES, new_user=no_user)
 
     def serve(self):
         """Run job after job.
@@ -230,6 +241,8 @@ class Launcher:
             if pid == 0:
                 become_program(self, stage, warm, streams, report.detach())
 
+        if self.guard:
+            self.guard.tell(pid)
         report.close()
         for descriptor in streams:
             os.close(descriptor)
@@ -238,9 +251,11 @@ class Launcher:
 
         disk = None
         if not self.bounded and self.level != "portable":
-            disk = Disk(self.folder, WORK_BYTES, WORK_FILES)
+            disk = Disk(self.folder, WORK_BYTES, WORK_FILES, self.user)
         program = Program(pid, stage, (out, err), reports, disk, started)
         program.wait(self.channel)
+        if self.guard:
+            self.guard.tell(0)
         return program
 
     def ruleset(self, stage):
@@ -262,7 +277,7 @@ class Launcher:
     def filter(self, may_fork):
         """Seccomp filter, made once."""
         if may_fork not in self._filters:
-            self._filters[may_fork] = isolation.seccomp_filter(may_fork, self.ask)
+            self._filters[may_fork] = isolation.seccomp_filter(may_fork, self.bounded)
         return self._filters[may_fork]
 
     def warm_for(self, stage):
@@ -367,11 +382,7 @@ def become_program(launcher, stage, warm, streams, report):
         for number, descriptor in enumerate(streams):
             os.dup2(descriptor, number)
 
-        asks = lock_down(launcher, stage)
-        if asks is not None:
-            teller = socket.socket(fileno=report)
-            socket.send_fds(teller, [b"A"], [asks])
-            teller.detach()
+        lock_down(launcher, stage, report)
         os.closerange(3, report)
         os.closerange(report + 1, 1024)
 
@@ -390,11 +401,8 @@ def become_program(launcher, stage, warm, streams, report):
         os._exit(127)
 
 
-def lock_down(launcher, stage):
-    """Everything that stands between the program and the machine; the order matters.
-
-    Returns the descriptor for isolation.answer, or None.
-    """
+def lock_down(launcher, stage, report):
+    """Everything that stands between the program and the machine; the order matters."""
     os.chdir(launcher.folder)
     if launcher.user is not None:
         isolation.become_user(launcher.user)
@@ -402,12 +410,18 @@ def lock_down(launcher, stage):
         isolation.die_with_parent()  # after the change of user, which resets it
     set_limits(stage, launcher.user is not None or launcher.own_users)
     if launcher.level == "portable":
-        return None
+        return
 
+    isolation.set_dumpable(1)  # as an exec does: the launcher reads what a program has written
     isolation.no_new_privs()
     isolation.drop_capabilities()
     isolation.landlock_restrict(launcher.ruleset(stage))
-    return isolation.seccomp_load(launcher.filter(stage["processes"] > 1), launcher.ask)
+    if launcher.ask:  # in a filter of its own, because the other one keeps it from being sent
+        asks = isolation.seccomp_load(isolation.ask_filter(), ask=True)
+        teller = socket.socket(fileno=report)
+        socket.send_fds(teller, [b"A"], [asks])
+        teller.detach()
+    isolation.seccomp_load(launcher.filter(stage["processes"] > 1))
 
 
 def set_limits(stage, count_processes):
@@ -424,6 +438,8 @@ def set_limits(stage, count_processes):
         resource.RLIMIT_STACK: 64 << 20,
         resource.RLIMIT_CORE: 0,
     }
+    if hasattr(resource, "RLIMIT_SIGPENDING"):  # Linux: of all that this user has under way
+        limits[resource.RLIMIT_SIGPENDING] = SIGNALS
     # only where the count is of this job alone; launcher and init stand in it too
     if count_processes:
         limits[resource.RLIMIT_NPROC] = stage["processes"] + THREADS + 3

@@ -62,7 +62,7 @@ def main():
         "seccomp": isolation.attempt(_seccomp),
         "pid namespace": isolation.attempt(_pid_namespace),
         "process guard": isolation.attempt(isolation.ask_once),
-        "private tmpfs": isolation.attempt(_private_tmpfs),
+        "private files": isolation.attempt(_private_files),
         "abi": isolation.landlock_abi(),
         "separate user": isolation.program_user() is not None,
     }
@@ -81,7 +81,7 @@ def _landlock():
 
 def _seccomp():
     isolation.no_new_privs()
-    isolation.seccomp_load(isolation.seccomp_filter(may_fork=False))
+    isolation.seccomp_load(isolation.seccomp_filter(may_fork=False, read_only=False))
     try:
         os.fork()
     except PermissionError:
@@ -104,12 +104,8 @@ def _unshare_as_root():
     isolation.unshare(isolation.CLONE_NEWNS | isolation.CLONE_NEWPID)
 
 
-def _private_tmpfs():
-    if os.geteuid() != 0:
-        isolation.enter_user_namespace(isolation.CLONE_NEWNS)
-    else:
-        isolation.unshare(isolation.CLONE_NEWNS)
-    isolation.private_tmpfs("/tmp", 1 << 20, 16)
+def _private_files():
+    isolation.private_files("/tmp", 1 << 20, 16, new_user=os.geteuid() != 0)
 
 
 if __name__ == "__main__":

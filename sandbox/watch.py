@@ -5,10 +5,13 @@ library only, like the launcher that imports it.
 """
 
 import contextlib
+import math
+import mmap
 import os
 import select
 import signal
 import socket
+import struct
 import time
 
 import isolation
@@ -23,6 +26,7 @@ _TICK_SINGLE = 0.1
 _TICK_BLIND = 0.005  # where nobody tells when the program ends
 _TICK_LEAST = 0.004  # a program that writes or asks all the time must not be looked at all the time
 
+_DEEPEST = 100  # folders of a program, each in the one before
 _REFUSALS = 100  # of processes and threads, after which this is a bomb
 _REAP_SECONDS = 10.0
 
@@ -32,7 +36,44 @@ if hasattr(os, "sched_getaffinity"):
     _CORES = len(os.sched_getaffinity(0))
 else:
     _CORES = os.cpu_count() or 1
+_INT = struct.Struct("i")
 _MAXRSS_UNIT = 1024 if os.uname().sysname == "Linux" else 1  # bytes, of getrusage's ru_maxrss
+
+
+class Guard:
+    """A process that ends the running program when this process is killed.
+
+    By itself only the program's first process dies with its launcher, and who kills a trainer may
+    well kill its launchers too, so that nobody else would be left to do it.
+    """
+
+    def __init__(self):
+        self._told = mmap.mmap(-1, _INT.size)
+        alive, self._end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            if os.fork() == 0:  # not a child of this process, which has only programs for children
+                self._wait(alive)
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(alive)
+        self._told.madvise(mmap.MADV_DONTFORK)  # a warm interpreter does not have it
+
+    def tell(self, pid):
+        """Which program runs; 0: none."""
+        _INT.pack_into(self._told, 0, pid)
+
+    def _wait(self, alive):
+        try:
+            os.setsid()
+            os.closerange(0, alive)
+            os.closerange(alive + 1, 1024)
+            os.read(alive, 1)  # until its other end is closed
+            (pid,) = _INT.unpack_from(self._told)
+            if pid:
+                os.killpg(pid, signal.SIGKILL)
+        finally:
+            os._exit(0)
 
 
 class Program:
@@ -71,6 +112,9 @@ class Program:
         self.refused = 0
         self.looked = started  # when `_look` last did, and what it saw then:
         self.seen_cpu = 0.0
+        self.seen_clocks = {}  # CPU seconds by process id, of those that have ended too
+        self.seen_written = 0
+        self.lost_written = 0  # bytes of processes that ended and that nobody waited for
         self.seen_waited = 0.0
         self.starved = 0.0
 
@@ -209,11 +253,18 @@ class Program:
         for pid in tree:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 memory += _resident(pid)
-                cpu += time.clock_gettime(_cpu_clock(pid))
+                clock = time.clock_gettime(_cpu_clock(pid))
+                self.seen_clocks[pid] = max(clock, self.seen_clocks.get(pid, 0.0))
+                cpu += clock
                 if stage["processes"] > 1:
                     cpu += _waited_for(pid)
                 if self.disk:
-                    written += _written(pid)
+                    written += self.disk.written(pid)
+
+        # A program can have its children reaped by the kernel, and then nobody has waited for them.
+        cpu = max(cpu, sum(self.seen_clocks.values()))
+        self.lost_written += max(self.seen_written - written, 0)
+        self.seen_written = written
 
         self._starve(tree, cpu, now)
         self.seen_cpu = cpu
@@ -232,7 +283,7 @@ class Program:
             self._end("memory_limit")
         if cpu > stage["cpu"]:
             self._end("cpu_limit")
-        if self.disk and self.disk.exceeded(written):
+        if self.disk and self.disk.exceeded(written + self.lost_written, tree):
             self._end("file_limit")
 
     def _starve(self, tree, cpu, now):
@@ -400,14 +451,6 @@ def _resident(pid):
     return int(_read(f"/proc/{pid}/statm").split()[1]) * _PAGE
 
 
-def _written(pid):
-    """Bytes that a process and the children it waited for have sent towards a disk.
-
-    Those to unlinked and mapped files included.
-    """
-    return int(_read(f"/proc/{pid}/io").partition("\nwrite_bytes: ")[2].split()[0])
-
-
 def _read(path):
     with open(path, "rb", buffering=0) as file:  # unbuffered: a third of the cost
         return file.read(65536).decode(errors="replace")  # a program may choose its own name
@@ -416,28 +459,86 @@ def _read(path):
 class Disk:
     """Bound for a work folder that is not a file system of its own.
 
-    It looks at the bytes written, and at what a walk finds (a tmpfs counts no bytes).
+    It looks at the bytes written, at what a walk finds and at the open files that no walk finds.
     size: bytes. files: how many, folders included.
+    user: whom programs run as; None: as this process.
     """
 
-    def __init__(self, folder, size, files):
+    def __init__(self, folder, size, files, user):
         self.folder = folder
         self.size = size
         self.files = files
+        self.user = user
+        self.device = os.stat(folder).st_dev
 
-    def exceeded(self, written):
+    def written(self, pid):
+        """Bytes that a process and the children it waited for have sent towards a disk.
+
+        Those to mapped files included; a tmpfs counts none.
+        """
+        with isolation.looking_as(self.user):
+            counts = _read(f"/proc/{pid}/io")
+        return int(counts.partition("\nwrite_bytes: ")[2].split()[0])
+
+    def exceeded(self, written, tree):
+        """Is there more than the program with these processes may have?"""
         if written > self.size:
             return True
-        size = files = 0
-        waiting = [self.folder]
-        while waiting and files <= self.files and size <= self.size:
-            with contextlib.suppress(OSError), os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    files += 1
-                    if files > self.files:
-                        break
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                    else:
-                        size += entry.stat(follow_symlinks=False).st_blocks * 512
-        return files > self.files or size > self.size
+        size = self._unlinked(tree)
+        files = 0
+        for taken in _sizes(self.folder, None):
+            size += taken
+            files += 1
+            if size > self.size or files > self.files:
+                return True
+        return False
+
+    def _unlinked(self, tree):
+        """Bytes of the files without a name that these processes have open."""
+        sizes = {}
+        with isolation.looking_as(self.user):
+            for pid in tree:
+                for info in _open_files(pid):
+                    if info.st_nlink == 0 and info.st_dev == self.device:
+                        sizes[info.st_ino] = info.st_blocks * 512
+        return sum(sizes.values())
+
+
+def _open_files(pid):
+    """What os.stat says of each descriptor of a process."""
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            yield os.stat(f"/proc/{pid}/fd/{name}")
+
+
+def _sizes(name, parent, depth=0):
+    """Bytes of each file and folder below a folder, hidden ones too.
+
+    By descriptors: no path can name what lies very deep. What is too deep is infinitely large.
+    """
+    if depth > _DEEPEST:
+        yield math.inf
+        return
+    try:
+        place = _open_folder(name, parent)
+    except OSError:  # it has gone meanwhile
+        return
+    try:
+        with contextlib.suppress(OSError), os.scandir(place) as entries:
+            for entry in entries:
+                yield entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _sizes(entry.name, place, depth + 1)
+    finally:
+        os.close(place)
+
+
+def _open_folder(name, parent):
+    """Descriptor of a folder, to which the owner is given every right before."""
+    place = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        if os.fstat(place).st_mode & 0o700 != 0o700:
+            os.chmod(f"/proc/self/fd/{place}", 0o700)
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=place)
+    finally:
+        os.close(place)

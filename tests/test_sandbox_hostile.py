@@ -7,10 +7,12 @@ SANDBOX_FULL=1 python -m pytest tests/test_sandbox_hostile.py
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 
@@ -150,6 +152,61 @@ def test_honest_programs_are_right_amid_hostile_ones(level):
     count = "500" if FULL else "60"
     rows = attack("--level", level, "--soak", count, user=normal_user())
     assert rows[-1]["programs"] > int(count)  # each program has a row, and the soak as a whole
+
+
+FOUR_PROCESSES = """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        break
+time.sleep(60)
+"""
+TRAINER = f"""
+from sandbox import Job, Limits, Pool
+job = Job("python", {{"main.py": {FOUR_PROCESSES!r}}}, limits=Limits(processes=8))
+with Pool(workers=1) as pool:
+    pool.submit(job).result()
+"""
+
+
+@needs_kernel
+def test_nothing_outlives_a_trainer_and_a_launcher_that_are_killed_at_once():
+    """As by kill -9 of a whole job; a launcher that lives on would kill the program itself."""
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER], cwd=ROOT)
+    processes = []
+    deadline = time.monotonic() + 30
+    while len(processes) < 5 and time.monotonic() < deadline:  # launcher, program, its children
+        time.sleep(0.05)
+        processes = below(trainer.pid)
+    assert len(processes) == 5
+
+    launcher = processes[0]
+    os.kill(launcher, signal.SIGSTOP)
+    trainer.kill()
+    os.kill(launcher, signal.SIGKILL)
+    trainer.wait()
+    left = processes
+    while left and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = [pid for pid in left if is_alive(pid)]
+    assert not left
+
+
+def below(pid):
+    """Children of a process and theirs, parents first."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *below(child)]
+    return found
+
+
+def is_alive(pid):
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat_line.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_the_portable_level_is_no_sandbox():

@@ -39,6 +39,7 @@ class World:
         (self.outside / "closed").mkdir(0o500)  # a careless chmod -R would open it
         with contextlib.suppress(OSError):
             os.setxattr(self.answer, "user.mark", b"1")
+        self._copy_perl()
         # The strongest target: every program that runs as this user may do to it what it likes, but
         # for the sandbox.
         self.outside.chmod(0o777)
@@ -52,6 +53,16 @@ class World:
         self._listen()
         self.memory = libc.shmget(0, 4096, 0o1666)
         self.before = self._picture()
+
+    def _copy_perl(self):
+        """An interpreter and a library of this user's own, as from pyenv, nvm, conda or juliaup."""
+        tools = self.outside / "tools"
+        for name in ("bin", "lib"):
+            (tools / name).mkdir(parents=True)
+        (tools / "lib" / "Some.pm").write_text("1;")
+        if perl := shutil.which("perl"):
+            shutil.copy(perl, tools / "bin" / "perl")
+            os.environ["RARECODE_PERL"] = str(tools / "bin" / "perl")
 
     def _listen(self):
         self.tcp = socket.socket()
