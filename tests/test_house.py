@@ -44,3 +44,10 @@ def test_nothing_imports_a_script_but_scripts_and_the_bench():
 
 def test_the_root_is_a_table_of_contents():
     assert len(list(ROOT.glob("*.py"))) <= 18
+
+
+def test_the_short_read_stays_short():
+    """train, rollout, rewards, grpo, batches: what one person reads in one sitting."""
+    names = ("train", "rollout", "rewards", "grpo", "batches")
+    lines = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in names)
+    assert lines <= 1600
