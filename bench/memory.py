@@ -1,4 +1,4 @@
-"""python -m bench.memory: the README's tables of memory and network, from shapes alone.
+"""python -m bench.memory: BENCHMARKS.md's tables of memory and network, from shapes alone.
 
 The settings are those of recipes/gsm8k.toml. runtime/memory.py plans the memory; a step of the
 network's table has 256 samples of 1,024 tokens on each rank.

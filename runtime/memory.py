@@ -1,7 +1,7 @@
 """Memory plan of a run, per rank, before anything large is allocated.
 
 An upper estimate from shapes alone: what FSDP2 shards is divided by the ranks, what every rank
-holds is not. `python -m bench.memory` prints the tables of the README.
+holds is not. `python -m bench.memory` prints the tables of BENCHMARKS.md.
 """
 
 import os

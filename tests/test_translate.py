@@ -489,7 +489,7 @@ def test_docstrings_go_and_code_stays():
     assert translate_data.without_docstrings(source) == kept
 
 
-# ---- the user's own problems, in the form of README ----
+# ---- the user's own problems, in the form of docs/oorl.md ----
 
 # 30 whole programs and one function.
 PRODUCT = {
