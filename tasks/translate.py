@@ -8,8 +8,8 @@ cases that belong to no language. How the cases are put to the target is its int
     stdin   any other: it writes a program that reads them from standard input
 
 What comes out is compared here: neither prompt nor sandbox ever sees an expected output. Problems
-of the user's own (SYNTHETIC-1, APPS ...) are JSON lines, given by --translate_data; docs/oorl.md has the
-form.
+of the user's own (SYNTHETIC-1, APPS ...) are JSON lines, given by --translate_data; docs/oorl.md
+has the form.
 """
 
 import concurrent.futures
