@@ -276,6 +276,23 @@ def test_epochs_and_minibatches_keep_the_old_logprobs_of_the_rollout():
     assert more_tokens == 2 * tokens  # every sequence once per epoch
 
 
+def test_a_skipped_update_is_counted_and_said_and_three_steps_of_them_end_the_run():
+    model = model_file.random_model(CONFIG, 1, std=0.3)
+    with torch.no_grad():
+        model.norm[0] = float("nan")
+    before = model.embed.weight.detach().clone()
+    metrics = train.update(run_of(model), 1, sequences())
+    assert metrics["skipped_updates"] == 1.0
+    assert torch.equal(model.embed.weight, before)
+
+    said = []
+    train.say_skipped(1, metrics, 1, said.append)
+    train.say_skipped(2, metrics, 2, said.append)
+    assert "step 2: 1 updates skipped" in said[1]
+    with pytest.raises(ValueError, match="3 steps in a row"):
+        train.say_skipped(3, metrics, 3, said.append)
+
+
 def test_minibatches_never_cut_a_group(monkeypatch):
     """Four groups of two in two minibatches: groups 0 and 2, then 1 and 3, whatever the lengths."""
     work = sequences(8)
