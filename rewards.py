@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from sandbox import Job
 from sandbox.languages import language_of
 from sandbox.languages.headers import with_header
+from sandbox.languages.templates import filled
 from tasks.answers import printed_number, same_number, written_number
 from tasks.fences import fenced_blocks, unix_lines
 from tasks.problems import Problem
@@ -219,15 +220,13 @@ def answer_files(language, code, query, nonce):
         code, query = (re.sub(entry, "program_main", text) for text in (code, query))
 
     words = {
-        "{code}": code,
-        "{query}": query.strip().rstrip(";"),
-        "{nonce}": nonce,
-        "{hoisted}": hoisted,
+        "code": code,
+        "query": query.strip().rstrip(";"),
+        "nonce": nonce,
+        "hoisted": hoisted,
     }
-    slots = re.compile("|".join(map(re.escape, words)))
     templates = {language.file: table["main"], **table.get("files", {})}
-    # In one pass: a slot's name inside the program stays as it is.
-    return {name: slots.sub(lambda slot: words[slot[0]], text) for name, text in templates.items()}
+    return {name: filled(template, words) for name, template in templates.items()}
 
 
 # ---- what shows that a program computes nothing ----

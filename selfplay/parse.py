@@ -3,6 +3,7 @@
 import re
 
 from sandbox.languages.calls import input_text
+from sandbox.languages.definitions import find_definition
 from sandbox.languages.headers import with_header, without_header
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import MAX_TEXT
@@ -108,8 +109,8 @@ def compose(code, composed, language):
 
     code = without_header(code, language)
     for i in range(len(composed)):
-        definition = language.defines.replace("NAME", f"g_{i}")
-        if not re.search(_whole_word(f"g_{i}"), code) or re.search(definition, code):
+        is_called = re.search(_whole_word(f"g_{i}"), code)
+        if not is_called or find_definition(code, f"g_{i}", language):
             raise Refused("no_composite")
 
     parts = [renamed(program, i, language) for i, program in enumerate(composed)]

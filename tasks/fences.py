@@ -18,6 +18,8 @@ block that is not closed ends at the next fence that opens one, else with the te
 import re
 from dataclasses import dataclass
 
+from sandbox.languages.definitions import find_definition
+
 _FENCE = r"(?P<before>.*?)(?<![`~])(?P<fence>`{3,}+|~{3,}+)"  # ++: never tried again, shorter
 _OPENS = re.compile(_FENCE + r"(?P<info>[^`]*)")
 _CLOSES = re.compile(_FENCE + r"\s*(</\w+>.*)?")
@@ -108,10 +110,16 @@ def unix_lines(text):
 
 
 def defining_block(blocks, name, language):
-    """The last block that defines a function, else the last; None without any.
+    """The last block that defines a function; None without any block.
 
-    What follows the function's block shows its use or its output.
+    What follows it shows its use or its output. Where none does, the function's body may stand
+    alone: the last block that is tagged as the language, or not at all, and does not use the name.
     """
-    definition = language.defines.replace("NAME", re.escape(name))
-    defining = [block for block in blocks if definition and re.search(definition, block.code)]
-    return next(reversed(defining or blocks), None)
+
+    def rank(block):
+        defined = find_definition(block.code, name, language) is not None
+        is_tagged = block.tag in ("", language.name, *language.fence, *language.aliases)
+        is_used = re.search(rf"\b{re.escape(name)}\b", block.code) is not None
+        return defined, is_tagged, not is_used
+
+    return max(reversed(blocks), key=rank, default=None)

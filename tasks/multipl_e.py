@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 from sandbox import Job
 from sandbox.languages import language_of
+from sandbox.languages.definitions import last_defined
 from tasks.data import find_data, read_jsonl, take
-from tasks.fences import defining_block, fenced_blocks
 from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict, first_answer
+from tasks.whole_programs import answer_code, whole_program
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
 # HumanEval-X's own names in files; Python sources are HumanEval's canonical solutions.
@@ -59,6 +60,7 @@ class BenchmarkProblem:
     task: str
     question: str  # what samples.jsonl shows
     prompt: str  # ends inside the function
+    entry: str  # the function that is asked for
     tests: str
     stop_tokens: tuple
     source: str = ""  # the program to translate
@@ -87,12 +89,12 @@ def load_benchmark(bench, language, data=None, version="v3", source="python", co
 
     if bench == "crosspleval":
         path = _need(f"crosspleval/{source}-{code}.jsonl", data)
-        rows = read_jsonl(path, lambda _, row: _cross_row(row, code, source))
+        rows = read_jsonl(path, lambda _, row: _cross_row(row, language, source))
         return take(rows, count, seed)
 
     family = "humaneval" if bench == "translate" else bench
     path = _need(f"multipl_e/{version}/{family}-{code}-reworded.jsonl", data)
-    rows = read_jsonl(path, lambda _, row: _multipl_row(bench, code, row))
+    rows = read_jsonl(path, lambda _, row: _multipl_row(bench, language, row))
     if bench == "translate":
         rows = _with_sources(rows, source, data)
     return take(rows, count, seed)
@@ -127,24 +129,28 @@ def _need(name, data):
     return path
 
 
-def _multipl_row(bench, code, row):
+def _multipl_row(bench, language, row):
+    code = language.answer["tests"]["name"]
     left_out = LEFT_OUT_STOPS.get(code)
     return BenchmarkProblem(
         id=f"{bench}/{code}/{row['name']}",
         task=bench,
         question=row["prompt"],
         prompt=row["prompt"],
+        entry=last_defined(row["prompt"], language),
         tests=row["tests"],
         stop_tokens=tuple(stop for stop in row["stop_tokens"] if stop != left_out),
     )
 
 
-def _cross_row(row, code, source):
+def _cross_row(row, language, source):
+    code = language.answer["tests"]["name"]
     return BenchmarkProblem(
         id=f"crosspleval/{source}-{code}/{row['id']}",
         task="crosspleval",
         question=row["source"],
         prompt=row["prompt"],
+        entry=last_defined(row["prompt"], language),
         tests=row["tests"],
         stop_tokens=tuple(row["stop_tokens"]),
         source=row["source"],
@@ -217,8 +223,8 @@ def _commented_source(row, language):
 def program(row, text, language, mode):
     """The whole program of a completion, with the row's tests; "" when there is no code.
 
-    completion: prompt + completion, cut at the first stop token. think: a block of the first answer.
-    chat: a block of the completion. Which one says answer_block().
+    completion: prompt + completion, cut at the first stop token.
+    think, chat: the code of the first answer, made whole (whole_programs.py).
     """
     if mode == "completion":
         found = [text.find(stop) for stop in row.stop_tokens]
@@ -229,61 +235,9 @@ def program(row, text, language, mode):
         text = first_answer(text).removesuffix(ANSWER_END)
         if "</think>" not in text:
             return ""
-    code = answer_block(text, language_of(language), _signature(row))
-    if not code:
-        return ""
-    return f"{_complete(row, code)}\n{row.tests}"
-
-
-def answer_block(text, language, name=""):
-    """The fenced block after the reasoning that defines a function, else the last; "" if none."""
-    blocks = fenced_blocks(text.rpartition("</think>")[2])
-    block = defining_block(blocks, name, language)
-    return block.code.strip("\n") if block else ""
-
-
-def _complete(row, code):
-    """A whole function in place of prompt + completion.
-
-    With the prompt's first lines (imports) when they are missing, and without the closing braces
-    that MultiPL-E's tests bring themselves.
-    """
-    if row.prompt.strip() not in code and _signature(row) not in code:
-        return row.prompt.rstrip() + "\n" + code  # only the body
-
-    lines = [line for line in _preamble(row) if line.strip()]
-    missing = [line for line in lines if line.strip() not in code]
-    code = "\n".join([*missing, code])
-    for _ in range(_closed_by_tests(row)):
-        code = code.rstrip().removesuffix("}")
-    return code
-
-
-def _signature(row):
-    """The name that the prompt's last lines define."""
-    name = re.sub(r"(HumanEval|mbpp)_\d+_", "", row.id.rpartition("/")[2])
-    first, *rest = name.split("_")
-    camel = first + "".join(word.capitalize() for word in rest)
-    return camel if camel in row.prompt and name not in row.prompt else name
-
-
-def _preamble(row):
-    """Lines before the prompt's first comment or definition: #lang, imports, an enclosing class."""
-    begins = r"\s*(//|#(?!lang|include)|--|;|\(\*|/\*|\"\"\"|def |function )"
-    name = _signature(row)
-    lines = []
-    for line in row.prompt.splitlines():
-        if name in line or re.match(begins, line):
-            break
-        lines.append(line)
-    return lines
-
-
-def _closed_by_tests(row):
-    """How many braces the tests close: 1 for "}" (C++, Rust, Bash), 2 with the class (Java)."""
-    if not row.tests.lstrip().startswith("}"):
-        return 0
-    return 2 if row.prompt.count("{") - row.prompt.count("}") > 1 else 1
+    language = language_of(language)
+    code = answer_code(text, row.entry, language)
+    return whole_program(row, code, language) if code else ""
 
 
 # ---- verdicts ----

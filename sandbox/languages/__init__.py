@@ -96,6 +96,7 @@ class Language:
     header: str = ""  # a line that a program must begin with, such as "#lang racket" (headers.py)
     block_comment: list[str] = field(default_factory=list)  # what opens and closes one
     nested_comments: bool = False  # a block comment holds others
+    quotes: str = "\"'"  # each opens and closes a string
     defines: str = ""  # a regular expression that finds a definition of NAME
     aliases: list[str] = field(default_factory=list)
     compile: list[str] | None = None

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from sandbox.jobs import Job
 from sandbox.languages.headers import with_header
+from sandbox.languages.templates import filled
 from sandbox.languages.values import table_of, write
 
 STOPS = ("syntax", "banned", "no_f")  # what the harness finds before it calls f; then it ends
@@ -97,20 +98,14 @@ def call_files(language, program, calls, nonce):
     inputs = [call["arguments"].format(text) for text in inputs]
     between = "\n" if table_of(language)["family"] == "lists" else ", "
     words = {
-        "{code}": with_header(program, language),
-        "{nonce}": nonce,
-        "{inputs}": between.join(inputs),
+        "code": with_header(program, language),
+        "nonce": nonce,
+        "inputs": between.join(inputs),
     }
     for name in ("banned", "modules", "mentions", "macros"):
-        names = call.get(name, [])
-        words[f"{{{name}}}"] = write(names, language, limit=math.inf)
-
-    # All in one pass: what a program says, such as {nonce}, is not filled in.
-    pattern = "|".join(map(re.escape, words))
-    files = {language.file: call["main"], **call.get("files", {})}
-    for name, template in files.items():
-        files[name] = re.sub(pattern, lambda match: words[match[0]], template)
-    return files
+        words[name] = write(call.get(name, []), language, limit=math.inf)
+    templates = {language.file: call["main"], **call.get("files", {})}
+    return {name: filled(template, words) for name, template in templates.items()}
 
 
 def input_text(arguments, language):
