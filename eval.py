@@ -50,20 +50,14 @@ from selfplay.prompts import solve_prompt
 from settings import add_flags, setting
 from tasks import evalplus
 from tasks.data import find_data
-from tasks.multipl_e import (
-    BENCHMARKS,
-    TestJudge,
-    benchmark_prompt,
-    load_benchmark,
-    stops_note,
-)
+from tasks.multipl_e import BENCHMARKS, TestJudge, load_benchmark, stops_note
 from tasks.problems import load_problems, program_messages
+from tasks.requests import MODES, benchmark_prompt, request_name
 from tasks.statistics import compare, p_text, summary
 from tasks.verdicts import Submission
 
 # --bench crux: what is predicted -> the self-play task that asks for it.
 CRUX_TASKS = {"output": "deduction", "input": "abduction"}
-MODES = ("completion", "chat", "think")
 # Settings that change no number: where things lie, and how many are sampled at once. What lies
 # there does: see model_content and cell_content.
 PLACES = ("model", "data", "programs", "out", "slots")
@@ -72,6 +66,7 @@ OTHER = {
     "weights": "other weights",
     "tokenizer": "another tokenizer or chat template",
     "problems": "other problems, tests or prompts",
+    "request": "another request",
     "code": "another version of the code that samples and judges",
     "arithmetic": "another arithmetic",
 }
@@ -143,6 +138,7 @@ class Cell:
     problems: list
     judge: Judge | SolveJudge | TestJudge | evalplus.PlusJudge
     prompt: Callable  # problem -> chat messages, or a text to continue
+    request: str = ""  # its name and version
     note: str = ""  # what a reader of the figures has to know
 
 
@@ -308,6 +304,7 @@ def load_cell(settings, pool, source, language):
     def prompt(problem):
         return benchmark_prompt(problem, language, settings.mode)
 
+    request = request_name(settings.bench, settings.mode)
     if settings.bench in evalplus.BENCHMARKS:
         problems = evalplus.load_problems(
             settings.bench,
@@ -317,7 +314,7 @@ def load_cell(settings, pool, source, language):
             settings.seed,
         )
         judge = evalplus.PlusJudge(pool, language, settings.mode)
-        return Cell(source, language, problems, judge, prompt)
+        return Cell(source, language, problems, judge, prompt, request)
 
     problems = load_benchmark(
         settings.bench,
@@ -330,7 +327,7 @@ def load_cell(settings, pool, source, language):
     )
     judge = TestJudge(pool, language, settings.mode)
     note = stops_note(settings.bench, language, settings.mode)
-    return Cell(source, language, problems, judge, prompt, note)
+    return Cell(source, language, problems, judge, prompt, request, note)
 
 
 def load_program_cell(settings, pool, source, language):
@@ -419,7 +416,7 @@ def run_cell(settings, sampler, tokenizer, cell, of_model):
                 numbers=numbers,
                 on_rows=Progress(title, partial, len(cell.problems), done),
             )
-    return conclude(folder, cell.problems, title, cell.note)
+    return conclude(folder, cell, title)
 
 
 def resume(folder, settings, cell, of_model):
@@ -457,7 +454,11 @@ def model_content(folder, model):
 def cell_content(cell):
     """Digests of what is asked (problems, tests and prompts) and of the code that judges it."""
     asked = [f"{problem!r} {cell.prompt(problem)!r}" for problem in cell.problems]
-    return {"problems": content.of_texts(asked), "code": content.code()}
+    return {
+        "problems": content.of_texts(asked),
+        "request": cell.request,
+        "code": content.code(),
+    }
 
 
 def what_differs(folder, found, wanted):
@@ -529,14 +530,16 @@ class Progress:
         )
 
 
-def conclude(folder, problems, title, note=""):
+def conclude(folder, cell, title):
     """Merge what the ranks wrote into samples.jsonl, in problem order, and print the table."""
     distributed.barrier()
     found = read_partial(folder, with_errors=True)
+    problems = cell.problems
     rows = list(chain.from_iterable(found[problem.id] for problem in problems))
     figures = {"problems": len(problems), **summary(rows)}
-    if note:
-        figures["note"] = note
+    for name in ("request", "note"):
+        if text := getattr(cell, name):
+            figures[name] = text
 
     if distributed.rank() == 0:
         replace_file(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -586,6 +589,9 @@ def print_comparison(side_a, side_b):
         if len(set(map(Path, folders))) < len(folders):
             raise ValueError(f"--compare {','.join(folders)}: a folder is named twice")
     found = compare(list(map(read_samples, folders_a)), list(map(read_samples, folders_b)))
+    requests = {read_request(folder) for folder in [*folders_a, *folders_b]}
+    if len(requests) > 1:
+        print(f"these were asked in different ways: {', '.join(sorted(requests))}")
     gained, lost = len(found["gained"]), len(found["lost"])
 
     for name in ("gained", "lost"):
@@ -630,6 +636,13 @@ def read_samples(folder):
             f"{path} does not exist: give the folder of a finished evaluation (one language)"
         )
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def read_request(folder):
+    """How the model of an evaluation was asked, by results.json."""
+    path = Path(folder) / "results.json"
+    figures = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return figures.get("request", "a request without a name")
 
 
 # ---- the command ----

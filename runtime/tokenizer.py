@@ -73,7 +73,13 @@ class ChatTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages):
-        """Ids of the chat up to and with the mark that starts the assistant's turn."""
+        """Ids of the chat up to and with the mark that starts the assistant's turn.
+
+        Where the last message is the assistant's, its text follows the mark: it goes on from there.
+        """
+        *before, last = messages
+        if last["role"] == "assistant":
+            return self.encode(self.render_chat(before) + last["content"])
         return self.encode(self.render_chat(messages))
 
     def render_chat(self, messages):

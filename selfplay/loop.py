@@ -36,7 +36,8 @@ from selfplay.prompts import propose_prompt, solve_prompt
 from selfplay.proposals import begin, check, still_true
 from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle, Refused
 from selfplay.rewards import REFUSED, proposer_reward, read_setting
-from tasks.multipl_e import TestJudge, benchmark_prompt, load_benchmark
+from tasks.multipl_e import TestJudge, load_benchmark
+from tasks.requests import benchmark_prompt
 from tasks.verdicts import ANSWER_END, Parsed, Verdict
 
 # Draws depend on the number of a request, so no two requests of a run share one. A step has the

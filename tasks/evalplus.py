@@ -20,7 +20,8 @@ from tasks import evalplus_run
 from tasks.data import find_data, read_jsonl, take
 from tasks.evalplus_run import MARK, decode, encode
 from tasks.multipl_e import program
-from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict
+from tasks.requests import answer_stops
+from tasks.verdicts import Parsed, Submission, Verdict
 
 # Benchmark -> its file, how its ids begin, and where a base model's completion is cut.
 STOPS = ("\nif __name__", "\ndef main(", "\nprint(")
@@ -197,9 +198,7 @@ class PlusJudge:
 
     def stop_strings(self, row):
         """What a completion is cut at."""
-        if self.mode == "completion":
-            return row.stop_tokens
-        return (ANSWER_END,) if self.mode == "think" else ()
+        return answer_stops(row, self.mode)
 
     def submit(self, row, text, sample=0):
         """Start a completion's program -> Submission, whose future is of an Outcome."""

@@ -113,13 +113,15 @@ def defining_block(blocks, name, language):
     """The last block that defines a function; None without any block.
 
     What follows it shows its use or its output. Where none does, the function's body may stand
-    alone: the last block that is tagged as the language, or not at all, and does not use the name.
+    alone: the last block tagged as the language (or else without a tag) that does not use the name.
     """
+    defining = [block for block in blocks if find_definition(block.code, name, language)]
+    if defining:
+        return defining[-1]
+    tags = (language.name, *language.fence, *language.aliases)
 
     def rank(block):
-        defined = find_definition(block.code, name, language) is not None
-        is_tagged = block.tag in ("", language.name, *language.fence, *language.aliases)
-        is_used = re.search(rf"\b{re.escape(name)}\b", block.code) is not None
-        return defined, is_tagged, not is_used
+        is_use = re.search(rf"\b{re.escape(name)}\b", block.code) is not None
+        return block.tag in tags, not block.tag, not is_use
 
     return max(reversed(blocks), key=rank, default=None)

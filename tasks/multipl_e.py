@@ -18,7 +18,8 @@ from sandbox import Job
 from sandbox.languages import language_of
 from sandbox.languages.definitions import last_defined
 from tasks.data import find_data, read_jsonl, take
-from tasks.verdicts import ANSWER_END, Parsed, Submission, Verdict, first_answer
+from tasks.requests import answer_stops, begun_answer
+from tasks.verdicts import Parsed, Submission, Verdict
 from tasks.whole_programs import answer_code, whole_program
 
 BENCHMARKS = ("humaneval", "mbpp", "translate", "crosspleval")
@@ -34,22 +35,6 @@ SOURCES = {
 # Stop tokens of MultiPL-E's rows that are left out: its code of a language -> token. A blank line
 # cut right Lua programs; upstream has called it a bug and dropped it in its data 3.3.
 LEFT_OUT_STOPS = {"lua": "\n\n"}
-
-# Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
-THINK = """# Task: You will be given a question (problem specification) and will generate a \
-correct {title} program that matches the specification and passes all tests. The reasoning process \
-and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., \
-<think> reasoning process here </think> <answer> answer here </answer>. Your final answer should \
-be wrapped in ```{fence}``` tags.
-Question: {question}
-
-You will use the following starter code to write the solution to the problem and enclose your \
-code within delimiters.
-```{fence}
-{starter}
-{comment} YOUR CODE HERE
-```
-"""
 
 
 @dataclass(frozen=True)
@@ -178,64 +163,24 @@ def _with_sources(rows, source, data):
     return found
 
 
-# ---- prompts ----
-
-
-def benchmark_prompt(row, language, mode):
-    """What the model is given: text to go on from, or chat messages.
-
-    completion: for base models, the row's prompt, after the source program as a comment when there
-        is one.
-    think: Listing 1 as it stands, ending in "Assistant: <think>".
-    chat: the same request as a user turn, for instruct models.
-    """
-    language = language_of(language)
-    if mode == "completion":
-        return _commented_source(row, language) + row.prompt.rstrip()
-
-    question = row.prompt.strip()
-    if row.source:
-        question = (
-            f"Translate this {row.source_language} program to {language.title}:\n{row.source}"
-        )
-    text = THINK.format(
-        title=language.title,
-        fence=language.fence[0],
-        question=question,
-        starter=row.prompt.rstrip(),
-        comment=language.comment,
-    )
-    if mode == "think":
-        return f"{text}\nAssistant: <think>"
-    return [{"role": "user", "content": text.strip()}]
-
-
-def _commented_source(row, language):
-    if not row.source:
-        return ""
-    lines = [f"{row.source_language}:", *row.source.splitlines()]
-    return "".join(f"{language.comment} {line}\n" for line in lines) + "\n"
-
-
 # ---- from a completion to a whole program ----
 
 
 def program(row, text, language, mode):
     """The whole program of a completion, with the row's tests; "" when there is no code.
 
-    completion: prompt + completion, cut at the first stop token.
-    think, chat: the code of the first answer, made whole (whole_programs.py).
+    completion: prompt + completion.
+    think, chat: the code of the answer, made whole (whole_programs.py).
     """
-    if mode == "completion":
-        found = [text.find(stop) for stop in row.stop_tokens]
-        cut = min((place for place in found if place >= 0), default=None)
-        return f"{row.prompt.rstrip()}{text[:cut]}\n{row.tests}"
-
-    if mode == "think":
-        text = first_answer(text).removesuffix(ANSWER_END)
-        if "</think>" not in text:
-            return ""
     language = language_of(language)
+    stops = [text.find(stop) for stop in answer_stops(row, mode)]
+    text = text[: min((place for place in stops if place >= 0), default=None)]
+    if mode == "completion":
+        return f"{row.prompt.rstrip()}{text}\n{row.tests}"
+    if mode == "think" and "</think>" not in text:
+        return ""
+    if not text.startswith(("```", "~~~")):
+        text = begun_answer(row, mode) + text
     code = answer_code(text, row.entry, language)
     return whole_program(row, code, language) if code else ""
 
@@ -285,9 +230,7 @@ class TestJudge:
 
     def stop_strings(self, row):
         """What program() cuts a completion at."""
-        if self.mode == "completion":
-            return row.stop_tokens
-        return (ANSWER_END,) if self.mode == "think" else ()
+        return answer_stops(row, self.mode)
 
     def submit(self, row, text, sample=0):
         """Start a completion's program under the row's tests -> Submission.

@@ -22,7 +22,7 @@ import re
 
 from sandbox.languages.comments import blanked
 from sandbox.languages.definitions import find_definition
-from sandbox.languages.headers import with_header
+from sandbox.languages.headers import with_header, without_header
 from sandbox.languages.templates import filled
 from tasks.fences import defining_block, fenced_blocks, unix_lines
 
@@ -124,8 +124,7 @@ def missing_ends(prompt, body):
 
 def open_brackets(code, language):
     """How many brackets are open at the end of some code; negative: it closes too many."""
-    closing = language.answer["tests"].get("close", "}")
-    opening = {"}": "{", ")": "("}[closing]
+    opening, closing = "()" if language.answer["tests"].get("close") == ")" else "{}"
     text = blanked(code, language)
     return text.count(opening) - text.count(closing)
 
@@ -138,13 +137,18 @@ def missing_preamble(row, code, language):
     asked = find_definition(row.prompt, row.entry, language)
     if not asked:
         return ""
-    above = row.prompt[: asked.start()].rpartition("\n")[0]
+    above = without_header(row.prompt[: asked.start()].rpartition("\n")[0], language)
     bare = blanked(above, language).splitlines()
     lines = [line for line, rest in zip(above.splitlines(), bare) if rest.strip()]
 
     here = {without_blanks(line) for line in code.splitlines()}
-    missing = [part for part in parts(lines, language) if without_blanks(part[0]) not in here]
-    return "".join(f"{line}\n" for part in missing for line in part)
+    missing = ""
+    for part in parts(lines, language):
+        text = "".join(f"{line}\n" for line in part)
+        is_signature = find_definition(text, row.entry, language)  # Haskell's type of the function
+        if without_blanks(part[0]) not in here and not is_signature:
+            missing += text
+    return missing
 
 
 def without_blanks(line):

@@ -33,14 +33,14 @@ from sandbox.languages import language_names, load_language
 from tasks.multipl_e import (
     BenchmarkProblem,
     TestJudge,
-    answer_block,
-    benchmark_prompt,
     exchange_answers,
     load_benchmark,
     program,
 )
 from tasks.problems import load_problems, program_messages
 from tasks.render import solution
+from tasks.requests import benchmark_prompt
+from tasks.whole_programs import answer_code
 
 REPO = Path(__file__).resolve().parents[1]
 FULL = bool(os.environ.get("RARECODE_FULL"))
@@ -417,7 +417,6 @@ def test_prompts_of_the_modes():
 def test_a_thought_program_is_that_of_the_answer():
     code = "(define (add x y)\n  (+ x y))"
     answer = f"<think>(f)\n```racket\nwrong\n```</think><answer>```racket\n{code}\n```</answer>"
-    assert answer_block(answer, load_language("racket")) == code
     whole = program(add_row("racket"), answer, "racket", "think")
     assert whole.startswith(f"#lang racket\n{code}\n(require rackunit)")
 
@@ -436,7 +435,7 @@ def test_a_thought_program_is_that_of_the_answer():
 def test_the_block_that_defines_the_function_is_the_program(opening, after):
     code = "(define (add x y)\n  (+ x y))"
     answer = f"First:\n```racket\n(require racket/math)\n```\n{opening}\n{code}\n```{after}"
-    assert answer_block(answer, load_language("racket"), "add") == code
+    assert answer_code(answer, "add", load_language("racket")) == code
 
 
 @needs_data
@@ -487,6 +486,7 @@ ROW = BenchmarkProblem(
     task="humaneval",
     question="",
     prompt="local function add(x, y)\n",
+    entry="add",
     tests="f()",
     stop_tokens=("\nlocal", "\n--"),
 )
@@ -583,7 +583,8 @@ def test_a_number_says_that_a_stop_token_was_left_out(tmp_path, capsys):
     row = {"correct": True, "status": "ok", "tokens": 3, "finish_reason": "stop", "sample": 0}
     flags = {"format_ok": True, "constant": False, "leaked": False, "program": "p", "id": ROW.id}
     (tmp_path / "partial-0.jsonl").write_text(json.dumps([row | flags]))
-    evaluation.conclude(tmp_path, [ROW], "humaneval lua", cells["completion"].note)
+    cell = replace(cells["completion"], problems=[ROW])
+    evaluation.conclude(tmp_path, cell, "humaneval lua")
     kept = json.loads((tmp_path / "results.json").read_text())["note"]
     for text in (kept, capsys.readouterr().out):
         assert "left out, as in MultiPL-E 3.3" in text

@@ -14,7 +14,8 @@ from sandbox import Pool
 from tasks import evalplus
 from tasks.evalplus import PlusJudge, in_form, is_right
 from tasks.evalplus_run import decode, encode, result
-from tasks.multipl_e import benchmark_prompt, program
+from tasks.multipl_e import program
+from tasks.requests import benchmark_prompt
 
 pytestmark = pytest.mark.skipif(
     not (known_programs.DATA / "evalplus").is_dir(), reason="../shared/data is not here"
@@ -337,8 +338,12 @@ def test_prompts_and_programs_of_the_modes(humaneval, mbpp):
     whole = program(row, text, "python", "completion")
     assert whole.rstrip() == f"{row.prompt.rstrip()}\n    return x + y"
 
-    (message,) = benchmark_prompt(mbpp["mbpp_2_similar_elements"], "python", "chat")
-    assert "similar_elements" in message["content"]
+    asked, begun = benchmark_prompt(mbpp["mbpp_2_similar_elements"], "python", "chat")
+    assert "similar_elements" in asked["content"]
+    assert begun["role"] == "assistant" and begun["content"].endswith("\n```python\n")
+    goes_on = "def add(x, y):\n    return x + y"
+    for answer in (goes_on, f"{goes_on}\n```\nIt adds.", f"```python\n{goes_on}\n```"):
+        assert program(row, answer, "python", "chat").strip() == goes_on
     assert benchmark_prompt(row, "python", "think").endswith("Assistant: <think>")
 
 

@@ -126,5 +126,6 @@ def test_the_block_that_defines_the_function_is_taken():
     )
     blocks = fenced_blocks(text)
     assert defining_block(blocks, "add", lua) == blocks[1]
-    assert defining_block(blocks, "subtract", lua) == blocks[3]  # no definition: the last
+    assert defining_block(blocks, "subtract", lua) == blocks[2]  # none: the last in Lua
+    assert defining_block(blocks[1::2], "subtract", lua) == blocks[3]  # without a tag: the last
     assert defining_block([], "add", lua) is None

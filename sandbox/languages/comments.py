@@ -31,7 +31,7 @@ def _starts(quotes, comment, opens):
     What comes first in a text wins: a quote in a comment opens no string.
     """
     kinds = [
-        r"\\.",  # outside strings: Racket's #\{, Bash's \"
+        r"#\\.|\\[^(\s]",  # outside strings: Racket's #\{, Bash's \"; R's \(x) is a function
         r"'(?:\\[^\n]{1,10}?|[^'\\\n])'",  # one character, also where ' opens no string
     ]
     if opens:
