@@ -42,10 +42,20 @@ def answer_code(text, name, language):
     answer = unix_lines(text.rpartition("</think>")[2])
     if blocks := fenced_blocks(answer):
         return defining_block(blocks, name, language).code.strip("\n")
-    if not find_definition(answer, name, language):
-        return ""
-    paragraphs = re.split(r"\n[ \t]*\n", answer)
-    return "\n\n".join(part for part in paragraphs if not SENTENCE.match(part)).strip("\n")
+    code = without_prose(answer)
+    close = language.answer["tests"].get("close")
+    goes_on = code[:1].isspace() or (close and code.endswith(close))
+    return code if goes_on or find_definition(code, name, language) else ""
+
+
+def without_prose(text):
+    """A text without the paragraphs of prose before and behind its code."""
+    paragraphs = re.split(r"\n[ \t]*\n", text)
+    while paragraphs and SENTENCE.match(paragraphs[0]):
+        del paragraphs[0]
+    while paragraphs and SENTENCE.match(paragraphs[-1]):
+        del paragraphs[-1]
+    return "\n\n".join(paragraphs).strip("\n").rstrip()
 
 
 # ---- a whole program ----

@@ -171,6 +171,7 @@ def forms(name):
         "a body that is left open": f"```{tag}\n{opened(body)}\n```",
         "a body, then its use": f"```{tag}\n{body}\n```\nFor example:\n```{tag}\n{use}\n```\n```\n5\n```",
         "not fenced": f"Here is the completed code:\n\n{code_alone}\n\nThis adds both numbers.",
+        "a body, not fenced": f"{body}\n\nThis adds both numbers.",
         "fenced by tildes": f"~~~{tag} title=add\r\n{whole}\r\n~~~\r\n".replace("\n", "\r\n"),
         "in a list": "1. Code:\n\n" + f"   ```{tag}\n{whole}\n   ```".replace("\n", "\n   "),
         "without a tag, not closed": f"Code:\n```\n{whole}",
@@ -285,3 +286,4 @@ def test_prose_alone_is_no_program():
     lua = load_language("lua")
     assert answer_code("I cannot do that: add is not known.", "add", lua) == ""
     assert answer_code("", "add", lua) == ""
+    assert answer_code("no code", "add", lua) == ""
