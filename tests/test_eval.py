@@ -834,6 +834,43 @@ def test_another_judge_or_an_older_version_is_not_mixed(evaluated, monkeypatch):
         evaluation.main(words(model, out))
 
 
+def test_another_request_is_neither_continued_nor_compared_without_a_word(tmp_path, capsys):
+    """The chat request of before had no name; the same problems, judged the same."""
+    same = dict.fromkeys(evaluation.OTHER, "")
+    before = {"content": same | {"request": "chat, 1"}}
+    now = {"content": same | {"request": "chat, 2"}}
+    assert "another request" in evaluation.what_differs(tmp_path, before, now)
+
+    row = {"id": ROW.id, "sample": 0, "correct": True, "status": "ok"}
+    for name, figures in (("a", {}), ("b", {"request": "chat, 2"}), ("c", {"request": "chat, 2"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.jsonl").write_text(json.dumps(row) + "\n")
+        (tmp_path / name / "results.json").write_text(json.dumps(figures))
+    evaluation.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "asked in different ways: a request without a name, chat, 2" in capsys.readouterr().out
+    evaluation.main(["--compare", str(tmp_path / "b"), str(tmp_path / "c")])
+    assert "asked in different ways" not in capsys.readouterr().out
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "bench, name, mode, request_name, roles",
+    [
+        ("humaneval", "lua", "chat", "chat, 2", ["user"]),
+        ("humaneval", "python", "chat", "chat, 2", ["user"]),
+        ("mbpp+", "python", "chat", "EvalPlus 0.3.1", ["user", "assistant"]),
+        ("mbpp+", "python", "think", "Listing 1", None),
+        ("translate", "lua", "completion", "prompt to complete, 1", None),
+    ],
+)
+def test_a_cell_says_how_it_asks(bench, name, mode, request_name, roles):
+    settings = evaluation.EvalSettings(bench=bench, lang=name, mode=mode, problems=1)
+    cell = evaluation.load_cell(settings, None, "", load_language(name))
+    assert cell.request == request_name
+    asked = cell.prompt(cell.problems[0])
+    assert (None if isinstance(asked, str) else [m["role"] for m in asked]) == roles
+
+
 def test_digests_see_every_byte_and_no_path(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -78,6 +78,16 @@ def test_a_chat_closes_the_users_turn_and_opens_the_assistants(tmp_path):
     assert ids.count(2) == 1  # <|im_end|>
 
 
+@needs_data
+def test_a_begun_answer_stands_behind_the_assistants_mark():
+    tokenizer = ChatTokenizer(QWEN)
+    asked = [{"role": "user", "content": "Twice 2?"}]
+    begun = [*asked, {"role": "assistant", "content": "It is\n```\n"}]
+    ids = tokenizer.encode_chat(begun)
+    assert ids[: len(tokenizer.encode_chat(asked))] == tokenizer.encode_chat(asked)
+    assert tokenizer.decode(ids).endswith("assistant\nIt is\n```\n")
+
+
 def test_transformers_asks_the_built_in_model_with_the_same_ids(tmp_path):
     """Beside a config.json of Qwen2, where transformers 5 cuts words by Qwen2.5's rules.
 
