@@ -17,8 +17,11 @@ import math
 import os
 import random
 import re
+import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 
+from runtime import distributed
 from sandbox import Job
 from sandbox.languages import load_language
 from sandbox.languages.calls import call_files, outcomes
@@ -36,6 +39,7 @@ HELD_OUT = 0.1  # share of problems kept for evaluation, by their id
 CASES = 10  # at most, of a problem: calls are one process together
 # Arguments on standard input take a process for each case, and in many languages a compilation.
 ARGUMENT_LINES = 4
+LEAST_CASES = 3  # different ones, of a problem
 
 CALL_PROMPT = """Translate this {source} code to {title}.
 
@@ -53,6 +57,12 @@ STDIN_PROMPT = """Translate this {source} code to {title}.
 ```
 
 Write a {title} program that {task}. Hidden tests run it. {shape}"""
+TEXT_PROMPT = """Write a {title} program that solves this problem. It reads standard input and \
+prints its answer.
+
+{question}
+
+Hidden tests run it. {shape}"""
 READS_ARGUMENTS = """reads the arguments of `{entry}` from standard input, one per line and in \
 their order, and prints its result. Numbers and text stand as they are, truth values are true or \
 false, and a list is its elements with one space between"""
@@ -89,21 +99,33 @@ def load_translations(split, targets, data=None, path="", count=None, seed=0):
     path: JSON lines of the user's instead of the built-in sets.
     split: every tenth problem by id is held out for "test".
     What overlaps MultiPL-E (its name, MBPP id, or 13 words in a row of a prompt or canonical
-    solution) is dropped. ValueError with a sentence when nothing is left.
+    solution) is dropped, and what a program that computes nothing passes (is_telling), with its
+    count. ValueError with a sentence when nothing is left.
     """
     problems = read_problems(path) if path else built_in(data)
     benchmark = read_benchmark(data)
     drawn = []
+    dropped = 0
     for problem in problems:
         if benchmark.contains(problem) or shows_cases(problem):
             continue
         if is_held_out(problem) != (split == "test"):
             continue
+        problem = replace(problem, cases=by_novelty(problem.cases))
         fitting = [target for target in targets if _fits(problem, target)]
-        if fitting:
-            target = random.Random(f"{seed}/{problem.id}").choice(fitting)
+        telling = [target for target in fitting if is_telling(tried_cases(problem, target))]
+        dropped += bool(fitting) and not telling
+        if telling:
+            target = random.Random(f"{seed}/{problem.id}").choice(telling)
             drawn.append(replace(problem, target=target.name))
 
+    if dropped and distributed.rank() == 0:
+        print(
+            f"translation, {split}: {dropped} problems left out whose tests a constant or an "
+            f"argument given back passes, or that have fewer than {LEAST_CASES}; "
+            f"{len(drawn)} are left",
+            file=sys.stderr,
+        )
     if not drawn:
         origin = path or ", ".join(SETS)
         names = ", ".join(target.name for target in targets)
@@ -125,6 +147,49 @@ def family(problem):
 
 def _fits(problem, target):
     return target.name != problem.source_language and interface(problem, target) is not None
+
+
+# ---- which cases tell a right program from an empty one ----
+
+
+def by_novelty(cases):
+    """Cases in another order: first one of each output, then a second one of each, and so on.
+
+    Outputs 1 1 1 0 2 1 become 1 0 2 1 1 1: a program is tried on the first few alone.
+    """
+    seen = Counter()
+    ranks = []
+    for case in cases:
+        output = repr(case.stdout if case.stdin is not None else case.expected)
+        ranks.append(seen[output])
+        seen[output] += 1
+    order = sorted(range(len(cases)), key=ranks.__getitem__)  # stable
+    return tuple(cases[i] for i in order)
+
+
+def is_telling(cases):
+    """Whether cases tell a right program from one that computes nothing.
+
+    cases: tried_cases(). A constant passes where all outputs are equal, the identity where each is
+    the input or always the same argument.
+    """
+    different = {repr(given) for given, _ in cases}
+    outputs = {repr(output) for _, output in cases}
+    if len(different) < LEAST_CASES or len(outputs) < 2:
+        return False
+
+    rows = [list(given) if isinstance(given, tuple) else [given] for given, _ in cases]
+    for column in zip(*rows):
+        if all(same_input(given, output) for given, (_, output) in zip(column, cases)):
+            return False
+    return True
+
+
+def same_input(given, output):
+    """Whether an argument is the output; text on standard input, word by word."""
+    if isinstance(given, str) and isinstance(output, str):
+        return given.split() == output.split()
+    return type(given) is type(output) and given == output
 
 
 # ---- cases in a target language ----
@@ -160,6 +225,13 @@ def _is_writable(value, language):
     except ValueError:
         return False
     return True
+
+
+def tried_cases(problem, language):
+    """[(arguments or standard input, expected value or output)] that a program is tried on."""
+    if interface(problem, language) == "stdin":
+        return stdin_cases(problem)
+    return [(case.args, case.expected) for case in problem.cases[:CASES]]
 
 
 def stdin_cases(problem):
@@ -205,7 +277,7 @@ def translation_messages(problem):
     """The chat that asks for a translation. No input or expected output of the tests is in it."""
     target = load_language(problem.target)
     words = {
-        "source": TRANSLATABLE[problem.source_language],
+        "source": TRANSLATABLE.get(problem.source_language),
         "source_fence": problem.source_language,
         "question": problem.question,
         "title": target.title,
@@ -213,7 +285,9 @@ def translation_messages(problem):
         "rules": target.call.get("rules", ""),
         "shape": SHAPE.format(fence=target.fence[0], title=target.title),
     }
-    if interface(problem, target) == "call":
+    if problem.source_language == "text":
+        content = TEXT_PROMPT.format(**words)
+    elif interface(problem, target) == "call":
         content = CALL_PROMPT.format(**words)
     else:
         task = READS_ARGUMENTS.format(**words) if problem.entry else READS_THE_SAME
@@ -288,7 +362,10 @@ class TranslateJudge:
     def _verdict(self, submission):
         problem, parsed = submission.problem, submission.parsed
         status = _status(submission.runs)
-        passed = _passed_cases(submission) if status == "ok" else []
+        printed = _printed_cases(submission) if status == "ok" else []
+        passed = [is_right for is_right, _ in printed]
+        # The same for every case, though what is asked for never is (is_telling).
+        is_constant = len(printed) > 1 and len({text for _, text in printed}) == 1
 
         correct = bool(passed) and all(passed)
         share = sum(passed) / len(passed) if passed else 0.0
@@ -308,6 +385,7 @@ class TranslateJudge:
             value=f"{sum(passed)}/{len(problem.cases)}",
             program=parsed.code,
             parsed=parsed,
+            constant=is_constant and not correct,
         )
 
 
@@ -376,24 +454,25 @@ def _status(runs):
     return next((status for status in statuses if status != "ok"), "ok")
 
 
-def _passed_cases(submission):
-    """[passed] for each case that was run, when all runs ended well."""
+def _printed_cases(submission):
+    """[(passed, what was printed)] for each case that was run, when all runs ended well."""
     problem = submission.problem
     language = load_language(problem.target)
     results = [run.result() for run in submission.runs]
 
     if interface(problem, language) == "call":
         cases = problem.cases[:CASES]
-        printed = outcomes(results[0], submission.nonce, len(cases))
-        passed = []
-        for (kind, text), case in zip(printed, cases):
-            passed.append(kind == "value" and _value_passes(text, case.expected, language))
-        return passed
+        printed = []
+        for (kind, text), case in zip(outcomes(results[0], submission.nonce, len(cases)), cases):
+            passed = kind == "value" and _value_passes(text, case.expected, language)
+            printed.append((passed, text))
+        return printed
 
-    passed = []
+    printed = []
     for result, (_, wanted) in zip(results, stdin_cases(problem)):
-        passed.append(same_output(result.stdout.decode(errors="replace"), wanted))
-    return passed
+        text = result.stdout.decode(errors="replace")
+        printed.append((same_output(text, wanted), text))
+    return printed
 
 
 def _value_passes(text, expected, language):

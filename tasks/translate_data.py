@@ -58,8 +58,8 @@ class Case:
 @dataclass(frozen=True)
 class Translation:
     id: str  # "translate/mbxp/11/python"
-    source_language: str  # python, cpp
-    question: str  # the source program, as the model and the log see it
+    source_language: str  # python, cpp, or text
+    question: str  # the source program or the problem, as the model and the log see it
     entry: str  # its function; "" for a whole program that reads standard input
     cases: tuple
     target: str = ""  # name of the language to write
@@ -75,7 +75,8 @@ def read_problems(path):
     """list[Translation] of the user's JSON lines.
 
     A row: {"id", "source", "source_language", "tests", "entry"}, where tests are
-    {"args", "expected"}, which need an entry, or {"stdin", "stdout"}.
+    {"args", "expected"}, which need an entry, or {"stdin", "stdout"}. source_language "text": the
+    source is a problem in words (as in Agnostics, arXiv 2508.04865), with tests of the second form.
     """
     return read_jsonl(path, _user_row)
 
@@ -91,8 +92,10 @@ def _user_row(index, row):
         raise ValueError("source must be the text of a program")
 
     language = row["source_language"]
-    if language not in TRANSLATABLE:
-        raise ValueError(f"source_language is {language!r}: use {' or '.join(TRANSLATABLE)}")
+    if language not in (*TRANSLATABLE, "text"):
+        raise ValueError(f"source_language is {language!r}: use {', '.join(TRANSLATABLE)} or text")
+    if language == "text" and calls:
+        raise ValueError("a problem in words needs tests {stdin, stdout}")
     id = f"user/{row.get('id', index)}/{language}"
     return Translation(id, language, row["source"], row.get("entry", ""), cases)
 
