@@ -264,6 +264,8 @@ def judged_row(problem, completion, text, verdict):
         "constant": verdict.constant,
         "leaked": verdict.leaked,
     }
+    if verdict.target:
+        row["target"] = verdict.target
     if "base" in verdict.components:  # EvalPlus: HumanEval's or MBPP's own tests alone
         row["base"] = verdict.components["base"] == 1.0
     return row
@@ -563,7 +565,7 @@ def replace_file(path, text):
 
 
 def print_matrix(bench, cells, results):
-    """pass@1 of every source x target, where there is more than one."""
+    """pass@1 of every source x target and its mean over targets, where there is more than one."""
     if len(cells) < 2:
         return
     # dict.fromkeys: each name once, in the order of the command line.
@@ -573,9 +575,10 @@ def print_matrix(bench, cells, results):
     for cell, result in zip(cells, results):
         rates[cell.source, cell.language.name] = result["pass@1"]
 
-    print(f"\npass@1 {bench:<12}" + "".join(f"{name:>12}" for name in names))
+    print(f"\npass@1 {bench:<12}" + "".join(f"{name:>12}" for name in [*names, "mean"]))
     for source in sources:
-        cells_of_row = "".join(f"{rates[source, name]:>12.4f}" for name in names)
+        row = [rates[source, name] for name in names]
+        cells_of_row = "".join(f"{rate:>12.4f}" for rate in [*row, sum(row) / len(row)])
         print(f"{source or 'all':<19}{cells_of_row}")
 
 

@@ -87,6 +87,9 @@ def rollout_metrics(pairs, group_size):
         "completions/length_unsolved": float(lengths[unsolved].mean()),
         "num_tokens": float(lengths.sum()),
     }
+    for target in sorted({verdict.target for verdict in judged if verdict.target}):
+        right = [verdict.correct for verdict in judged if verdict.target == target]
+        found[f"pass_rate/{target}"] = mean(right)
     for name in verdicts[0].components:
         values = torch.tensor([verdict.components[name] for verdict in verdicts])
         found[f"rewards/{name}/mean"] = float(values.nanmean())

@@ -15,8 +15,8 @@ DRAWS = 10_000  # of the bootstrap and of the test, whose least p is about 2 / D
 def summary(rows):
     """Figures of one evaluation, from the rows of its samples.jsonl.
 
-    pass_rates, of EvalPlus also under base/ for the base tests alone; lengths; and the shares of
-    verdicts.shares. ValueError when no sample was judged.
+    pass_rates, of EvalPlus also under base/ for the base tests alone; pass@1 of each target
+    language, where there are several; lengths; and the shares of verdicts.shares. ValueError when no sample was judged.
     """
     outcomes = per_problem(rows)
     if not outcomes:
@@ -29,6 +29,11 @@ def summary(rows):
     if "base" in rows[0]:
         base = pass_rates(per_problem(rows, "base"))
         found |= {f"base/{name}": value for name, value in base.items()}
+
+    for target in sorted({row["target"] for row in rows if "target" in row}):
+        of_target = per_problem([row for row in rows if row["target"] == target])
+        if of_target:
+            found[f"pass@1/{target}"] = pass_rates(of_target)["pass@1"]
 
     found["mean_tokens"] = fmean(row["tokens"] for row in rows)
     found["cut_frac"] = fmean(row["finish_reason"] == "length" for row in rows)

@@ -386,6 +386,7 @@ class TranslateJudge:
             program=parsed.code,
             parsed=parsed,
             constant=is_constant and not correct,
+            target=problem.target,
         )
 
 

@@ -69,6 +69,7 @@ class Verdict:
     parsed: Parsed
     constant: bool = False  # the program computes nothing
     leaked: bool = False  # the answer stands in the query, though not in the question
+    target: str = ""  # the language of the program, in a task with several
 
     @property
     def judged(self):

@@ -1,6 +1,7 @@
 """What a step reports: what could not be judged counts nowhere, and gain is told from sharpening."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_groups_are_told_apart_by_their_judged_samples():
     assert found["frac_all_wrong"] == pytest.approx(1 / 3)
     assert found["pass@G"] == pytest.approx(2 / 3)
     assert found["frac_reward_zero_std"] == pytest.approx(2 / 3)
+
+
+def test_each_target_language_has_its_own_rate():
+    """Lua 1 of 2, Racket 0 of 1: what was not judged counts in none."""
+    completion = Completion(0, 0, [5, 2], [-0.5, -0.5], "stop")
+    pairs = []
+    for target, reward in (("lua", 1), ("lua", 0), ("racket", 0), ("racket", NAN)):
+        pairs.append((completion, replace(verdict(reward), target=target)))
+    found = metrics.rollout_metrics(pairs, 2)
+    assert found["pass_rate/lua"] == 0.5
+    assert found["pass_rate/racket"] == 0.0
+    assert not any(name.startswith("pass_rate/") for name in metrics_of([1, 0], 2))
 
 
 def test_a_group_of_equal_rewards_and_one_that_nobody_judged_has_no_signal():

@@ -12,6 +12,17 @@ from tasks.statistics import compare, interval, p_text, pass_at_k, sign_test, su
 # ---- pass@k and its interval ----
 
 
+def test_targets_have_their_own_rates():
+    rows = []
+    for id, target, correct in (("a", "lua", True), ("b", "lua", False), ("c", "racket", True)):
+        row = {"id": id, "sample": 0, "correct": correct, "status": "ok", "target": target}
+        flags = {"format_ok": True, "constant": False, "leaked": False, "program": "p"}
+        rows.append(row | flags | {"tokens": 3, "finish_reason": "stop"})
+    found = summary(rows)
+    assert (found["pass@1/lua"], found["pass@1/racket"]) == (0.5, 1.0)
+    assert found["pass@1"] == pytest.approx(2 / 3)
+
+
 def test_pass_at_k_by_hand():
     assert pass_at_k(4, 1, 2) == 0.5  # 3 of the 6 pairs hold the right one
     assert pass_at_k(5, 5, 3) == 1.0
