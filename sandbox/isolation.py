@@ -9,12 +9,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import signal
 import struct
 import sys
 
-from syscalls import AUDIT_ARCH, DENIED, NUMBER, ON_OPEN_NUMBERS, UNSUPPORTED_NUMBERS
+from syscalls import AUDIT_ARCH, DENIED, NUMBER, ON_FILES_NUMBERS, UNSUPPORTED_NUMBERS
 
 LINUX = sys.platform == "linux"
 
@@ -108,7 +109,7 @@ _MAKE = _MAKE_DIR | _MAKE_FILE | _MAKE_LINK
 READ = _READ | _LIST
 EXECUTE = _EXECUTE | _READ
 WORK = _WRITE | _READ | _LIST | _REMOVE | _MAKE | _REFER | _TRUNCATE
-WRITE = _WRITE | _READ
+DEVICE = _WRITE | _READ | _IOCTL  # seccomp leaves the ioctls that ask what kind of device it is
 
 
 def landlock_abi():
@@ -156,20 +157,30 @@ def landlock_ruleset(rules):
     return ruleset
 
 
-def _add_rule(ruleset, path, rights):
+@functools.cache
+def _place(path):
+    """Descriptor of a path, which stays open; None when it does not exist.
+
+    A rule is of an inode, and where memory is short the kernel forgets the inodes that nobody has
+    open. In /proc, and for files of several names in an overlay, the name then gets a new one, to
+    which the rule does not apply: every later Julia would abort.
+    """
     try:
-        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
+        return None
+
+
+def _add_rule(ruleset, path, rights):
+    place = _place(path)
+    if place is None:
         return
     if not os.path.isdir(path):
         rights &= _ON_FILES
 
     path_beneath, no_flags = ctypes.c_int(1), ctypes.c_uint32(0)
     rule = ctypes.c_char_p(struct.pack("=Qi", rights, place))
-    try:
-        _syscall("landlock_add_rule", ctypes.c_int(ruleset), path_beneath, rule, no_flags)
-    finally:
-        os.close(place)
+    _syscall("landlock_add_rule", ctypes.c_int(ruleset), path_beneath, rule, no_flags)
 
 
 def landlock_restrict(ruleset):
@@ -270,11 +281,9 @@ def seccomp_filter(may_fork, read_only):
     program += _terminal_ioctls()
     program += _no_shared_memory()
 
-    # Changes to open files, of which a normal user owns more than the program's.
-    if read_only:  # path NULL, in both halves of the pointer: by descriptor only
-        program += _only("utimensat", (1, (0,)), (1.5, (0,)))
-    else:
-        for name in ON_OPEN_NUMBERS:
+    # Changes to files, of which a normal user owns more than the program's.
+    if not read_only:
+        for name in ON_FILES_NUMBERS:
             program += refuse(name)
     return b"".join([*program, instruction(RETURN, ALLOW)])
 
@@ -362,11 +371,8 @@ def _when(name, body):
 
 
 def _load_argument(index):
-    """The low half of an argument, which is all of an int; index + 0.5: the high half of a pointer.
-
-    Both machines are little-endian.
-    """
-    return instruction(LOAD, int(_ARGUMENTS + 8 * index))
+    """The low half of an argument, which is all of an int: both machines are little-endian."""
+    return instruction(LOAD, _ARGUMENTS + 8 * index)
 
 
 def _skip_when_one_of(values):

@@ -21,6 +21,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -226,6 +227,7 @@ class Launcher:
         reports, report = socket.socketpair()
         source = open_input(stdin)
         streams = (source, out_end, err_end)
+        give_pipes(streams, self.user)
         warm = self.warm_for(stage)
         if self.level != "portable":  # prepared here, so that the next job finds them
             self.ruleset(stage)
@@ -270,7 +272,7 @@ class Launcher:
                 work |= isolation.EXECUTE
             rules = [(path, isolation.READ) for path in stage["read"]]
             rules += [(path, isolation.EXECUTE) for path in stage["execute"]]
-            rules += [("/dev/null", isolation.WRITE), (self.folder, work)]
+            rules += [("/dev/null", isolation.DEVICE), (self.folder, work)]
             self._rulesets[key] = isolation.landlock_ruleset(rules)
         return self._rulesets[key]
 
@@ -326,6 +328,16 @@ def open_input(data):
         file.write(data)
         file.seek(0)
         return os.dup(file.fileno())
+
+
+def give_pipes(streams, user):
+    """Let the program open its streams by name (/dev/stdin), for which it must own their pipes.
+
+    user: as whom it runs; None: as this process, whose pipes they are.
+    """
+    for descriptor in streams:
+        if user is not None and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            os.fchown(descriptor, user, user)
 
 
 def judge(program, stage):

@@ -33,13 +33,12 @@ DENIED_NUMBERS = {
     "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180),
     "mq_unlink": (241, 181), "memfd_secret": (447, 447), "keyctl": (250, 219),
     "add_key": (248, 217), "request_key": (249, 218),
-    # files by path that Landlock does not govern (truncate: only from Linux 6.2)
-    "chmod": (90, None), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
-    "lchown": (94, None), "fchownat": (260, 54), "truncate": (76, 45), "utime": (132, None),
-    "utimes": (235, None), "futimesat": (261, None), "setxattr": (188, 5), "lsetxattr": (189, 6),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "setxattrat": (463, 463),
-    "removexattrat": (466, 466), "file_setattr": (469, 469), "mknod": (133, None),
-    "mknodat": (259, 33), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    # files by path that Landlock does not govern
+    "chown": (92, None), "lchown": (94, None), "fchownat": (260, 54), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
+    "mknod": (133, None), "mknodat": (259, 33), "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262), "sync": (162, 81), "syncfs": (306, 267), "quotactl": (179, 60),
     "quotactl_fd": (443, 443),
     # mounts
@@ -67,10 +66,13 @@ UNSUPPORTED_NUMBERS = {
     "getxattrat": (464, 464), "listxattrat": (465, 465),
 }  # fmt: skip
 
-# Of open files, where nothing but this filter protects those that are not the program's:
-ON_OPEN_NUMBERS = {
-    "fchmod": (91, 52), "fchown": (93, 55), "fsetxattr": (190, 7), "fremovexattr": (199, 16),
-    "utimensat": (280, 88),
+# Refused where nothing but this filter protects files that are not the program's; where all but its
+# own are mounted read-only, they change its own alone. Landlock governs truncate from Linux 6.2 on.
+ON_FILES_NUMBERS = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "fchown": (93, 55), "truncate": (76, 45), "utime": (132, None), "utimes": (235, None),
+    "futimesat": (261, None), "utimensat": (280, 88), "fsetxattr": (190, 7),
+    "fremovexattr": (199, 16),
 }  # fmt: skip
 
 # Allowed with some arguments only, or called by the launcher itself:
@@ -86,7 +88,7 @@ OTHER_NUMBERS = {
 
 _COLUMN = {"x86_64": 0, "aarch64": 1}.get(os.uname().machine)
 
-ALL_NUMBERS = DENIED_NUMBERS | UNSUPPORTED_NUMBERS | ON_OPEN_NUMBERS | OTHER_NUMBERS
+ALL_NUMBERS = DENIED_NUMBERS | UNSUPPORTED_NUMBERS | ON_FILES_NUMBERS | OTHER_NUMBERS
 
 # On this machine: number of every call that it has, and the names of those that are always refused.
 NUMBER = {}
