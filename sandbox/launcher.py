@@ -310,7 +310,8 @@ def load_warm(stage, folder):
 
 
 def program_environment(stage, folder):
-    return stage["environment"] | {"HOME": folder, "TMPDIR": folder}
+    own = dict.fromkeys(("HOME", "TMPDIR", "TMP", "TEMP"), folder)
+    return stage["environment"] | own
 
 
 def open_input(data):

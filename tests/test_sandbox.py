@@ -1,6 +1,8 @@
 """The sandbox with its real interpreters: languages, statuses, pool."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 from sandbox import Job, Limits, Pool, SandboxError, languages, syscalls
 from sandbox.languages import language_names, load_language
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,46 @@ def test_system_call_numbers_are_those_of_the_kernels_headers(column, header):
             assert numbers[column] == right[name], name
             known += 1
     assert known > 90  # the rest is newer than the headers, or of the other machine only
+
+
+def test_a_rule_holds_as_long_as_its_ruleset():
+    """A rule is of an inode: /proc/stat gets a new one once memory is short and nobody has it open.
+
+    Every program after that would be refused it, and each Julia program fail.
+    """
+    script = """
+import os, sys
+sys.path.append("sandbox")
+import isolation
+isolation.landlock_ruleset([("/proc/stat", isolation.READ)])
+for descriptor in os.listdir("/proc/self/fd"):
+    if os.path.exists(f"/proc/self/fd/{descriptor}"):
+        print(os.readlink(f"/proc/self/fd/{descriptor}"))
+"""
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "/proc/stat" in ran.stdout.splitlines(), ran.stdout
+
+
+def test_streams_can_be_opened_by_name(pool):
+    """When root runs the trainer, programs run as another user, who must own the pipes.
+
+    5,000 bytes do not fit a pipe as 2 do: they come as a file in memory.
+    """
+    script = "cat /dev/stdin; echo out > /dev/stdout; echo error > /dev/stderr"
+    for stdin in (b"21", b"x" * 5000):
+        result = pool.submit(bash(script, stdin=stdin)).result()
+        assert (result.stdout, result.stderr) == (stdin + b"out\n", b"error\n"), result
+
+
+def test_a_program_may_change_modes_and_times_of_its_own_files_only(pool):
+    script = """
+echo > f && chmod 600 f && touch -d @1 f && stat -c '%a %Y' f
+for path in / /tmp /dev/null /usr/bin/env "$HOME"/..; do
+    chmod 777 "$path" 2> /dev/null && echo "changed $path"
+    touch -d @1 "$path" 2> /dev/null && echo "touched $path"
+done
+true
+"""
+    result = pool.submit(bash(script)).result()
+    assert result.stdout == b"600 1\n", result

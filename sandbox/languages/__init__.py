@@ -19,7 +19,9 @@ from sandbox.jobs import Limits, SandboxError
 FOLDER = Path(__file__).parent
 
 # What every program may read; the rest of /proc, /sys, /etc and all homes stay closed. Julia aborts
-# without the /proc and /sys ones.
+# without the first of /proc and that of /sys; the others of /proc say what system calls say too
+# (uname, getrandom, sysinfo). Those of /etc hold what a distribution puts there: Python's
+# mimetypes fails where it may not read a list that is there, R asks for the name of the time zone.
 SYSTEM_READ = (
     "/usr/lib",
     "/usr/lib32",
@@ -32,12 +34,20 @@ SYSTEM_READ = (
     "/lib64",
     "/etc/ld.so.cache",
     "/etc/localtime",
+    "/etc/locale.alias",
+    "/etc/mime.types",
+    "/etc/os-release",
+    "/etc/timezone",
     "/dev/urandom",
     "/dev/random",
     "/dev/zero",
     "/proc/stat",
     "/proc/cpuinfo",
     "/proc/meminfo",
+    "/proc/loadavg",
+    "/proc/uptime",
+    "/proc/sys/kernel/osrelease",
+    "/proc/sys/kernel/random/uuid",
     "/sys/devices/system/cpu",
 )
 LOADERS = (
@@ -46,10 +56,15 @@ LOADERS = (
     "/lib/ld-musl-x86_64.so.1",
     "/lib/ld-musl-aarch64.so.1",
 )
-ENVIRONMENT = {  # and HOME and TMPDIR: the work folder
+# And HOME, TMPDIR, TMP and TEMP: the work folder. The same on every machine, so that no answer
+# depends on who runs the trainer where.
+ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "LC_ALL": "C.UTF-8",
+    "TZ": "UTC",
+    "USER": "program",
+    "LOGNAME": "program",
 }
 
 
