@@ -112,8 +112,10 @@ def attack_all(language, level, user):
     table = tomllib.loads((HOSTILE / f"{language}.toml").read_text())
     table.pop("prelude", None)
     names = [name for name, entry in table.items() if FULL or not entry.get("slow")]
+    if not names:
+        pytest.skip("its attacks are slow: SANDBOX_FULL=1 tries them")
     rows = attack("--level", level, "--language", language, user=user)
-    assert rows[-1]["programs"] == len(names) > 0
+    assert rows[-1]["programs"] == len(names)
 
 
 @needs_kernel
