@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 
+import forecast
 import gepo
 import rollout
 import sft
@@ -83,7 +84,7 @@ def build(settings, folder, language, pool, device, report):
     check(settings, device)
 
     source = starting_checkpoint(settings, folder, task.problems, language, device, report)
-    memory.check(hugging_face.read_config(source), settings, device, report)
+    need = memory.check(hugging_face.read_config(source), settings, device, report)
     tokenizer = ChatTokenizer(source)
 
     model = hugging_face.load_model(source)
@@ -134,6 +135,7 @@ def build(settings, folder, language, pool, device, report):
             f"{len(run.validation.problems)} validation problems, not trained on, choose the best "
             "checkpoint"
         )
+    forecast.announce(run, need, report)
     return run
 
 

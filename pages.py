@@ -1,6 +1,5 @@
 """The key-value cache of the sampler: pages, who holds them, and which weights wrote them."""
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -118,29 +117,3 @@ class PagePool:
         sources, targets = pairs.T
         for pages in self.k + self.v:
             pages[targets] = pages[sources]
-
-
-def free_bytes(device):
-    """Memory that this process can have now.
-
-    On CUDA what is free there; on CPU this rank's share of Linux's MemAvailable, elsewhere of half
-    of all memory.
-    """
-    if device.type == "cuda":
-        # What torch has reserved and does not use is free for us too.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return _free_on_cpu() // ranks
-
-
-def _free_on_cpu():
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable"):
-                    kilobytes = int(line.split()[1])
-                    return kilobytes << 10
-    except OSError:
-        pass  # not Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -18,10 +18,10 @@ import torch
 
 from decode import COLUMNS, Decoder, new_state
 from kernels.native import LANES
-from pages import PagePool, PoolSize, free_bytes
+from pages import PagePool, PoolSize
+from runtime.machine import free_bytes
+from runtime.memory import PREFILL_TOKENS
 
-# Prompt tokens per prefill pass; bounds its activations (135M in fp32: 0.3 GB).
-PREFILL_TOKENS = 8192
 # Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
 # training.
 MEMORY = 0.5
@@ -221,6 +221,14 @@ class Sampler:
         """Keys and values in memory now, whether or not a rollout runs."""
         return len(self.pool) * self.page_bytes if self.pool else 0
 
+    def bytes_to_pack(self):
+        """What the packed copies of the weights will take on a CPU; 0 when they are there."""
+        if not self.cpu or (self.decoder and self.decoder.packed):
+            return 0
+        matrices = [p.nbytes for p in self.model.parameters() if p.dim() > 1]
+        embedding = self.model.embed.weight.nbytes  # packed as the head, where it is that too
+        return sum(matrices) - (0 if self.model.head is None else embedding)
+
     def generate(self, requests, on_done=None, decode=None):
         """Sample every request; returns, per request, its n completions in sample order.
 
@@ -372,7 +380,7 @@ class Sampler:
 
     def _affordable_pages(self):
         """Pages in the memory that the sampler may take; the pool in use counts as free."""
-        free = free_bytes(self.device) + self.held_bytes()
+        free = free_bytes(self.device) + self.held_bytes() - self.bytes_to_pack()
         allowed = free * MEMORY if self.memory is None else min(self.memory, free)
         return int(allowed // self.page_bytes)
 

@@ -315,7 +315,8 @@ def parse_settings(arguments, description):
     parser.add_argument(
         "--recipe",
         metavar="",
-        help="TOML file with settings [recipes/gsm8k.toml with a GPU, recipes/tiny.toml without]",
+        help="TOML file with settings [recipes/gsm8k.toml with a GPU; without one recipes/tiny.toml, "
+        "or recipes/laptop.toml for a model of yours]",
     )
     parser.add_argument(
         "--resume",
@@ -386,6 +387,8 @@ def default_recipe(given):
     if task == "selfplay":
         return RECIPES / "azr_racket.toml", "Absolute-Zero self-play"
 
+    if model != "tiny" and task in (None, "gsm8k") and not gpu:
+        return RECIPES / "laptop.toml", "you named a model, and there is no GPU"
     if model != "tiny" or task not in (None, "sums"):
         return RECIPES / "gsm8k.toml", "you named a model or a task"
     if "model" in given or "task" in given:

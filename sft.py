@@ -30,11 +30,11 @@ from batches import (
     packed_batches,
     take_step,
 )
-from runtime import distributed, hugging_face
+from runtime import distributed, hugging_face, memory
 from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
 from selfplay import triples
-from settings import add_flags, setting
+from settings import Settings, add_flags, setting
 from tasks.data import hold_out, take
 from tasks.problems import load_problems, program_messages, question_of
 from tasks.render import solution
@@ -122,11 +122,6 @@ def run(settings, problems, language, device, report=print):
         source = hugging_face.find_checkpoint(settings.model)
 
     tokenizer = ChatTokenizer(source)
-    model = hugging_face.load_model(source)
-    config = model.config
-    model.gradient_checkpointing = settings.gradient_checkpointing
-    model = distributed.shard(model, device)
-
     if selfplay:
         sequences = []
         for text, answer in demonstrations:
@@ -135,6 +130,12 @@ def run(settings, problems, language, device, report=print):
     else:
         sequences = encode(problems, language, tokenizer, prompt, settings.mistakes, settings.seed)
     sequences = short_enough(sequences, settings.max_prompt_tokens, report)
+
+    config = hugging_face.read_config(source)
+    memory.check(config, as_step(settings, sequences), device, report, adapters=False)
+    model = hugging_face.load_model(source)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    model = distributed.shard(model, device)
 
     optimizer = make_optimizer(model, beta2=settings.beta2)
     train_supervised(model, optimizer, sequences, settings, device, report)
@@ -238,6 +239,19 @@ def short_enough(sequences, limit, report):
 
 
 # ---- training ----
+
+
+def as_step(settings, sequences):
+    """A step as the memory plan of train.py knows it: a prompt for each demonstration."""
+    return Settings(
+        prompts=settings.batch,
+        samples=1,
+        share_prompts=False,
+        max_prompt_tokens=max(len(sequence.prompt) for sequence in sequences),
+        max_new_tokens=max(len(sequence.tokens) for sequence in sequences),
+        token_budget=settings.token_budget,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
 
 
 def train_supervised(model, optimizer, sequences, settings, device, report=print):

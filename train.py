@@ -15,7 +15,6 @@ import runtime.cpu  # noqa: F401 (before torch)
 # isort: split
 
 import math
-import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from batches import backward, learning_rate, micro_batches, packed_batches, scor
 from build import build, new_folder, restarted_run
 from eval import evaluate, print_gained
 from metrics import loss_metrics, progress
-from runtime import checkpoint, distributed, hugging_face, lora
+from runtime import checkpoint, distributed, hugging_face, lora, machine
 from runtime.logs import RunLog, write_config
 from sandbox import Pool
 from sandbox.languages import load_language
@@ -47,6 +46,8 @@ def train_step(run, step):
 
     with timer("generate"):
         samples, waited, metrics = run.task.rollout(run, step)
+    if run.device.type == "cpu":  # its packed weights and pages make room for the update
+        run.sampler.release()
 
     with timer("logprob"):
         score_again(run, [sample.sequence for sample in samples])
@@ -193,17 +194,10 @@ def timings(run, metrics, seconds):
     times["perf/gen_tokens_per_s"] = metrics["num_tokens"] / seconds["generate"]
     times["perf/train_tokens_per_s"] = trained / seconds["update"]
     times["perf/mfu"] = rate_of_a_rank / run.peak_flops
-    times["perf/peak_mem_gb"] = peak_memory(run.device) / 1e9
-    # Keys and values, kept through the update.
+    times["perf/peak_mem_gb"] = machine.peak_bytes(run.device) / 1e9
+    # Keys and values that are kept through the update.
     times["perf/sampler_mem_gb"] = run.sampler.held_bytes() / 1e9
     return times
-
-
-def peak_memory(device):
-    """Most bytes that this process has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sample_row(run, sample):

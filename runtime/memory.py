@@ -1,18 +1,21 @@
 """Memory plan of a run, per rank, before anything large is allocated.
 
-An upper estimate from shapes alone: what FSDP2 shards is divided by the ranks, what every rank
-holds is not. `python -m bench.memory` prints the tables of BENCHMARKS.md.
+An upper estimate from shapes alone, for the longest samples that the settings allow: what FSDP2
+shards is divided by the ranks, what every rank holds is not. `python -m bench.memory` prints the
+tables of BENCHMARKS.md.
 """
 
-import os
 import time
+from dataclasses import dataclass, replace
 
 import torch
 
 from model import Config, Model
-from runtime import distributed
+from runtime import distributed, machine
 
 GB = 1e9
+# Prompt tokens per prefill pass of the sampler; bounds its activations (135M in fp32: 0.3 GB).
+PREFILL_TOKENS = 8192
 # A100 and H100/H200: dense bf16 rates of their data sheets, for the MFU that people compare.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # hidden, intermediate, layers, heads, key-value heads, tied: config.json of Qwen2.5-Coder.
@@ -74,12 +77,12 @@ def layer_activations(config):
 
 
 def plan(config, settings, ranks, cuda):
-    """{part: bytes on one rank} of a training step; the sampler's pages take what is left.
+    """{part: bytes on one rank} of a training step; peak() says what they take together.
 
     fp32 masters, gradients and AdamW moments are sharded; compute copies, activations and the
     sampler's weights are not.
-    cuda: 16-bit compute and sampler; else fp32, and one plain process samples with the trainer's
-    own weights.
+    cuda: 16-bit compute and sampler, whose pages take what is left; else fp32, and one plain
+    process samples with the trainer's own weights.
     """
     everything, layer, ends = parameters(config)
     lora = bool(settings.lora_rank)
@@ -108,71 +111,172 @@ def plan(config, settings, ranks, cuda):
         kept = layer_activations(config) * config.num_hidden_layers
     # The torch references keep more than the kernels: 1.56 times (tests/test_plan.py).
     more = 1 if cuda else 1.6
-    parts["activations"] = settings.token_budget * kept * width * more
+    tokens = micro_batch_tokens(settings, ranks)
+    parts["activations"] = tokens * kept * width * more
 
     # The loss: one chunk of logits in fp32 and its gradient, and the head's gradient in fp32.
     chunk = 4096 * 151_936 if cuda else 1 << 24
-    logits = min(settings.token_budget * config.vocab_size, chunk)
+    logits = min(tokens * config.vocab_size, chunk)
     parts["loss"] = logits * (4 + width) + 4 * config.vocab_size * config.hidden_size
 
     samples_in_place = not cuda and ranks == 1 and not lora
     parts["sampler"] = 0 if samples_in_place else width * everything
     if settings.kl_coef and not lora:
         parts["reference"] = width * everything / ranks
+    if not cuda:
+        longest = settings.max_prompt_tokens + settings.max_new_tokens
+        parts |= sampling_parts(config, longest)
     return parts
 
 
-def pages_needed(config, settings, width):
-    """Bytes of keys and values of the longest rollout of one slot, `width` bytes a value.
+def micro_batch_tokens(settings, ranks):
+    """Most tokens of a rank's micro-batch: --token_budget, or all tokens of a shorter step.
 
-    Below that nothing can be sampled.
+    A sequence that is longer than the budget goes alone.
+    4 prompts of 100 tokens, shared, with 8 samples of 50 each: 4 * (100 + 8 * 50) = 2,000.
     """
+    prompt, new = settings.max_prompt_tokens, settings.max_new_tokens
+    if settings.task == "selfplay" or settings.gepo:  # also trains on other things
+        return max(settings.token_budget, prompt + new)
+    prompts = -(-settings.prompts // ranks)
+    group = settings.samples * (prompt + new)
+    if settings.share_prompts:
+        group = prompt + settings.samples * new
+    return max(min(settings.token_budget, prompts * group), prompt + new)
+
+
+def sampling_parts(config, longest):
+    """{part: bytes} that sampling in fp32 on a CPU needs beside the weights: there is no less.
+
+    longest: tokens of a prompt with its completion.
+    """
+    everything, _, ends = parameters(config)
+    packed = everything - ends + config.vocab_size * config.hidden_size  # every matrix product
+    # A layer's input, its products and what SwiGLU makes of them.
+    values = 3 * config.hidden_size + 3 * config.intermediate_size
+    return {
+        "packed": 4 * packed,
+        "prefill": 4 * PREFILL_TOKENS * values,
+        "pages": page_bytes(config, longest, width=4),
+    }
+
+
+def page_bytes(config, tokens, width):
+    """Bytes of the keys and values of so many tokens, `width` bytes a value."""
     layer_values = 2 * config.num_key_value_heads * config.head_dim
-    token_bytes = width * config.num_hidden_layers * layer_values
-    return token_bytes * (settings.max_prompt_tokens + settings.max_new_tokens)
+    return tokens * width * config.num_hidden_layers * layer_values
 
 
-def capacity(device):
-    """Bytes that this rank may use: the GPU's, or its share of the machine's memory."""
+def peak(parts):
+    """Most bytes of a plan at any time.
+
+    On a CPU the sampler lets go of what it needs before the update begins (train.py), and the
+    update of its own when it ends: only the larger of the two is held.
+    """
+    updating = sum(parts[name] for name in ("gradients", "activations", "loss"))
+    sampling = 0
+    if "packed" in parts:
+        sampling = sum(parts[name] for name in ("packed", "prefill", "pages"))
+    return sum(parts.values()) - min(updating, sampling)
+
+
+@dataclass
+class Need:
+    """Bytes that a rank needs and can have, both with what it has already."""
+
+    needed: float
+    room: float | None  # None where no file says it (macOS)
+    smaller: str  # what to change to need less
+
+    def __str__(self):
+        text = f"at most {self.needed / GB:.1f} GB"
+        return text if self.room is None else f"{text} of {self.room / GB:.1f} GB at hand"
+
+
+def room_of(device):
+    """Bytes that this rank can have, with what it has already; None where no file says it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return machine / distributed.local_world_size()
+    if machine.at_hand() is None:
+        return None
+    return machine.free_bytes(device) + machine.resident_bytes()
 
 
-def check(config, settings, device, report):
-    """Print the plan of this run, and refuse one that does not fit."""
+def check(config, settings, device, report, adapters=True):
+    """Print the plan of this run, and refuse one that does not fit -> Need. A collective.
+
+    adapters: whether the command has --lora_rank.
+    """
     ranks = distributed.world_size()
     cuda = device.type == "cuda"
     parts = plan(config, settings, ranks, cuda)
-    total = sum(parts.values())
-    least = pages_needed(config, settings, 2 if cuda else 4)
-    room = capacity(device)
+    needed = peak(parts)
+    if cuda:  # below that nothing can be sampled
+        longest = settings.max_prompt_tokens + settings.max_new_tokens
+        parts["pages"] = page_bytes(config, longest, width=2)
+        needed += parts["pages"]
+    return require(parts, needed, device, advice(config, settings, ranks, cuda, adapters), report)
+
+
+def check_sampling(config, longest, device, report):
+    """check() of an evaluation, which only samples.
+
+    longest: tokens of a prompt with its completion.
+    """
+    everything, _, _ = parameters(config)
+    cuda = device.type == "cuda"
+    parts = {"weights": (2 if cuda else 4) * everything}
+    if cuda:
+        parts["pages"] = page_bytes(config, longest, width=2)
+    else:
+        parts |= sampling_parts(config, longest)
+    return require(parts, sum(parts.values()), device, "take a smaller model", report)
+
+
+def require(parts, needed, device, smaller, report):
+    """Print a plan of `needed` bytes; SystemExit with one sentence where it does not fit."""
+    if device.type == "cpu":  # Python, torch, data
+        parts = {"process": machine.resident_bytes()} | parts
+        needed += parts["process"]
+    need = Need(needed, room_of(device), smaller)
 
     text = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
-    report(
-        f"memory per rank, GB: {text}; in all {total / GB:.1f} of {room / GB:.0f}, "
-        f"and at least {least / GB:.2f} for keys and values"
-    )
-    if total + least > 0.95 * room:
-        raise SystemExit(
-            f"this run needs {(total + least) / GB:.1f} GB on each rank and {room / GB:.0f} are "
-            f"there: {advice(parts, settings, ranks)}"
+    report(f"memory per rank, GB: {text}; {need}")
+    refusal = None
+    if need.room is not None and needed > 0.95 * need.room:
+        refusal = (
+            f"too little memory: this needs up to {needed / GB:.1f} GB on each rank and "
+            f"{need.room / GB:.1f} GB are at hand; {smaller}"
         )
+    distributed.stop_together(refusal)
+    return need
 
 
-def advice(parts, settings, ranks):
-    """What to change, the largest saving first."""
-    sharded = parts["masters"] + parts["gradients"] + parts["optimizer"]
-    ways = [
-        (sharded / 2, f"use more than {ranks} ranks"),
-        (parts["activations"] / 2, f"halve --token_budget ({settings.token_budget})"),
-    ]
+def advice(config, settings, ranks, cuda, adapters=True):
+    """What to make smaller, the largest saving first, and what is needed then."""
+    tokens = micro_batch_tokens(settings, ranks)
+    longest = settings.max_prompt_tokens + settings.max_new_tokens
+    before = peak(plan(config, settings, ranks, cuda))
+    found = []
+
+    def consider(text, ranks=ranks, **changes):
+        after = peak(plan(config, replace(settings, **changes), ranks, cuda))
+        if before - after > max(0.03 * before, 0.05 * GB):
+            found.append((after, f"{text} saves {(before - after) / GB:.1f} GB"))
+
+    if cuda:  # more ranks of one machine share its memory
+        consider(f"use more than {ranks} ranks: twice as many", ranks=2 * ranks)
+    if adapters and not settings.lora_rank:
+        consider("--lora_rank 32", lora_rank=32)
     if not settings.gradient_checkpointing:
-        ways.append((parts["activations"] * 0.8, "set --gradient_checkpointing true"))
-    if not settings.lora_rank:
-        ways.append((parts["gradients"] + parts["optimizer"], "set --lora_rank 32"))
-    return "; or ".join(text for _, text in sorted(ways, reverse=True))
+        consider("--gradient_checkpointing true", gradient_checkpointing=True)
+    if tokens > longest:
+        smaller = max(tokens // 2, longest)
+        consider(f"--token_budget {smaller}", token_budget=smaller)
+    elif adapters:
+        half = settings.max_new_tokens // 2
+        consider(f"--max_new_tokens {half}", max_new_tokens=half, token_budget=1)
+    return "; ".join([text for _, text in sorted(found)] or ["take a smaller model"])
 
 
 def peak_flops(device):
