@@ -11,7 +11,6 @@ from types import ModuleType
 
 import torch
 
-import forecast
 import gepo
 import rollout
 import sft
@@ -72,6 +71,7 @@ class Run:
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
     play: selfplay.Play | None = None  # --task selfplay
     peak_flops: float = 1.0  # of one rank, for MFU
+    need: memory.Need | None = None
     updates: int = 0
     drawn: int = 0  # prompts drawn from the data so far
     lengths: dict = field(default_factory=dict)  # problem id -> mean tokens of its last completions
@@ -111,6 +111,7 @@ def build(settings, folder, language, pool, device, report):
         held_out=task.held_out,
         ask=task.ask,
         peak_flops=memory.peak_flops(device),
+        need=need,
     )
     if settings.kl_coef and not settings.lora_rank:  # with adapters: the model without them
         reference = hugging_face.load_model(source, sampler_model.embed.weight.dtype)
@@ -135,7 +136,6 @@ def build(settings, folder, language, pool, device, report):
             f"{len(run.validation.problems)} validation problems, not trained on, choose the best "
             "checkpoint"
         )
-    forecast.announce(run, need, report)
     return run
 
 

@@ -127,6 +127,7 @@ class Decoder:
             weights += [layer.qkv.weight, layer.o.weight]
             weights += [layer.gate_up.weight, layer.down.weight]
         stamp = [(weight.data_ptr(), weight._version) for weight in weights]
+        self.linear = self._packed_linear
         if stamp == self.stamp:
             return
 
@@ -135,7 +136,6 @@ class Decoder:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64)
             self.packed[weight.data_ptr()] = packed
         self.stamp = stamp
-        self.linear = self._packed_linear
 
     def _packed_linear(self, x, weight, bias=None):
         packed = self.packed[weight.data_ptr()]

@@ -9,14 +9,16 @@ import time
 from dataclasses import dataclass
 
 import grpo
-from batches import Sequence, backward, pack
-from eval import prompt_ids
+from batches import Sequence, backward, micro_batches, pack
 from runtime import distributed
 from sampler import Request
 
 # Seconds after which a measurement is not repeated with four times the work: what the first call
 # of anything takes longer is little beside it.
 LONG_ENOUGH = 0.3
+# Tokens of the first micro-batches: one that nobody times, and the next larger.
+COLD_TOKENS = 32
+WARM_TOKENS = 160
 FEW_ROWS = 4  # the fewest that cost a decode step on a CPU what they are (decode.py)
 PROMPTS = 9  # of which the middle one by length is typical
 
@@ -47,6 +49,11 @@ class Training:
     batch: float
     token: float
 
+    def seconds(self, parts, share_prompts):
+        """Of the micro-batches of a step (batches.micro_batches), where all groups have a signal."""
+        tokens = sum(len(pack(part, share_prompts).tokens) for part in parts)
+        return len(parts) * self.batch + tokens * self.token
+
 
 def line_through(small, large):
     """(seconds at 0, seconds for 1 more) of two points (count, seconds), never below 0.
@@ -65,11 +72,11 @@ def line_through(small, large):
 
 
 def measure_sampling(sampler, prompt, rows, new_tokens, temperature):
-    """Sampling of `rows` samples together; the sampler holds nothing afterwards."""
+    """Sampling of `rows` samples of a prompt together."""
 
     def measure(prompt, rows):
-        """The statistics of the shortest call that is long enough."""
-        tokens = sampler.look_every
+        """The statistics of the shortest call that is long enough; its first step is cold."""
+        tokens = 2 * sampler.look_every
         while True:
             tokens = min(tokens, new_tokens)
             request = Request(prompt, n=rows, max_new_tokens=tokens, temperature=temperature)
@@ -81,70 +88,68 @@ def measure_sampling(sampler, prompt, rows, new_tokens, temperature):
     if not sampler.cpu:  # kernels are compiled and graphs recorded
         sampler.generate([Request(prompt, n=rows, temperature=temperature, max_new_tokens=1)])
     whole = measure(prompt, rows)
-    few = min(rows, FEW_ROWS)
-    alone = measure(prompt[-FEW_ROWS:], few)  # its prompt costs next to nothing
-    sampler.release()
+    few = measure(prompt[-FEW_ROWS:], min(rows, FEW_ROWS))  # its prompt costs next to nothing
 
-    read = max(1, whole["prefill_tokens"])
-    rate = whole["prefill_seconds"] / read
     points = []
-    for rows, stats in ((few, alone), (whole["row_steps"] / whole["steps"], whole)):
-        points.append((rows, stats["decode_seconds"] / stats["steps"]))
-    return Sampling(rate, *line_through(*points))
+    for stats in (few, whole):
+        seconds = stats["decode_seconds"] / stats["steps"]
+        points.append((stats["row_steps"] / stats["steps"], seconds))
+    read = max(1, whole["prefill_tokens"])
+    return Sampling(whole["prefill_seconds"] / read, *line_through(*points))
 
 
 def measure_training(run, prompt):
-    """Training of micro-batches that look like this run's. A collective."""
-    settings = run.settings
-    if run.device.type == "cuda":  # kernels are compiled
-        time_batch(run, some_sequences(prompt, settings, 64))
-    points = [time_batch(run, some_sequences(prompt, settings, 64))]
-    wanted = 192
-    while True:
-        points.append(time_batch(run, some_sequences(prompt, settings, wanted)))
+    """Training of micro-batches that look like this run's. A collective.
+
+    The gradients are kept from one to the next, as in a step, and thrown away at the end.
+    """
+    time_batch(run, prompt, COLD_TOKENS)
+    points = [time_batch(run, prompt, COLD_TOKENS)]
+    wanted = WARM_TOKENS
+    slowest = 0.0
+    while slowest < LONG_ENOUGH and wanted <= max(WARM_TOKENS, run.settings.token_budget):
+        points.append(time_batch(run, prompt, wanted))
         slowest = distributed.largest(round(1000 * points[-1][1])) / 1000
         wanted *= 4
-        if slowest > LONG_ENOUGH or wanted > settings.token_budget:
-            return Training(*line_through(*points[-2:]))
+    run.optimizer.zero_grad(set_to_none=True)
+    return Training(*line_through(*points[-2:]))
 
 
-def time_batch(run, sequences):
-    """(tokens, seconds) of the gradient of one micro-batch, which is thrown away."""
-    batch = pack(sequences, run.settings.share_prompts).to(run.device)
+def time_batch(run, prompt, tokens):
+    """(tokens, seconds) of the gradient of a micro-batch of about so many tokens."""
+    settings = run.settings
+    new = quarter(settings)
+    share = min(1.0, tokens / (len(prompt) + new))  # where not one sequence fits, both are cut
+    kept = prompt[: max(1, round(share * len(prompt)))]
+    count = max(1, tokens // (len(kept) // settings.samples + new))
+    sequences = step_sequences(kept, count, settings.samples, max(1, round(share * new)))
+    first = micro_batches(sequences, tokens, settings.share_prompts)[0]
+
+    batch = pack(first, settings.share_prompts).to(run.device)
     started = time.perf_counter()
-    loss, sums = grpo.policy_loss(run.model, batch, run.settings)
+    loss, sums = grpo.policy_loss(run.model, batch, settings)
     backward(loss)
     float(sums["loss"])  # waits for a GPU
-    run.optimizer.zero_grad(set_to_none=True)
     return len(batch.tokens), time.perf_counter() - started
 
 
-def some_sequences(prompt, settings, tokens):
-    """Sequences of `tokens` tokens or a few more in all, as a step has them.
-
-    Where not even one fits, its prompt and its completion are cut alike.
-    """
-    new = quarter(settings)
-    share = min(1.0, tokens / (len(prompt) + new))
-    kept = prompt[: max(1, round(share * len(prompt)))]
-    completion = prompt[:1] * max(1, round(share * new))
-
+def step_sequences(prompt, count, samples, new_tokens):
+    """`count` sequences of groups of `samples`, whose prompts are distinct and of like length."""
+    completion = prompt[:1] * new_tokens
+    zeros = [0.0] * new_tokens
     found = []
-    total = 0
-    while total < tokens:
-        group = len(found) // settings.samples
-        own = kept[group % len(kept) :]  # another prompt for each group
-        fresh = len(found) % settings.samples == 0 or not settings.share_prompts
-        found.append(Sequence(own, completion, [0.0] * len(completion), 1.0, group))
-        total += len(completion) + fresh * len(own)
+    for number in range(count):
+        group = number // samples
+        own = [*prompt[:-1], group]
+        found.append(Sequence(own, completion, zeros, advantage=1.0, group=group))
     return found
 
 
 # ---- the line ----
 
 
-def announce(run, need, report):
-    """Say what is coming. need: memory.Need. A collective."""
+def announce(run, report):
+    """Say what is coming. A collective."""
     settings = run.settings
     if not settings.steps:
         return
@@ -160,12 +165,10 @@ def announce(run, need, report):
         read = prompts * len(prompt)
         seconds = sampling.seconds(read, drawn * new_tokens, longest, settings.slots)
 
-        computed = trained * (len(prompt) + new_tokens)
-        if settings.share_prompts:
-            computed = min(computed, read + trained * new_tokens)
-        batches = max(settings.minibatches, -(-computed // settings.token_budget))
-        one_pass = batches * training.batch + computed * training.token
-        return seconds + passes(settings) * one_pass
+        # What is cut into micro-batches computes some prompts more than once.
+        sequences = step_sequences(prompt, trained, trained // prompts, new_tokens)
+        parts = micro_batches(sequences, settings.token_budget, settings.share_prompts)
+        return seconds + passes(settings) * training.seconds(parts, settings.share_prompts)
 
     def evaluation_seconds(new_tokens):
         count = -(-len(run.held_out) // ranks)
@@ -176,17 +179,21 @@ def announce(run, need, report):
     times = [step_seconds(few), step_seconds(longest)]
     evaluation = [evaluation_seconds(few), evaluation_seconds(longest)]
     report(
-        f"what comes: memory {need}; a step about {span(times)}, with samples of {few} to "
+        f"what comes: memory {run.need}; a step about {span(times)}, with samples of {few} to "
         f"{longest} tokens; {settings.steps} steps {span([settings.steps * x for x in times])}, "
         f"an evaluation of {len(run.held_out)} held-out problems {span(evaluation)}. "
         f"Less time: --max_new_tokens, --prompts, --samples, --eval_problems. "
-        f"Less memory: {need.smaller}"
+        f"Less memory: {run.need.smaller}"
     )
 
 
 def typical_prompt(run):
     """Token ids of a held-out problem's prompt, of middle length."""
-    prompts = [prompt_ids(run.tokenizer, run.ask(problem)) for problem in run.held_out[:PROMPTS]]
+    prompts = []
+    for problem in run.held_out[:PROMPTS]:
+        asked = run.ask(problem)
+        encode = run.tokenizer.encode if isinstance(asked, str) else run.tokenizer.encode_chat
+        prompts.append(encode(asked))
     return sorted(prompts, key=len)[len(prompts) // 2]
 
 

@@ -367,13 +367,17 @@ class Sampler:
             # At least what it was, where there is room, so that two kinds of calls share a pool.
             larger = PoolSize(*map(max, needed, held))
             size = larger if larger.pages <= room else needed
-            # The old pool is freed before the new one is made.
+            # The old pool is freed before the new one is made; packed weights are kept.
+            before = self.decoder
             self.pool = None
             self.decoder = None
+            packed = (before.packed, before.stamp) if before else ({}, None)
+            before = None
             self.pool = PagePool(
                 self.config, size, self.page_size, self.dtype, self.device, heads_first=self.cpu
             )
             self.decoder = Decoder(self.model, self.pool, self.cpu, self.exact)
+            self.decoder.packed, self.decoder.stamp = packed
 
         # No page survives a call, and a rollout that was interrupted leaves none behind.
         self.pool.clear()

@@ -22,6 +22,7 @@ from dataclasses import asdict
 
 import torch
 
+import forecast
 import gepo
 import grpo
 from batches import backward, learning_rate, micro_batches, packed_batches, score, take_step
@@ -409,6 +410,7 @@ def start(settings, resume, why, pool, language, device):
         state = checkpoint.restore(found, run.model, run.optimizer)
         run.updates, run.drawn, run.best = state["updates"], state["drawn"], tuple(state["best"])
     refresh_sampler(run)
+    forecast.announce(run, report)
     if run.play:
         run.task.fill(run.play, found, report)
 

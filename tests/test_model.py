@@ -1,16 +1,12 @@
 """Parity with transformers' Qwen2 and Qwen3 (DESIGN.md, invariant 2).
 
-Random weights of every ratio of heads, the real pretrained checkpoint, files in and out.
+Random weights of every ratio of heads, files in and out; a real model: test_real_model.py.
 """
 
 import json
-import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import model as model_file
 import sft
@@ -208,85 +204,3 @@ def test_transformers_stops_where_our_sampler_stops(tmp_path, mark):
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ends")
     whole = peer.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
     assert whole[0, len(ids) :].tolist() == sampled
-
-
-def real_checkpoint():
-    root = Path(__file__).resolve().parent.parent
-    folder = Path(os.environ.get("RARECODE_MODEL", root.parent / "models" / "smollm2-135m"))
-    if not (folder / "model.safetensors").exists():
-        pytest.skip(
-            f"no pretrained checkpoint at {folder}: write one with smollm2_to_qwen2.py "
-            "and set RARECODE_MODEL to its folder"
-        )
-    return folder
-
-
-@pytest.mark.slow  # 135 million parameters, twice
-def test_real_checkpoint_same_logits_and_same_greedy_text():
-    folder = real_checkpoint()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = hugging_face.load_model(folder)
-    questions = (
-        "What is 6 times 7?",
-        "Name three primary colours, and say which two of them make green.",
-        "Write one sentence about rain.",
-    )
-    prompts = []
-    for question in questions:
-        chat = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        prompts.append(tokenizer(chat)["input_ids"])
-    assert largest_gap(peer, ours, prompts) < 1e-4
-
-    sampled = greedy(ours, prompts, max_new_tokens=16, stop_ids=(tokenizer.eos_token_id,))
-    for prompt, tokens in zip(prompts, sampled):
-        with torch.no_grad():
-            whole = peer.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
-        assert tokens == whole[0, len(prompt) :].tolist()
-    assert "6 times 7" in tokenizer.decode(sampled[0])
-
-
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.mark.slow  # the real checkpoint, three times
-def test_a_real_base_model_is_saved_with_the_end_that_was_trained(tmp_path):
-    """A base model names <|endoftext|> alone; its template ends a turn with <|im_end|>.
-
-    transformers went on to the limit; saved by us it stops where our sampler stops.
-    """
-    folder = real_checkpoint()
-    base = tmp_path / "base"
-    shutil.copytree(folder, base)
-    for file in ("config.json", "generation_config.json"):
-        raw = json.loads((base / file).read_text())
-        (base / file).write_text(json.dumps(raw | {"eos_token_id": 0}))
-
-    tokenizer = ChatTokenizer(base)
-    ours = hugging_face.load_model(base)
-    weights = dict(ours.named_parameters())
-    saved = tmp_path / "saved"
-    hugging_face.save_model(weights, ours.config, saved, tokenizer_from=base)
-    assert_same_weights(folder, saved)
-
-    ids = tokenizer.encode_chat(QUESTION)
-    limits = dict(max_new_tokens=40, stop_ids=tokenizer.stop_ids)
-    (sampled,) = greedy(ours, [ids], **limits)
-    assert sampled[-1] == 2 and len(sampled) < 40
-    assert tokenizer.decode(sampled) == "The capital of France is Paris."
-    assert generate(saved, ids) == sampled
-    assert len(generate(base, ids)) == 40
-
-
-def assert_same_weights(folder, saved):
-    before = load_file(folder / "model.safetensors")
-    after = load_file(saved / "model.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def generate(folder, ids):
-    """transformers' greedy tokens, as the folder's own files say when to stop."""
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    whole = peer.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
-    return whole[0, len(ids) :].tolist()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import model as model_file
-from runtime import lora, memory
+from runtime import lora, machine, memory
 from settings import Settings
 from test_update import CONFIG
 
@@ -65,6 +65,80 @@ def test_what_fits_an_80_gb_card():
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(capsys):
-    with pytest.raises(SystemExit, match="use more than 1 ranks"):
+    with pytest.raises(SystemExit, match="too little memory.*--lora_rank 32 saves"):
         memory.check(memory.qwen("32B"), Settings(), torch.device("cpu"), print)
     assert "memory per rank" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="too little memory.*smaller model"):
+        memory.check_sampling(memory.qwen("32B"), 1000, torch.device("cpu"), print)
+
+
+def test_advice_names_what_saves_and_how_much():
+    """7B on one GPU: half of masters, gradients and moments is 61 GB."""
+    text = memory.advice(memory.qwen("7B"), Settings(), ranks=1, cuda=True)
+    first, *others = text.split("; ")
+    assert first.startswith("--lora_rank 32 saves ")
+    assert others[0].startswith("use more than 1 ranks")
+    assert "gradient_checkpointing" not in text  # it is on
+
+
+def test_a_micro_batch_is_no_longer_than_a_step_and_no_shorter_than_a_sequence():
+    shape = dict(prompts=4, samples=8, max_prompt_tokens=100, max_new_tokens=50)
+
+    def tokens(ranks=1, **changes):
+        return memory.micro_batch_tokens(Settings(**shape | changes), ranks)
+
+    assert tokens() == 4 * (100 + 8 * 50)
+    assert tokens(share_prompts=False) == 4 * 8 * 150
+    assert tokens(ranks=3) == 2 * (100 + 8 * 50)  # 4 prompts on 3 ranks: two at most
+    assert tokens(token_budget=1000) == 1000
+    assert tokens(token_budget=60) == 150  # goes alone
+
+
+def test_on_a_cpu_only_the_larger_of_sampling_and_updating_is_held():
+    parts = dict(masters=4, gradients=4, optimizer=8, activations=3, loss=1)
+    assert memory.peak(parts) == 20
+    assert memory.peak(parts | dict(packed=4, prefill=1, pages=1)) == 20
+    assert memory.peak(parts | dict(packed=4, prefill=6, pages=1)) == 4 + 8 + 11
+
+
+def files(root, **contents):
+    """Files of a kernel: path with __ for / -> content."""
+    for name, content in contents.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+MEMINFO = "MemTotal:       16000 kB\nMemAvailable:    8000 kB\nHugePages_Total:   0\n"
+# A limit of 5,000,000 bytes, 2,000,000 in use, of which 500,000 are read files.
+LIMIT = "5000000\n"
+LEFT = 5_000_000 - 2_000_000 + 500_000
+
+
+def test_memory_at_hand_is_the_least_of_what_is_available_and_every_limit(tmp_path):
+    assert machine.at_hand(tmp_path) is None  # macOS
+    files(tmp_path, proc__meminfo=MEMINFO)
+    assert machine.at_hand(tmp_path) == 8000 * 1024
+
+    # Version 2: the limit is that of the group above.
+    files(tmp_path, proc__self__cgroup="0::/a.slice/job\n")
+    group = "sys__fs__cgroup__a.slice"
+    files(tmp_path, **{f"{group}__memory.max": LIMIT, f"{group}__memory.current": "2000000"})
+    files(tmp_path, **{f"{group}__memory.stat": "anon 9\ninactive_file 500000\n"})
+    files(tmp_path, **{f"{group}__job__memory.max": "max", f"{group}__job__memory.current": "1"})
+    assert machine.at_hand(tmp_path) == LEFT
+
+    # In use beyond the limit, as the kernel allows for a moment: nothing is left.
+    files(tmp_path, **{f"{group}__memory.current": "9000000"})
+    assert machine.at_hand(tmp_path) == 0
+
+
+def test_memory_at_hand_in_a_container_of_control_groups_of_version_1(tmp_path):
+    """The path is the host's; inside, its group is mounted as the top."""
+    files(tmp_path, proc__meminfo=MEMINFO)
+    files(tmp_path, proc__self__cgroup="9:cpu,cpuacct:/\n4:memory:/docker/1f\n0::/\n")
+    group = "sys__fs__cgroup__memory"
+    files(tmp_path, **{f"{group}__memory.limit_in_bytes": LIMIT})
+    files(tmp_path, **{f"{group}__memory.usage_in_bytes": "2000000"})
+    files(tmp_path, **{f"{group}__memory.stat": "total_inactive_file 500000\n"})
+    assert machine.at_hand(tmp_path) == LEFT
