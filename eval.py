@@ -36,9 +36,10 @@ from pathlib import Path
 
 import torch
 
+import forecast
 from rewards import Judge
-from runtime import content, distributed
-from runtime.hugging_face import find_checkpoint, load_model
+from runtime import content, distributed, memory
+from runtime.hugging_face import find_checkpoint, load_model, read_config
 from runtime.tokenizer import ChatTokenizer
 from sampler import Completion, Request, Sampler
 from sandbox import Pool
@@ -382,6 +383,20 @@ def load_crux_cell(settings, pool, source, language):
     return Cell(source, language, puzzles, SolveJudge(pool, language), prompt)
 
 
+def longest_prompt(tokenizer, cells):
+    """Tokens of the longest prompt of all cells."""
+    lengths = [0]
+    for cell in cells:
+        lengths += [len(prompt_ids(tokenizer, cell.prompt(problem))) for problem in cell.problems]
+    return max(lengths)
+
+
+def report(text):
+    """Beside the progress, so that what is printed is results alone."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
 # ---- one cell, in files ----
 
 
@@ -397,6 +412,10 @@ def run_cell(settings, sampler, tokenizer, cell, of_model):
 
     done = resume(folder, settings, cell, of_model)
     numbers = [n for n, problem in enumerate(cell.problems) if problem.id not in done]
+
+    mine = [cell.problems[n] for n in distributed.share(numbers)]
+    prompts = [prompt_ids(tokenizer, cell.prompt(problem)) for problem in mine]
+    forecast.announce_evaluation(sampler, prompts, settings, report)
 
     with open(folder / f"partial-{distributed.rank()}.jsonl", "a", encoding="utf-8") as partial:
         if partial.tell():
@@ -691,6 +710,8 @@ def main(arguments=None):
         folder = find_checkpoint(settings.model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         tokenizer = ChatTokenizer(folder)
+        longest = longest_prompt(tokenizer, cells) + settings.max_new_tokens
+        memory.check_sampling(read_config(folder), longest, device, report)
         sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
         of_model = model_content(folder, sampler.model) if distributed.rank() == 0 else None
         results = [run_cell(settings, sampler, tokenizer, cell, of_model) for cell in cells]

@@ -187,6 +187,31 @@ def announce(run, report):
     )
 
 
+def announce_evaluation(sampler, prompts, settings, report):
+    """Say how long an evaluation will take.
+
+    prompts: token ids of this rank's. settings: eval.EvalSettings.
+    """
+    if not prompts:
+        return
+    rows = min(len(prompts) * settings.samples, settings.slots)
+    longest = settings.max_new_tokens
+    prompt = middle(prompts)
+    sampling = measure_sampling(sampler, prompt, rows, longest, settings.temperature)
+
+    read = sum(map(len, prompts))
+    few = quarter(settings)
+    times = []
+    for new_tokens in (few, longest):
+        drawn = len(prompts) * settings.samples * new_tokens
+        times.append(sampling.seconds(read, drawn, longest, settings.slots))
+    report(
+        f"what comes: {len(prompts)} problems, {settings.samples} completions each of {few} to "
+        f"{longest} tokens: sampling about {span(times)}. Less time: --problems, --max_new_tokens, "
+        "--samples"
+    )
+
+
 def typical_prompt(run):
     """Token ids of a held-out problem's prompt, of middle length."""
     prompts = []
@@ -194,6 +219,10 @@ def typical_prompt(run):
         asked = run.ask(problem)
         encode = run.tokenizer.encode if isinstance(asked, str) else run.tokenizer.encode_chat
         prompts.append(encode(asked))
+    return middle(prompts)
+
+
+def middle(prompts):
     return sorted(prompts, key=len)[len(prompts) // 2]
 
 

@@ -3,9 +3,15 @@
 import pytest
 import torch
 
+import eval as evaluation
 import model as model_file
+import sft
+import train
+from runs import SMALL, needs_prolog
 from runtime import lora, machine, memory
+from sandbox.languages import load_language
 from settings import Settings
+from tasks.problems import load_problems, program_messages
 from test_update import CONFIG
 
 
@@ -142,3 +148,37 @@ def test_memory_at_hand_in_a_container_of_control_groups_of_version_1(tmp_path):
     files(tmp_path, **{f"{group}__memory.usage_in_bytes": "2000000"})
     files(tmp_path, **{f"{group}__memory.stat": "total_inactive_file 500000\n"})
     assert machine.at_hand(tmp_path) == LEFT
+
+
+def never(*arguments):
+    raise AssertionError("loaded or trained, although memory was too little")
+
+
+@needs_prolog
+def test_too_little_memory_ends_training_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "at_hand", too_little)
+    monkeypatch.setattr("sft.train_supervised", never)
+    with pytest.raises(SystemExit, match="^too little memory: this needs up to .* are at hand; "):
+        train.main([*SMALL, "--name", "small"])
+
+
+@needs_prolog
+def test_too_little_memory_ends_an_evaluation_before_anything_is_loaded(tmp_path, monkeypatch):
+    language = load_language("prolog")
+    problems = load_problems("sums", "train", count=50)
+
+    def prompt(problem):
+        return program_messages(problem, language, 0, system=False)
+
+    sft.make_tiny(problems, language, prompt, tmp_path / "tiny", seed=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "at_hand", too_little)
+    monkeypatch.setattr(evaluation, "load_model", never)
+    with pytest.raises(SystemExit, match="^too little memory: .*smaller model"):
+        evaluation.main(["--model", str(tmp_path / "tiny"), "--bench", "sums", "--problems", "2"])
+
+
+def too_little(root="/"):
+    """A megabyte."""
+    return 1 << 20

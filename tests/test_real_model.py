@@ -27,9 +27,9 @@ pytestmark = [
         not GIVEN, reason="no real model: set RARECODE_MODEL to the folder of a Qwen2 model"
     ),
 ]
-# Largest difference of two logits that is rounding: fp32 sums of some thousand terms in another
-# order. Measured: 0.5B, 1.5e-4 at logits up to 40; 135M, 6e-5.
-ROUNDING = 5e-4
+# Two logits this close are equal but for rounding: fp32 sums of some thousand terms in another
+# order. Measured, largest of all logits of the prompts below: 4e-5 (0.5B), 7e-5 (135M).
+ROUNDING = 2e-4
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -169,7 +169,7 @@ def logits_of_peer(peer, ids):
 
 
 def test_logits_are_those_of_transformers(models, prompts):
-    """Ours of all prompts packed into one forward, and its largest logits are as large."""
+    """Ours of all prompts packed into one forward."""
     peer, ours = models
     lengths = [len(prompt) for prompt in prompts]
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -179,7 +179,7 @@ def test_logits_are_those_of_transformers(models, prompts):
         hidden = ours.hidden(tokens, positions, ends).split(lengths)
         for prompt, rows in zip(prompts, hidden):
             gap = (rows @ ours.head_weight.T - logits_of_peer(peer, prompt)).abs().max()
-            print(f"gap {gap:.1e}")
+            print(f"largest difference {gap:.1e}")
             assert gap < ROUNDING
 
 
@@ -226,6 +226,7 @@ def test_greedy_text_is_that_of_generate(models, prompts, sampled, tokenizer):
         best = logits_of_peer(peer, prompt + theirs[:place])[-1].topk(2)
         assert best.indices.tolist() in ([ours[place], theirs[place]], [theirs[place], ours[place]])
         assert best.values[0] - best.values[1] < ROUNDING
+    print(f"{ties} of {len(prompts)} texts part at a tie")
     assert ties <= 1
 
 
@@ -235,7 +236,7 @@ def test_greedy_text_is_that_of_generate(models, prompts, sampled, tokenizer):
 def test_a_base_model_is_saved_with_the_end_that_was_trained(tmp_path, models, folder, tokenizer):
     """A base model names <|endoftext|> alone; its template ends a turn with <|im_end|>.
 
-    transformers went on to the limit; saved by us it stops where our sampler stops.
+    transformers goes on behind the turn; saved by us it stops where our sampler stops.
     """
     end_of_text = tokenizer.encode("<|endoftext|>")[0]
     base = tmp_path / "base"
@@ -258,7 +259,7 @@ def test_a_base_model_is_saved_with_the_end_that_was_trained(tmp_path, models, f
     assert sampled[-1] == tokenizer.stop_ids[0]
     assert "Paris" in tokenizer.decode(sampled)
     assert generate(saved, ids) == sampled
-    assert len(generate(base, ids)) == NEW_TOKENS
+    assert len(generate(base, ids)) > len(sampled)
 
 
 def generate(folder, ids):
