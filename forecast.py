@@ -50,7 +50,7 @@ class Training:
     token: float
 
     def seconds(self, parts, share_prompts):
-        """Of the micro-batches of a step (batches.micro_batches), where all groups have a signal."""
+        """Of a step's micro-batches (batches.micro_batches), where all groups have a signal."""
         tokens = sum(len(pack(part, share_prompts).tokens) for part in parts)
         return len(parts) * self.batch + tokens * self.token
 
@@ -134,13 +134,13 @@ def time_batch(run, prompt, tokens):
 
 
 def step_sequences(prompt, count, samples, new_tokens):
-    """`count` sequences of groups of `samples`, whose prompts are distinct and of like length."""
+    """`count` sequences of groups of `samples`, whose prompts are as long and differ in the end."""
     completion = prompt[:1] * new_tokens
     zeros = [0.0] * new_tokens
     found = []
     for number in range(count):
         group = number // samples
-        own = [*prompt[:-1], group]
+        own = [*prompt[:-1], group % 256]  # every vocabulary has as many tokens: the bytes
         found.append(Sequence(own, completion, zeros, advantage=1.0, group=group))
     return found
 
@@ -166,7 +166,8 @@ def announce(run, report):
         seconds = sampling.seconds(read, drawn * new_tokens, longest, settings.slots)
 
         # What is cut into micro-batches computes some prompts more than once.
-        sequences = step_sequences(prompt, trained, trained // prompts, new_tokens)
+        group = max(1, trained // prompts)
+        sequences = step_sequences(prompt, trained, group, new_tokens)
         parts = micro_batches(sequences, settings.token_budget, settings.share_prompts)
         return seconds + passes(settings) * training.seconds(parts, settings.share_prompts)
 
@@ -182,7 +183,7 @@ def announce(run, report):
         f"what comes: memory {run.need}; a step about {span(times)}, with samples of {few} to "
         f"{longest} tokens; {settings.steps} steps {span([settings.steps * x for x in times])}, "
         f"an evaluation of {len(run.held_out)} held-out problems {span(evaluation)}. "
-        f"Less time: --max_new_tokens, --prompts, --samples, --eval_problems. "
+        "Less time: --max_new_tokens, --prompts, --samples, --eval_problems. "
         f"Less memory: {run.need.smaller}"
     )
 

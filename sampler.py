@@ -19,12 +19,16 @@ import torch
 from decode import COLUMNS, Decoder, new_state
 from kernels.native import LANES
 from pages import PagePool, PoolSize
+from runtime.cpu import give_back
 from runtime.machine import free_bytes
 from runtime.memory import PREFILL_TOKENS
 
 # Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
 # training.
 MEMORY = 0.5
+# Bytes of pages and embedding above which the kernel gets back at once what is freed on a CPU; the
+# built-in model would only wait for its pages again.
+LARGE = 1 << 28
 # What decoding gives for bytes that are not UTF-8.
 REPLACEMENT = "\ufffd"
 
@@ -213,9 +217,12 @@ class Sampler:
 
         The next generate() makes them again.
         """
+        is_large = self.cpu and self.held_bytes() + self.model.embed.weight.nbytes > LARGE
         self.pool = None
         self.decoder = None
         self.state = None
+        if is_large:
+            give_back()
 
     def held_bytes(self):
         """Keys and values in memory now, whether or not a rollout runs."""

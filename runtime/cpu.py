@@ -9,7 +9,7 @@ wait for programs was 0.0 s a step).
 
 Freed memory: by default glibc hands every freed block of some size back to the kernel and gets it
 again page by page, which was a sixth of an update's time (300,000 page faults in 7.5 s). Here
-blocks up to 32 MB, the most that glibc allows, stay in the process.
+blocks up to 32 MB, the most that glibc allows, stay in the process until give_back().
 """
 
 import ctypes
@@ -23,8 +23,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # other OpenMP libraries
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-if os.name == "posix":
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+libc = ctypes.CDLL(None) if os.name == "posix" else None
+if hasattr(libc, "mallopt"):
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back():
+    """Hand what is freed back to the kernel.
+
+    Before the update of a 0.5B model it was 2.9 GB in blocks that the update's larger ones cannot
+    use: its peak was 11.0 GB.
+    """
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
