@@ -94,7 +94,7 @@ class Decoder:
         self.pool = pool
         self.cpu = cpu
         self.exact = exact
-        self.linear = exact_linear if exact else F.linear
+        self.plain_linear = exact_linear if exact else F.linear
 
         # CPU: address of a weight -> its packed copy, and of which weights these are.
         self.packed = {}
@@ -127,7 +127,6 @@ class Decoder:
             weights += [layer.qkv.weight, layer.o.weight]
             weights += [layer.gate_up.weight, layer.down.weight]
         stamp = [(weight.data_ptr(), weight._version) for weight in weights]
-        self.linear = self._packed_linear
         if stamp == self.stamp:
             return
 
@@ -137,8 +136,12 @@ class Decoder:
             self.packed[weight.data_ptr()] = packed
         self.stamp = stamp
 
-    def _packed_linear(self, x, weight, bias=None):
-        packed = self.packed[weight.data_ptr()]
+    def linear(self, x, weight, bias=None):
+        """x @ weight.T + bias, from the packed copy of the weight where there is one."""
+        packed = self.packed.get(weight.data_ptr())
+        if packed is None:
+            given = (x, weight) if bias is None else (x, weight, bias)
+            return self.plain_linear(*given)
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
     def _linear_plus(self, x, weight, other):

@@ -4,7 +4,9 @@ On random models, and to the last bit where it says so.
 """
 
 import dataclasses
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -621,3 +623,16 @@ def test_what_does_not_fit_is_refused_with_a_sentence(model):
 
 def test_no_requests_are_no_completions(model):
     assert sample(model, []) == []
+
+
+def test_what_is_released_is_freed_at_once(model):
+    """Packed weights of a 0.5B model are 2 GB, which the update needs: no cycle may keep them."""
+    sampler = Sampler(model)
+    sampler.generate(make_requests(n=1))
+    decoder = weakref.ref(sampler.decoder)
+    gc.disable()
+    try:
+        sampler.release()
+        assert decoder() is None
+    finally:
+        gc.enable()
