@@ -80,7 +80,7 @@ class Run:
 
 def build(settings, folder, language, pool, device, report):
     """A Run at its first step. What can be wrong in the settings is tried before the warm start."""
-    task = load_task(settings, language, pool)
+    task = load_task(settings, language, pool, report)
     check(settings, device)
 
     source = starting_checkpoint(settings, folder, task.problems, language, device, report)
@@ -142,7 +142,7 @@ def build(settings, folder, language, pool, device, report):
 # ---- task and judge ----
 
 
-def load_task(settings, language, pool):
+def load_task(settings, language, pool, report):
     """The Task of --task. What is missing is said here, in one sentence."""
     if settings.task == "selfplay":
         validation = Validation(*selfplay.load_validation(settings, language, pool))
@@ -153,7 +153,7 @@ def load_task(settings, language, pool):
 
     if settings.task == "translate":
         judge = translate.make_translate_judge(settings, pool)
-        problems, validation, held_out = translate.load_splits(settings)
+        problems, validation, held_out = translate.load_splits(settings, report)
     else:
         judge = make_judge(settings, pool, language)
         problems, validation, held_out = load_splits(settings)

@@ -17,11 +17,9 @@ import math
 import os
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from runtime import distributed
 from sandbox import Job
 from sandbox.languages import load_language
 from sandbox.languages.calls import call_files, outcomes
@@ -74,7 +72,7 @@ nothing after it."""
 # ---- which problem goes to which language ----
 
 
-def load_splits(settings):
+def load_splits(settings, report=print):
     """(problems to train on, validation problems, held-out problems) for train.py's settings.
 
     --lang names the target languages, with commas.
@@ -85,14 +83,14 @@ def load_splits(settings):
             "give --task translate a pretrained --model"
         )
     targets = [load_language(name) for name in settings.lang.split(",")]
-    data, path = settings.data or None, settings.translate_data
-    whole = load_translations("train", targets, data, path, seed=settings.seed)
+    where = {"data": settings.data or None, "path": settings.translate_data, "report": report}
+    whole = load_translations("train", targets, **where, seed=settings.seed)
     train, validation = hold_out(whole, settings.validation_problems, family)
-    held_out = load_translations("test", targets, data, path, count=settings.eval_problems, seed=0)
+    held_out = load_translations("test", targets, **where, count=settings.eval_problems)
     return train, validation, held_out
 
 
-def load_translations(split, targets, data=None, path="", count=None, seed=0):
+def load_translations(split, targets, data=None, path="", count=None, seed=0, report=print):
     """list[Translation] for target languages, one drawn for each problem by `seed`.
 
     targets: Language objects; a problem goes to one that can say its cases.
@@ -119,12 +117,11 @@ def load_translations(split, targets, data=None, path="", count=None, seed=0):
             target = random.Random(f"{seed}/{problem.id}").choice(telling)
             drawn.append(replace(problem, target=target.name))
 
-    if dropped and distributed.rank() == 0:
-        print(
+    if dropped:
+        report(
             f"translation, {split}: {dropped} problems left out whose tests a constant or an "
             f"argument given back passes, or that have fewer than {LEAST_CASES}; "
-            f"{len(drawn)} are left",
-            file=sys.stderr,
+            f"{len(drawn)} are left"
         )
     if not drawn:
         origin = path or ", ".join(SETS)

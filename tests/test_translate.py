@@ -590,7 +590,7 @@ def test_no_problem_is_passed_by_a_program_that_computes_nothing(split, capsys):
             assert translate.is_telling(cases)
             assert len({repr(output) for _, output in cases}) > 1
     load_translations("test", [load_language("lua")])
-    assert "problems left out whose tests a constant" in capsys.readouterr().err
+    assert "problems left out whose tests a constant" in capsys.readouterr().out
 
 
 def test_a_program_that_returns_the_same_for_all_is_called_constant(pool):
