@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.layers import add_rms_norm, apply_rope, rms_norm, rope_tables, swiglu
+from kernels.linear import fast_linear
 from kernels.logprob import token_logprobs
 
 
@@ -151,7 +152,7 @@ class Layer(nn.Module):
         self.gate_up = Linear(hidden, 2 * config.intermediate_size, bias=False)
         self.down = Linear(config.intermediate_size, hidden, bias=False)
 
-    def forward(self, x, residual, attend, index, cos, sin, linear=F.linear):
+    def forward(self, x, residual, attend, index, cos, sin, linear):
         if residual is None:
             x, residual = rms_norm(x, self.input_norm, self.eps), x
         else:
@@ -193,7 +194,7 @@ class Model(nn.Module):
         self.gradient_checkpointing = False
         # runtime/exact.py puts others here.
         self.attention = CausalAttention
-        self.linear = F.linear
+        self.linear = fast_linear
 
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding(*shape, _weight=torch.empty(shape))
@@ -226,7 +227,7 @@ class Model(nn.Module):
         attend = self.attention(self.config, cu_seqlens, parents)
         return self.decode(tokens, positions, attend, self.linear)
 
-    def decode(self, tokens, positions, attend, linear=F.linear):
+    def decode(self, tokens, positions, attend, linear):
         """The decoder with attention left open -> hidden states [T, D] after the final norm.
 
         attend: (layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].

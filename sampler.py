@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from decode import COLUMNS, Decoder, new_state
-from kernels.native import LANES
+from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
 from runtime.machine import free_bytes
@@ -177,10 +177,10 @@ class Sampler:
         self.share_prefix = share_prefix
         self.exact = exact
 
-        default = LANES if self.cpu else 8192 // self.config.head_dim
+        default = UNIT if self.cpu else 8192 // self.config.head_dim
         self.page_size = page_size or default
-        if self.page_size % LANES:
-            raise ValueError(f"page_size {page_size} is not a multiple of {LANES}")
+        if self.page_size % UNIT:
+            raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")
         layer_values = 2 * self.config.num_key_value_heads * self.config.head_dim
         token_bytes = self.config.num_hidden_layers * layer_values * self.dtype.itemsize
         self.page_bytes = token_bytes * self.page_size

@@ -1,12 +1,18 @@
-"""Matrix product whose sums do not depend on how many rows there are, for the exact mode
-(runtime/exact.py).
+"""Matrix products that torch does not do well enough: training's on some CPUs, and the exact mode's.
 
-cuBLAS picks tile and split by shape, so the same row gets other last bits in a batch of 64 than in
-one of 16,384. Here one tile serves every number of rows, and each sum runs over the depth from
-first to last. `python -m bench sampler` times it against cuBLAS.
+fp32 on a CPU: torch leaves products to MKL, which takes AVX-512 only where the processor says that
+Intel made it. On an AMD EPYC with AVX-512 oneDNN, which torch has too, takes less than half of the
+time at the same precision (BENCHMARKS.md, "Products on a CPU").
+
+The exact mode (runtime/exact.py): cuBLAS picks tile and split by shape, so the same row gets other
+last bits in a batch of 64 than in one of 16,384. Here one tile serves every number of rows, and each
+sum runs over the depth from first to last. `python -m bench sampler` times it against cuBLAS.
 """
 
 from __future__ import annotations
+
+import functools
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -14,9 +20,92 @@ from torch.nn import functional as F
 from kernels import architecture, head, jit, tl, triton
 from kernels.head import TILE, Tile, tile_product
 
+# oneDNN compiles a product for every number of rows and keeps it, some 0.7 MB each: rows are filled
+# up to a multiple of this.
+FILLED = 64
+
 # 64 rows, so that a decode step of 64 samples wastes nothing; three programs of 128 threads share a
 # Hopper multiprocessor.
 LINEAR = {90: Tile(64, 64, 4, 3), 80: Tile(64, 64, 4, 3)}
+
+
+# ---- training on a CPU ----
+
+
+def fast_linear(x, weight):
+    """x [T, D] @ weight [N, D].T -> [T, N]; differentiable. F.linear where oneDNN is not faster."""
+    if not takes_onednn(x):
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        for_x = for_weight = None
+        gradient = filled(gradient)  # once for both
+        if ctx.needs_input_grad[0]:
+            for_x = product(gradient, weight.T)[: len(x)]
+        if ctx.needs_input_grad[1]:
+            for_weight = weight_gradient(gradient, x)
+        return for_x, for_weight
+
+
+def product(x, weight):
+    """x [T, D] @ weight [N, D].T -> [T, N] by the faster library. Not differentiable.
+
+    `weight` may be a transposed view, as a gradient's factor is.
+    """
+    if not takes_onednn(x):
+        return x @ weight.T
+    return _onednn(filled(x), weight)[: len(x)]
+
+
+def weight_gradient(gradient, x):
+    """gradient [T, N].T @ x [T, D] -> [N, D] by the faster library. Not differentiable."""
+    if not takes_onednn(x):
+        return gradient.T @ x
+    return _onednn(filled(gradient).T, filled(x).T)
+
+
+def _onednn(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def filled(x):
+    """x [T, D] with rows of zeros up to a multiple of FILLED."""
+    missing = -len(x) % FILLED
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def takes_onednn(x):
+    return x.dtype == torch.float32 and x.is_cpu and onednn_is_faster()
+
+
+@functools.cache
+def onednn_is_faster():
+    """Whether this processor has AVX-512, and MKL will not use it because Intel did not make it.
+
+    A rule and no measurement, so that two runs on one machine give the same bits.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return "vendor_id" in described and "GenuineIntel" not in described
+
+
+# ---- the exact mode ----
 
 
 def fixed_linear(x, weight):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 
 from kernels import head, wide
+from kernels.linear import product
 
 # Logits of one chunk. On CPU 64 MB in fp32, 341 tokens at a vocabulary of 49,152 (time is flat from
 # 2^22 to 2^26). On CUDA 1.24 GB of bf16 gradient: smaller chunks would read and write the weight's
@@ -57,7 +58,7 @@ def _product(hidden, weight):
     From 16-bit factors too: rounded to bf16 they would move a log-prob by 4e-3 at a logit of 30.
     """
     if hidden.dtype == wide(hidden).dtype:
-        return hidden @ weight.T
+        return product(hidden, weight)
     return torch.mm(hidden, weight.T, out_dtype=torch.float32)
 
 
@@ -106,7 +107,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             else:
                 logits = _product(h[rows], w).div_(ctx.temperature)
                 gradient = logit_gradient_reference(logits, *known, ctx.temperature)
-            grad_hidden[rows] = gradient @ w
+            grad_hidden[rows] = product(gradient, w.T)
             if grad_weight is not None:
                 _add_product(grad_weight, gradient, h[rows])
             del gradient  # else two chunks of it live at once

@@ -4,15 +4,38 @@ which has the references and says what the tensors are.
 Between two matrix products, which read all weights and so throw everything else out of the caches,
 a torch call costs some 10 us and a layer takes a dozen of them; here it is four short loops. Every
 result depends on its own row alone, to the last bit: the order of each sum is fixed by positions,
-and lanes do not mix but in sum(). Vectors of 16 floats are GCC's and Clang's own extension: one
-register with AVX-512, several elsewhere. */
+and lanes do not mix but in sum(). Vectors are GCC's and Clang's own extension, as wide as the
+processor's registers. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+/* Floats in a register, and registers: what a block of sums has to fit into. */
+#if defined(__AVX512F__)
 #define LANES 16
+#define REGISTERS 32
+#elif defined(__AVX__)
+#define LANES 8
+#define REGISTERS 16
+#elif defined(__ARM_NEON)
+#define LANES 4
+#define REGISTERS 32
+#else
+#define LANES 4
+#define REGISTERS 16
+#endif
+
+#define UNIT 16   /* tokens whose keys lie side by side; widths are multiples of it */
+#define QUERIES 8 /* most heads that go over keys and values together */
+#define AHEAD 32  /* tokens of values at a time, 8 KB for 64 floats a head */
+#define PAST -1e30f
+
+/* Vectors side by side in a block of n queries: n * w sums, the w vectors that the queries share and
+one query or weight fit into the registers. 7 queries: 2 of 32 registers, 1 of 16. */
+#define WIDE(n) (4 * (n) + 5 <= REGISTERS ? 4 : 2 * (n) + 3 <= REGISTERS ? 2 : 1)
+
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -91,92 +114,102 @@ static void rotate_and_write(const Call *c, int64_t row, float *qkv, float *cach
     const int64_t at = c->own[row] + c->own_length[row] - 1;
     const float *k = qkv + c->heads * hd, *v = k + c->kv_heads * hd;
     for (int64_t head = 0; head < c->kv_heads; head++) {
-        float *key = cache + (head * c->tokens + at / LANES * LANES) * hd + at % LANES;
-        for (int64_t i = 0; i < hd; i++) key[i * LANES] = k[head * hd + i];
+        float *key = cache + (head * c->tokens + at / UNIT * UNIT) * hd + at % UNIT;
+        for (int64_t i = 0; i < hd; i++) key[i * UNIT] = k[head * hd + i];
         float *value = cache + ((c->kv_heads + head) * c->tokens + at) * hd;
         memcpy(value, v + head * hd, hd * sizeof(float));
     }
 }
 
-/* Scores of n queries against `length` keys -> scores[query * width ...], padded to whole vectors
-with -1e30. */
-INLINE void score(int n, const float *q, int64_t hd, const float *keys, int64_t length,
-                  float *scores, int64_t width) {
-    for (int64_t unit = 0; unit * LANES < length; unit++, keys += LANES * hd, scores += LANES) {
-        /* Two chains per query, or the latency of the additions is all one waits for. */
-        vec even[4] = {0}, odd[4] = {0};
-        for (int64_t d = 0; d < hd; d += 2) {
-            vec a = load(keys + d * LANES), b = load(keys + (d + 1) * LANES);
-            for (int i = 0; i < n; i++) {
-                even[i] += a * q[i * hd + d];
-                odd[i] += b * q[i * hd + d + 1];
-            }
-        }
-
-        int64_t past = length - unit * LANES;
-        for (int i = 0; i < n; i++) {
-            store(scores + i * width, even[i] + odd[i]);
-            for (int64_t lane = past; lane < LANES; lane++) scores[i * width + lane] = -1e30f;
-        }
+/* Scores of n queries against the next w vectors of a unit of keys. */
+INLINE void score(int n, int w, const float *q, int64_t hd, const float *keys, float *scores,
+                  int64_t width) {
+    vec total[QUERIES][4] = {0};
+    for (int64_t d = 0; d < hd; d++, keys += UNIT) {
+        __builtin_prefetch(keys + hd * UNIT); /* of the next unit */
+        vec k[4];
+        for (int j = 0; j < w; j++) k[j] = load(keys + j * LANES);
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < w; j++) total[i][j] += k[j] * q[i * hd + d];
     }
+
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < w; j++) store(scores + i * width + j * LANES, total[i][j]);
 }
 
-/* out[i, 0 : 16 w] += sum over tokens of weights * values */
+/* out[i, 0 : w vectors] += sum over tokens of weights * values */
 INLINE void mix(int n, int w, const float *weights, int64_t width, const float *values, int64_t hd,
-                int64_t length, float *out) {
-    vec total[4][4];
+                int64_t tokens, float *out) {
+    vec total[QUERIES][4];
     for (int i = 0; i < n; i++)
         for (int j = 0; j < w; j++) total[i][j] = load(out + i * hd + j * LANES);
 
-    for (int64_t t = 0; t < length; t++, values += hd)
+    for (int64_t t = 0; t < tokens; t++, values += hd) {
+        vec v[4];
         for (int j = 0; j < w; j++) {
-            vec v = load(values + j * LANES);
-            for (int i = 0; i < n; i++) total[i][j] += v * weights[i * width + t];
+            v[j] = load(values + j * LANES);
+            if (j * LANES % UNIT == 0) __builtin_prefetch(values + AHEAD * hd + j * LANES);
         }
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < w; j++) total[i][j] += v[j] * weights[i * width + t];
+    }
 
     for (int i = 0; i < n; i++)
         for (int j = 0; j < w; j++) store(out + i * hd + j * LANES, total[i][j]);
 }
 
-/* n <= 4 query heads of one row that share a KV head. */
+/* Scores -> weights, without their common factor, which is returned. */
+static float softmax(float *scores, int64_t count) {
+    vec top = all(PAST), mass = {0};
+    for (int64_t t = 0; t < count; t += LANES) top = larger(top, load(scores + t));
+    float highest = top[0];
+    for (int lane = 1; lane < LANES; lane++) highest = top[lane] > highest ? top[lane] : highest;
+
+    for (int64_t t = 0; t < count; t += LANES) {
+        vec weight = vexp(load(scores + t) - highest);
+        store(scores + t, weight);
+        mass += weight;
+    }
+    return 1.0f / sum(mass);
+}
+
+/* n query heads of one row that share a KV head: once over its keys, once over its values. */
 INLINE void attend(int n, const Call *c, int64_t row, const float *q, const float *keys,
                    const float *values, float *out, float *scores, int64_t width) {
-    /* Two parts, shared and own; their scores stand one after the other, in whole vectors. */
+    /* Two parts, shared and own; their scores stand one after the other, in whole units. */
     const int64_t hd = c->head_dim;
     const int64_t starts[2] = {c->shared[row], c->own[row]};
     const int64_t lengths[2] = {c->shared_length[row], c->own_length[row]};
-    const int64_t second = (lengths[0] + LANES - 1) / LANES * LANES;
-    const int64_t end = second + (lengths[1] + LANES - 1) / LANES * LANES;
+    const int64_t second = (lengths[0] + UNIT - 1) / UNIT * UNIT;
+    const int64_t end = second + (lengths[1] + UNIT - 1) / UNIT * UNIT;
+
+    const int w = WIDE(n), unit = w * LANES < UNIT ? w * LANES : UNIT;
     for (int part = 0; part < 2; part++) {
+        const int64_t length = lengths[part];
         float *to = scores + (part ? second : 0);
-        score(n, q, hd, keys + starts[part] * hd, lengths[part], to, width);
+        int64_t t = 0;
+        for (; t < length; t += UNIT)
+            for (int lane = 0; lane < UNIT; lane += unit)
+                score(n, unit / LANES, q, hd, keys + (starts[part] + t) * hd + lane, to + t + lane,
+                      width);
+        for (int i = 0; i < n; i++)
+            for (int64_t past = length; past < t; past++) to[i * width + past] = PAST;
     }
 
-    /* Softmax; its sum divides the result. */
-    float scale[4];
-    for (int i = 0; i < n; i++) {
-        vec top = all(-1e30f), mass = {0};
-        for (int64_t t = 0; t < end; t += LANES) top = larger(top, load(scores + i * width + t));
-        float highest = top[0];
-        for (int lane = 1; lane < LANES; lane++)
-            highest = top[lane] > highest ? top[lane] : highest;
-        for (int64_t t = 0; t < end; t += LANES) {
-            vec weight = vexp(load(scores + i * width + t) - highest);
-            store(scores + i * width + t, weight);
-            mass += weight;
-        }
-        scale[i] = 1.0f / sum(mass);
-    }
+    float scale[QUERIES];
+    for (int i = 0; i < n; i++) scale[i] = softmax(scores + i * width, end);
 
     memset(out, 0, n * hd * sizeof(float));
-    for (int part = 0; part < 2; part++) {
-        const float *v = values + starts[part] * hd, *weights = scores + (part ? second : 0);
-        const int64_t length = lengths[part];
-        int64_t d = 0;
-        for (; d + 4 * LANES <= hd; d += 4 * LANES)
-            mix(n, 4, weights, width, v + d, hd, length, out + d);
-        for (; d < hd; d += LANES) mix(n, 1, weights, width, v + d, hd, length, out + d);
-    }
+    for (int part = 0; part < 2; part++)
+        for (int64_t t = 0; t < lengths[part]; t += AHEAD) {
+            const float *v = values + (starts[part] + t) * hd;
+            const float *weights = scores + (part ? second : 0) + t;
+            const int64_t left = lengths[part] - t, tokens = left < AHEAD ? left : AHEAD;
+            int64_t d = 0;
+            for (; d + w * LANES <= hd; d += w * LANES)
+                mix(n, w, weights, width, v + d, hd, tokens, out + d);
+            for (; d < hd; d += LANES) mix(n, 1, weights, width, v + d, hd, tokens, out + d);
+        }
     for (int i = 0; i < n; i++)
         for (int64_t d = 0; d < hd; d += LANES) {
             float *at = out + i * hd + d;
@@ -189,18 +222,22 @@ out [rows, heads * head_dim], untouched where a row is not alive. */
 void attention(const Call *c, float *qkv, float *cache, float *out) {
     const int64_t hd = c->head_dim, all_heads = c->heads + 2 * c->kv_heads;
     const int64_t ratio = c->heads / c->kv_heads;
+    const int64_t passes = (ratio + QUERIES - 1) / QUERIES;
+    const int64_t block = (ratio + passes - 1) / passes; /* 9 heads: 5 + 4 */
     int64_t longest = 0, work = 0;
     for (int64_t row = 0; row < c->rows; row++) {
         int64_t keys = c->shared_length[row] + c->own_length[row];
         longest = keys > longest ? keys : longest;
         work += c->alive[row] ? keys : 0;
     }
-    const int64_t width = longest + 2 * LANES;
+    const int64_t width = longest + 2 * UNIT;
 
+    /* With one row each KV head is a thread's. */
+    const int few = c->rows < 8 ? c->rows : 8;
     /* With less work, waking a thread costs more than it saves. */
 #pragma omp parallel if (work * c->heads * hd > 500000)
     {
-        float *scores = malloc(4 * width * sizeof(float)); /* 16 bytes per token of context */
+        float *scores = malloc(QUERIES * width * sizeof(float)); /* 32 bytes per token of context */
         if (!scores) abort();
 
 #pragma omp for schedule(static)
@@ -209,20 +246,25 @@ void attention(const Call *c, float *qkv, float *cache, float *out) {
 
         /* Head by head, not row by row: neighbours of one group then find their prompt's keys in
         the cache. */
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(dynamic, few)
         for (int64_t item = 0; item < c->kv_heads * c->rows; item++) {
             const int64_t kv = item / c->rows, row = item % c->rows;
             if (!c->alive[row]) continue;
             const float *keys = cache + kv * c->tokens * hd;
             const float *values = cache + (c->kv_heads + kv) * c->tokens * hd;
-            for (int64_t first = 0; first < ratio; first += 4) {
+            for (int64_t first = 0; first < ratio; first += block) {
                 const float *q = qkv + (row * all_heads + kv * ratio + first) * hd;
                 float *to = out + (row * c->heads + kv * ratio + first) * hd;
-                switch (ratio - first) {
+                const int64_t n = ratio - first < block ? ratio - first : block;
+                switch (n) {
                 case 1: attend(1, c, row, q, keys, values, to, scores, width); break;
                 case 2: attend(2, c, row, q, keys, values, to, scores, width); break;
                 case 3: attend(3, c, row, q, keys, values, to, scores, width); break;
-                default: attend(4, c, row, q, keys, values, to, scores, width);
+                case 4: attend(4, c, row, q, keys, values, to, scores, width); break;
+                case 5: attend(5, c, row, q, keys, values, to, scores, width); break;
+                case 6: attend(6, c, row, q, keys, values, to, scores, width); break;
+                case 7: attend(7, c, row, q, keys, values, to, scores, width); break;
+                default: attend(8, c, row, q, keys, values, to, scores, width);
                 }
             }
         }
@@ -239,9 +281,15 @@ void rms_norm(const float *x, const float *weight, float *out, int64_t rows, int
     for (int64_t row = 0; row < rows; row++) {
         const float *from = x + row * width;
         float *to = out + row * width;
-        vec squares = {0};
-        for (int64_t i = 0; i < width; i += LANES) squares += load(from + i) * load(from + i);
-        const float scale = 1.0f / sqrtf(sum(squares) / width + eps);
+        vec squares[UNIT / LANES] = {0}; /* as many chains: an addition waits for the last one */
+        for (int64_t i = 0; i < width; i += UNIT)
+            for (int j = 0; j < UNIT / LANES; j++) {
+                vec x = load(from + i + j * LANES);
+                squares[j] += x * x;
+            }
+        float total = 0;
+        for (int j = 0; j < UNIT / LANES; j++) total += sum(squares[j]);
+        const float scale = 1.0f / sqrtf(total / width + eps);
         for (int64_t i = 0; i < width; i += LANES)
             store(to + i, load(from + i) * scale * load(weight + i));
     }

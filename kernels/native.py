@@ -1,5 +1,5 @@
 """The sampler's row kernels on a CPU: attention over the page pool, RMSNorm and SwiGLU in C
-(native.c), compiled on first use, fp32.
+(native.c), compiled on first use for the processor at hand, fp32.
 
 The torch references run where there is no C compiler, for other dtypes and for widths that are not
 a multiple of 16. Every result depends on its own row alone, to the last bit, in C as in the
@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from kernels.layers import apply_rope_reference
 
-LANES = 16  # tokens in a unit of keys, floats in a vector of native.c
+UNIT = 16  # tokens whose keys lie side by side; widths are multiples of it
+TARGET = "native"  # whose instructions, the compiler's -march; bench and tests set older ones
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-fPIC", "-shared", "-std=gnu11"]
 # The first that the compiler takes: Apple's has no OpenMP, and then one thread does it.
-MORE_FLAGS = (["-march=native", "-fopenmp"], ["-march=native"], [])
+MORE_FLAGS = (["-march={target}", "-fopenmp"], ["-march={target}"], [])
 
 
 class Call(ctypes.Structure):
@@ -102,7 +103,7 @@ def attention_reference(
 ):
     """`attention` in torch, row by row."""
     query, kv, head_dim = heads
-    keys = cache[:kv].view(kv, -1, head_dim, LANES)
+    keys = cache[:kv].view(kv, -1, head_dim, UNIT)
     values = cache[kv:]
     by_head = qkv[: len(alive)].view(len(alive), -1, head_dim)
     q, k, v = by_head.split([query, kv, kv], dim=1)
@@ -112,7 +113,7 @@ def attention_reference(
     # Each living row's new token.
     rows = alive.nonzero().squeeze(1)
     place = (own + own_length - 1)[rows]
-    keys[:, place // LANES, :, place % LANES] = k[rows].to(cache.dtype)
+    keys[:, place // UNIT, :, place % UNIT] = k[rows].to(cache.dtype)
     values[:, place] = v[rows].transpose(0, 1)
 
     for row in rows.tolist():
@@ -120,8 +121,8 @@ def attention_reference(
         for start, length in ((shared, shared_length), (own, own_length)):
             first = int(start[row])
             count = int(length[row])
-            last_unit = (first + count - 1) // LANES
-            units = keys[:, first // LANES : last_unit + 1]
+            last_unit = (first + count - 1) // UNIT
+            units = keys[:, first // UNIT : last_unit + 1]
             by_token = units.transpose(2, 3).flatten(1, 2)
             seen_keys.append(by_token[:, :count])
             seen_values.append(values[:, first : first + count])
@@ -157,22 +158,22 @@ def swiglu(gate_up):
 
 def usable(x, width):
     """The library where it can take x and rows of this width, else None."""
-    if x.dtype != torch.float32 or width % LANES != 0:
+    if x.dtype != torch.float32 or width % UNIT != 0:
         return None
-    return library()
+    return library(TARGET)
 
 
 @functools.cache
-def library():
-    """The compiled native.c, or None where no compiler makes it (said once).
+def library(target="native"):
+    """native.c compiled for `target`, or None where no compiler makes it (said once).
 
     Built once per machine, source and flags, in the user's cache folder.
     """
     try:
-        path = library_path()
+        path = library_path(target)
         own_folder(path.parent)
         if not is_own_file(path):
-            build(path)
+            build(path, target)
         found = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as problem:
         message = getattr(problem, "stderr", "") or str(problem)
@@ -192,10 +193,11 @@ def library():
     return found
 
 
-def library_path():
+def library_path(target="native"):
     """Where the compiled library is, or will be. RuntimeError where there is no home."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    made_with = (FLAGS, MORE_FLAGS, platform.node(), platform.machine(), torch.__version__)
+    machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
+    made_with = (FLAGS, MORE_FLAGS, target, *machine, torch.__version__)
     content = SOURCE.read_bytes() + repr(made_with).encode()
     digest = hashlib.sha256(content).hexdigest()
     return Path(cache) / "rarecode" / f"native-{digest[:16]}.so"
@@ -232,12 +234,13 @@ def is_own_file(path):
     return stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid() and not is_open
 
 
-def build(path):
+def build(path, target):
     """Compile native.c elsewhere and rename it to `path`: other ranks may be at it too."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         for more in MORE_FLAGS:
-            command = ["cc", *FLAGS, *more, str(SOURCE), "-o", str(built), "-lm"]
+            flags = [*FLAGS, *(flag.format(target=target) for flag in more)]
+            command = ["cc", *flags, str(SOURCE), "-o", str(built), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 break

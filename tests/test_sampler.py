@@ -133,7 +133,7 @@ def test_without_packed_weights_and_compiler_the_step_is_the_same_model(model, m
     The products are F.linear's then, and attention is torch's.
     """
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda target: None)
     sampler = Sampler(model)
     requests = make_requests()
     assert same_logprobs(model, requests, sampler.generate(requests))
@@ -158,7 +158,7 @@ def test_samples_do_not_depend_on_the_batch(model, variant):
 
 
 def test_samples_do_not_depend_on_the_batch_without_a_compiler(model, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda target: None)
     requests = make_requests(n=2, new=20)
     assert sample(model, requests, slots=3) == sample(model, requests)
 
