@@ -7,6 +7,8 @@
     python -m bench kernels --smoke     tiny shapes on any machine: shows that the bench runs, its
                                         times mean nothing
 
+Without a GPU and without --smoke it measures the CPU's kernels (bench/processor.py).
+
 A floor is max(bytes / copy bandwidth, operations / matrix rate), both measured at the start of the
 same run. "target" is the ratio to the floor aimed at (for launch-bound kernels: microseconds).
 
@@ -21,6 +23,10 @@ runs them. L2 then stays warm; keys, values, the head and the norm's gradients a
 size.
 """
 
+import runtime.cpu  # noqa: F401 (before torch)
+
+# isort: split
+
 import argparse
 import inspect
 import json
@@ -33,6 +39,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from bench import processor
 from kernels import advantage, attention, head, layers, logprob, sampling, triton
 
 try:
@@ -684,10 +691,11 @@ def main(arguments=None):
             f"unknown {', '.join(unknown)}: models are 0.5B, 1.5B, 3B, "
             f"families {', '.join(FAMILIES)}"
         )
+    if DEVICE == "cpu" and options.sweep and not options.smoke:
+        raise SystemExit("--sweep needs a CUDA GPU; with --smoke it runs on this machine")
     if DEVICE == "cpu" and not options.smoke:
-        raise SystemExit(
-            "python -m bench kernels needs a CUDA GPU; --smoke runs tiny shapes on this machine"
-        )
+        processor.main()
+        return
 
     torch.manual_seed(0)
     ceilings = measured_ceilings(256 if options.smoke else 8192)

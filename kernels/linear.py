@@ -23,6 +23,9 @@ from kernels.head import TILE, Tile, tile_product
 # oneDNN compiles a product for every number of rows and keeps it, some 0.7 MB each: rows are filled
 # up to a multiple of this.
 FILLED = 64
+# Rows of a head's gradient at a time: what is added to them, 15 MB at a width of 896, stays in the
+# caches. 160 GFLOP/s a core; addmm_ has 110 (EPYC).
+BLOCK = 4096
 
 # 64 rows, so that a decode step of 64 samples wastes nothing; three programs of 128 threads share a
 # Hopper multiprocessor.
@@ -72,6 +75,18 @@ def weight_gradient(gradient, x):
     if not takes_onednn(x):
         return gradient.T @ x
     return _onednn(filled(gradient).T, filled(x).T)
+
+
+def add_weight_gradient(total, gradient, x):
+    """total [N, D] += gradient [T, N].T @ x [T, D] by the faster library."""
+    if not takes_onednn(x):
+        total.addmm_(gradient.T, x)
+        return
+    x = filled(x).T
+    for start in range(0, len(total), BLOCK):
+        rows = slice(start, start + BLOCK)
+        part = filled(gradient[:, rows])
+        total[rows].add_(_onednn(part.T, x))
 
 
 def _onednn(x, weight):
