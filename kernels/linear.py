@@ -1,12 +1,12 @@
-"""Matrix products that torch does not do well enough: training's on some CPUs, and the exact mode's.
+"""Matrix products that torch does not do well enough: training's on some CPUs, the exact mode's.
 
 fp32 on a CPU: torch leaves products to MKL, which takes AVX-512 only where the processor says that
 Intel made it. On an AMD EPYC with AVX-512 oneDNN, which torch has too, takes less than half of the
 time at the same precision (BENCHMARKS.md, "Products on a CPU").
 
 The exact mode (runtime/exact.py): cuBLAS picks tile and split by shape, so the same row gets other
-last bits in a batch of 64 than in one of 16,384. Here one tile serves every number of rows, and each
-sum runs over the depth from first to last. `python -m bench sampler` times it against cuBLAS.
+last bits in a batch of 64 than in one of 16,384. Here one tile serves every number of rows, and
+each sum runs over the depth from first to last. `python -m bench sampler` times it against cuBLAS.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ processor's registers. */
 #define AHEAD 32  /* tokens of values at a time, 8 KB for 64 floats a head */
 #define PAST -1e30f
 
-/* Vectors side by side in a block of n queries: n * w sums, the w vectors that the queries share and
-one query or weight fit into the registers. 7 queries: 2 of 32 registers, 1 of 16. */
+/* Vectors side by side in a block of n queries: n * w sums, the w vectors that the queries share
+and one query or weight fit into the registers. 7 queries: 2 with 32 registers, 1 with 16. */
 #define WIDE(n) (4 * (n) + 5 <= REGISTERS ? 4 : 2 * (n) + 3 <= REGISTERS ? 2 : 1)
 
 #define INLINE static inline __attribute__((always_inline))
