@@ -49,7 +49,7 @@ from selfplay.buffers import load_puzzles
 from selfplay.judge import SolveJudge
 from selfplay.prompts import solve_prompt
 from settings import add_flags, setting
-from tasks import evalplus
+from tasks import evalplus, faults
 from tasks.data import find_data
 from tasks.multipl_e import BENCHMARKS, TestJudge, load_benchmark, stops_note
 from tasks.problems import load_problems, program_messages
@@ -213,7 +213,7 @@ def evaluate(
         submissions = []
         for completion in completions:
             text = tokenizer.decode(completion.tokens)
-            submissions.append(judge.submit(problem, text, completion.sample))
+            submissions.append(faults.submit(judge, problem, text, completion.sample))
         in_judgement[i] = InJudgement(completions, submissions)
 
         done = [j for j, waiting in in_judgement.items() if waiting.is_done()]
@@ -222,7 +222,7 @@ def evaluate(
 
     def finish(i):
         problem, waiting = numbered[i][1], in_judgement.pop(i)
-        verdicts = judge.collect(waiting.submissions)
+        verdicts = faults.collect(judge, waiting.submissions)
         rows = []
         for completion, submission, verdict in zip(
             waiting.completions, waiting.submissions, verdicts

@@ -118,7 +118,7 @@ class Judge:
     def _nonce(self, parsed):
         """One per program, not per sample: equal programs stay equal jobs, run once by the pool."""
         program = f"{parsed.code}\0{parsed.query}"
-        return hmac.new(self._secret, program.encode(), "sha256").hexdigest()[:24]
+        return hmac.new(self._secret, program.encode(errors="replace"), "sha256").hexdigest()[:24]
 
     def collect(self, submissions, deadline=None):
         """Verdicts in order.
@@ -143,7 +143,7 @@ class Judge:
         if self.gate and not parsed.format_ok:
             reward = 0.0
         elif status == "sandbox_error" or math.isnan(syntax_ok):
-            reward = math.nan
+            status, reward = "sandbox_error", math.nan
             components = dict.fromkeys(components, math.nan)
         if self.random_reward:
             coin = random.Random(f"{self.seed}/{problem.id}/{submission.sample}")

@@ -15,7 +15,7 @@ from batches import Sequence
 from metrics import rollout_metrics
 from runtime import distributed
 from sampler import Completion, Request
-from tasks import translate
+from tasks import faults, translate
 from tasks.data import in_passes
 from tasks.problems import Problem, program_messages
 from tasks.verdicts import Verdict
@@ -93,12 +93,13 @@ def sample_and_judge(run, count):
         """A prompt's completions are there: their programs run while others still sample."""
         for completion in completions:
             text = run.tokenizer.decode(completion.tokens)
-            submissions[index].append(run.judge.submit(problems[index], text, completion.sample))
+            submission = faults.submit(run.judge, problems[index], text, completion.sample)
+            submissions[index].append(submission)
 
     groups = run.sampler.generate(requests, on_done=start_programs)
     sampled = time.perf_counter()
     started = [submission for group in submissions for submission in group]
-    verdicts = run.judge.collect(started, settings.reward_deadline)
+    verdicts = faults.collect(run.judge, started, settings.reward_deadline)
     waited = time.perf_counter() - sampled
 
     completions = [completion for group in groups for completion in group]

@@ -33,9 +33,10 @@ from selfplay.judge import SolveJudge
 from selfplay.metrics import Scored, mean, play_metrics, right_or_wrong, verdicts_of
 from selfplay.parse import parse_proposal
 from selfplay.prompts import propose_prompt, solve_prompt
-from selfplay.proposals import begin, check, still_true
-from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle, Refused
+from selfplay.proposals import begin, check, reason_of, still_true
+from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle
 from selfplay.rewards import REFUSED, proposer_reward, read_setting
+from tasks import faults
 from tasks.multipl_e import TestJudge, load_benchmark
 from tasks.requests import benchmark_prompt
 from tasks.verdicts import ANSWER_END, Parsed, Verdict
@@ -425,9 +426,9 @@ def propose(play, step, proposals):
         asked = mine[i]
         try:
             entry = parse_proposal(text, asked.task, play.language, asked.program, asked.composed)
-        except Refused as refusal:
-            return begin(runner, Candidate(reason=refusal.reason))
-        return begin(runner, Candidate(entry))
+            return begin(runner, Candidate(entry))
+        except Exception as error:
+            return begin(runner, Candidate(reason=reason_of(error, asked.id)))
 
     prompts = [proposal.prompt for proposal in mine]
     sampled = sample_prompts(play, prompts, step * STEP, first_run)
@@ -488,14 +489,14 @@ def answer(play, puzzles, first_number, n=1):
     """n answers to every puzzle, judged -> list[Sample], puzzle by puzzle."""
 
     def submit(i, number, text):
-        return play.judge.submit(puzzles[i], text, number)
+        return faults.submit(play.judge, puzzles[i], text, number)
 
     prompts = [puzzle.question for puzzle in puzzles]
     sampled = sample_prompts(play, prompts, first_number, submit, n)
 
     started = time.perf_counter()
     submissions = [one.started for one in sampled]
-    verdicts = play.judge.collect(submissions, play.settings.reward_deadline)
+    verdicts = faults.collect(play.judge, submissions, play.settings.reward_deadline)
     play.waited += time.perf_counter() - started
 
     samples = []

@@ -10,11 +10,13 @@ stands in a program, and the right answer of a puzzle is in no process at all.
 import time
 from dataclasses import dataclass, replace
 
+from sandbox import SandboxError
 from sandbox.languages.calls import Running, wait
 from sandbox.languages.literals import read, read_one
 from sandbox.languages.values import same, write
 from selfplay.parse import value_of
 from selfplay.puzzles import Candidate, Refused
+from tasks import faults
 
 # Numbers of the runs, so that the pool's cache does not answer one with another's result.
 FIRST, SECOND, IDENTITY, LATER = 1, 2, 3, 4  # and, of `still_true`, LATER + step
@@ -32,6 +34,19 @@ class Trial:
     def refuse(self, reason):
         self.candidate = Candidate(reason=reason)
         self.values = None
+
+
+def reason_of(error, sample):
+    """Why a proposal is refused for which this was raised; what the judge did not expect is logged.
+
+    sample: what was judged, for the reader of the log. SandboxError is no sample's fault.
+    """
+    if isinstance(error, Refused):
+        return error.reason
+    if isinstance(error, SandboxError | OSError):
+        raise error
+    faults.note(error, sample)
+    return faults.FAULT
 
 
 def begin(runner, candidate):
@@ -87,8 +102,8 @@ def _gives(runner, running, entry):
     language = runner.language
     try:
         values = _values(runner, running)
-    except Refused as refusal:
-        return refusal.reason == "sandbox_error"
+    except Exception as error:
+        return reason_of(error, entry) == "sandbox_error"
     outputs = [read_one(text, language) for text in entry.outputs]
     return all(same(a, b, language) for a, b in zip(values, outputs, strict=True))
 
@@ -107,8 +122,8 @@ def _read_first(runner, trial):
         return
     try:
         trial.values = _values(runner, trial.running)
-    except Refused as refusal:
-        trial.refuse(refusal.reason)
+    except Exception as error:
+        trial.refuse(reason_of(error, trial.candidate))
 
 
 def _begin_second(runner, trial):
@@ -123,8 +138,8 @@ def _compare_second(runner, trial, running):
         return
     try:
         again = _values(runner, running)
-    except Refused as refusal:
-        is_masked = refusal.reason == "sandbox_error"
+    except Exception as error:
+        is_masked = reason_of(error, trial.candidate) == "sandbox_error"
         trial.refuse("sandbox_error" if is_masked else "not_deterministic")
         return
 
@@ -162,7 +177,8 @@ def _returned(outcome, value, language):
         return "sandbox_error"
     try:
         is_same = same(value_of(outcome, language), value, language)
-    except Refused:
+    except Exception as error:
+        reason_of(error, value)
         is_same = False
     return "ok" if is_same else "no_round_trip"
 

@@ -37,6 +37,7 @@ REASONS = {
     "crash": "",
     "compile_error": "",
     "sandbox_error": "the sandbox could not judge: masked, not refused",
+    "judge_fault": "the judge failed on it (tasks/faults.py)",
 }
 # Refused for what the completion looks like; no_output is a solver's, the others are in REASONS.
 OUT_OF_FORM = ("format", "no_program", "no_input", "no_output", "few_inputs", "no_message")

@@ -9,6 +9,7 @@ import collections.abc
 import hashlib
 import io
 import json
+import operator
 import signal
 import sys
 import time
@@ -105,7 +106,7 @@ def decode(coded):
         case "dict":
             return {decode(key): decode(item) for key, item in parts}
         case "ratio":
-            return Fraction(*parts)
+            return Fraction(*map(operator.index, parts))  # of texts it would take "1e999999999"
         case "long":
             return " ".join(map(str, coded))
         case "other":

@@ -7,6 +7,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import runtime.cpu  # noqa: F401 (before torch)
 
+# A judge that fails on a sample is a bug to see here, in the programs that tests start too.
+os.environ.setdefault("RARECODE_FAULTS", "raise")
+
 # isort: split
 
 import pytest

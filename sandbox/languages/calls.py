@@ -116,10 +116,7 @@ def input_text(arguments, language):
 
 def outcomes(result, nonce, count):
     """One Outcome for each of the `count` calls of a job that has ended."""
-    printed = result.stdout.decode(errors="surrogateescape")
-    pattern = rf"^{nonce} (\w+) (\d+) (.*?) {nonce}$"
-    lines = re.findall(pattern, printed, re.DOTALL | re.MULTILINE)
-
+    lines = _printed_lines(result.stdout.decode(errors="surrogateescape"), nonce)
     for kind, _, text in lines:
         if kind in STOPS:
             return [Outcome(kind, text)] * count
@@ -131,3 +128,21 @@ def outcomes(result, nonce, count):
         if int(number) < count:
             found[int(number)] = Outcome(kind, text)
     return found
+
+
+def _printed_lines(printed, nonce):
+    """[(kind, number, text)] of the harness's lines NONCE KIND NUMBER TEXT NONCE.
+
+    In linear time: where no end follows one beginning, none follows the next either.
+    """
+    begins = re.compile(rf"^{nonce} (\w{{1,20}}) ([0-9]{{1,9}}) ", re.MULTILINE)
+    ends = re.compile(rf" {nonce}$", re.MULTILINE)
+    lines = []
+    begun = begins.search(printed)
+    while begun:
+        ended = ends.search(printed, begun.end())
+        if ended is None:
+            break
+        lines.append((begun[1], begun[2], printed[begun.end() : ended.start()]))
+        begun = begins.search(printed, ended.end())
+    return lines

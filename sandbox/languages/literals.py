@@ -8,6 +8,7 @@ literals. What enters a program is never that text but values.write() of what wa
 that closes the call and goes on cannot pass.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -54,12 +55,18 @@ def read(text, language):
     if len(text) > MAX_TEXT:
         raise ValueError(f"the value has more than {MAX_TEXT} characters")
 
-    reader_of = {"lists": _ListReader, "brackets": _BracketReader}
-    found = reader_of[table["family"]](text, table).sequence()
+    found = _values(text, table)
     for value in found:
-        # What cannot be written (an infinite float, a control character) is not a value either.
-        write(value, language)
+        # What cannot be written (a control character) and read again (31 levels) is no value either.
+        again = _values(write(value, language), table)
+        if [key_of(one, table) for one in again] != [key_of(value, table)]:
+            raise ValueError(f"{text[:20]!r} has no literal that means the same")
     return found
+
+
+def _values(text, table):
+    reader_of = {"lists": _ListReader, "brackets": _BracketReader}
+    return reader_of[table["family"]](text, table).sequence()
 
 
 def read_one(text, language):
@@ -81,13 +88,14 @@ def _number(text, table):
 
     if not _NUMBER.fullmatch(text):
         return None
-    if not re.fullmatch(r"[-+]?\d+", text):
-        return float(text)
-
-    value = int(text)
+    is_whole = re.fullmatch(r"[-+]?\d+", text)
     bits = table.get("integer_bits")
-    if bits and not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
-        return float(text)  # Lua: a longer numeral is a float
+    if is_whole and (not bits or -(2 ** (bits - 1)) <= int(text) < 2 ** (bits - 1)):
+        return int(text)
+
+    value = float(text)  # also a longer numeral of Lua
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is more than any float")
     return value
 
 
