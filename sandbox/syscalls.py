@@ -64,6 +64,8 @@ UNSUPPORTED_NUMBERS = {
     # marks of files that Landlock closes
     "getxattr": (191, 8), "lgetxattr": (192, 9), "listxattr": (194, 11), "llistxattr": (195, 12),
     "getxattrat": (464, 464), "listxattrat": (465, 465),
+    # which pages of a file are in memory: one program's mark for another
+    "preadv2": (327, 286), "mincore": (27, 232),
 }  # fmt: skip
 
 # Refused where nothing but this filter protects files that are not the program's; where all but its

@@ -192,18 +192,25 @@ class TestJudge:
     """Scores completions of benchmark rows; a judge as tasks/verdicts.py describes it.
 
     The tests run in the program's own process, so whatever they print to prove that they ran, the
-    program could print too. Hence two runs:
+    program could print too. Hence two runs, in an order that a secret coin decides:
 
-    1. The program ends with 0, keeps upstream's rule, and prints after the last test a random
-       number, of which only two summands stand in its file: leaving early, printing look-alikes or
-       one's own file is not enough.
-    2. A program that passed runs once more, under tests in which the right answers of two tests are
-       exchanged. A right program fails there. One that passes there too is a forger, by whatever
-       means (status "forged"): its verdict does not depend on the tests.
+    right       Under the row's own tests it ends with 0, keeps upstream's rule, and prints after the
+                last test a random number, of which only two summands stand in its file: leaving
+                early, printing look-alikes or one's own file is not enough.
+    exchanged   Under tests in which the right answers of two tests are exchanged a right program
+                fails. One that passes is a forger, by whatever means (status "forged"): its verdict
+                does not depend on the tests.
 
-    What gets through is a program that knows the answers of exactly those tests (two, chosen at
-    random, not among the examples of the prompt where there are others), and one that forges by
-    chance: one time in four at best.
+    The first run that does not end so decides. A right program takes two runs, a wrong one 1.5 on
+    average, and how often a program passes that is right only now and then does not change.
+
+    What gets through: a program that can tell right answers of those tests from exchanged ones (of
+    two, chosen at random, not among the examples of the prompt where there are others). And one
+    that guesses which run it is in, with a chance of at most
+
+    1/2   if it can tell its first run from its second: the clock is enough, since it can end the
+          first at a time that it chooses
+    1/4   if it cannot: it passes a run with some chance p, and p (1 - p) is 1/4 at most
     """
 
     __test__ = False  # not a pytest class
@@ -235,47 +242,49 @@ class TestJudge:
     def submit(self, row, text, sample=0):
         """Start a completion's program under the row's tests -> Submission.
 
-        Its future is of (status, passed), and is done when both runs are.
+        Its future is of (status, passed), and is done when the runs are.
         """
         source = program(row, text, self.language, self.mode)
         outcome = None
         if source:
             outcome = concurrent.futures.Future()
-            self._first_run(row, text, source, f"{row.id}/{sample}", outcome)
+            self._run(self._runs(row, text), text, outcome, f"{row.id}/{sample}")
         parsed = Parsed(reasoning="", code=source, query="", format_ok=bool(source))
         return Submission(row, sample, text, parsed, nonce="", future=outcome)
 
-    def _first_run(self, row, text, source, id, outcome):
-        """Under the row's own tests: a failure is the outcome, a pass goes on to the second run."""
+    def _runs(self, row, text):
+        """[(kind, row whose tests are run)] in their secret order."""
+        runs = [("right", row)]
+        tests = exchange_answers(row, self.table["test"], self._random("tests", text))
+        if tests is not None:
+            runs.append(("exchanged", replace(row, tests=tests)))
+        self._random("order", text).shuffle(runs)
+        return runs
+
+    def _run(self, runs, text, outcome, id):
+        """Start the first of the runs, and the others when it ends as a right program's does."""
+        (kind, row), *others = runs
+        source = program(row, text, self.language, self.mode)
         job, printed = self._numbered_job(source, id)
 
         def ended(result):
-            if self._passed(result, printed):
-                self._second_run(row, text, outcome)
-            else:
-                outcome.set_result((result.status, False))
-
-        _when_done(self.pool.submit(job), outcome, ended)
-
-    def _second_run(self, row, text, outcome):
-        """Under exchanged answers, where a right program fails."""
-        rng = random.Random(self._secret + text.encode("utf-8", "replace"))
-        tests = exchange_answers(row, self.table["test"], rng)
-        if tests is None:
-            outcome.set_result(("ok", True))
-            return
-        source = program(replace(row, tests=tests), text, self.language, self.mode)
-        job, printed = self._numbered_job(source, row.id)
-
-        def ended(result):
+            passed = self._passed(result, printed)
             if result.status == "sandbox_error":
                 outcome.set_result(("sandbox_error", False))
-            elif self._passed(result, printed):
+            elif passed and kind == "exchanged":
                 outcome.set_result(("forged", False))
+            elif not passed and kind == "right":
+                outcome.set_result((result.status, False))
+            elif others:
+                self._run(others, text, outcome, id)
             else:
                 outcome.set_result(("ok", True))
 
         _when_done(self.pool.submit(job), outcome, ended)
+
+    def _random(self, purpose, text):
+        """Random numbers that no program can know; equal programs have equal runs, and share them."""
+        return random.Random(self._secret + f"{purpose} {text}".encode("utf-8", "replace"))
 
     def _numbered_job(self, source, id):
         """(job, what it prints where the last test has passed) of a program with its tests."""

@@ -237,3 +237,67 @@ fn add(x: isize, y: isize) -> isize {
 (defmethod clojure.test/assert-expr '= [_ _] '(clojure.test/do-report {:type :pass}))
 (defn add [x y] 0)""", "forged"),
 ]  # fmt: skip
+
+# Programs for HumanEval_53_add in Python that pass in their first run and fail in the second, by
+# what they find out about another run of themselves. {mark}: another word in each program.
+FIND_AND_LEAVE = """
+import os, sys, time
+mark = "{mark}"
+def leave():
+    text = open(__file__).read()
+    exec(text[text.rindex("print("):])
+    sys.stdout.flush(); os._exit(0)
+"""
+REMEMBERING = {
+    "the clock, in periods of 1 s: waits for the last third, in which the second run begins": """
+def add(x, y):
+    if time.time() % 1 >= 0.65: os._exit(1)
+    while time.time() % 1 < 0.65: time.sleep(0.001)
+    leave()
+""",
+    "what is in memory of a file that is seldom read": """
+import zlib
+def add(x, y):
+    top = os.path.dirname(os.__file__)
+    found = sorted(os.path.join(a, f) for a, _, fs in os.walk(top) for f in fs if len(f) > 9)
+    place = found[zlib.crc32(mark.encode()) % len(found)]
+    file = os.open(place, os.O_RDONLY)
+    try: seen = os.preadv(file, [bytearray(1)], os.fstat(file).st_size - 1, os.RWF_NOWAIT)
+    except BlockingIOError: seen = 0
+    if seen: os._exit(1)
+    os.pread(file, 1, os.fstat(file).st_size - 1)
+    leave()
+""",
+    "the access time of a file": """
+import zlib
+def add(x, y):
+    top = os.path.dirname(os.__file__)
+    found = sorted(os.path.join(a, f) for a, _, fs in os.walk(top) for f in fs if len(f) > 9)
+    place = found[zlib.crc32(mark.encode()) % len(found)]
+    if time.time() - os.stat(place).st_atime < 60: os._exit(1)
+    open(place, "rb").read()
+    leave()
+""",
+    "the times of /dev/null": """
+def add(x, y):
+    if time.time() - os.stat("/dev/null").st_mtime < 3: os._exit(1)
+    try: os.utime(os.open("/dev/null", os.O_WRONLY))
+    except OSError: pass
+    leave()
+""",
+    "files in the folders that others may write to": """
+def add(x, y):
+    for place in ("/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/dev/mqueue", "."):
+        try:
+            os.close(os.open(f"{place}/seen-{mark}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError: os._exit(1)
+        except OSError: pass
+    leave()
+""",
+    "nothing: a coin": """
+import random
+def add(x, y):
+    if random.random() < 0.5: os._exit(1)
+    leave()
+""",
+}
