@@ -112,7 +112,8 @@ class Judge:
         check = None
         if has_code and "syntax" in self.components:
             command = [word.replace("{nonce}", nonce) for word in self.language.check]
-            check = self.pool.submit(Job(name, {file: parsed.code}, run=command))
+            code = with_header(parsed.code, self.language)
+            check = self.pool.submit(Job(name, {file: code}, run=command))
         return Submission(problem, sample, text, parsed, nonce, future, check)
 
     def _nonce(self, parsed):

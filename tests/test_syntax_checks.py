@@ -16,6 +16,16 @@ BROKEN = "\n(((] this is } no program ][ \" '"  # in no language
 LEAVERS = {
     "bash": ["exit 0"],
     "javascript": ["process.exit(0)", "#!/usr/bin/env node --help"],
+    "elixir": ["System.halt(0)", "#!/usr/bin/env elixir -v", "exit(:normal)"],
+    "go": ["package main\nfunc init() {}\n//go:build ignore", "//go:build ignore"],
+    "haskell": [
+        "{-# LANGUAGE TemplateHaskell #-}\nimport Language.Haskell.TH.Syntax\n"
+        "import System.Exit\nimport System.Posix.Process\n"
+        "$(runIO (exitImmediately ExitSuccess) >> return [])",
+        "{-# OPTIONS_GHC -F -pgmF /bin/true #-}",
+        "{-# OPTIONS_GHC --version #-}",
+        "{-# LANGUAGE CPP #-}\n#if 0",
+    ],
     "julia": ["exit(0)", "#=\n=#exit()", "@eval exit(0)", "__precompile__(exit(0))"],
     "lisp": ["(sb-ext:exit)", "#.(sb-ext:exit :code 0)", "(eval-when (:compile-toplevel) (exit))"],
     "lua": ["os.exit(0)", "#!/usr/bin/lua -v"],
@@ -32,6 +42,13 @@ LEAVERS = {
         "return 1;",
         "} return 1; {",
         "#!/usr/bin/perl -v",
+    ],
+    "php": [
+        "<?php exit(0);",
+        "<?php __halt_compiler();",
+        "<?php __HALT_COMPILER /**/ ();",
+        "#!/usr/bin/php -v\n<?php",
+        "exit(0);",  # without the line that makes it a program, all would be text to print
     ],
     "prolog": [
         ":- halt.",
@@ -106,3 +123,11 @@ def test_nothing_in_a_program_ends_its_check_early(name, pool):
     found, results = checked(pool, language, programs)
     passed = [case for case, one in zip(zip(programs, results), found, strict=True) if one]
     assert not passed, passed
+
+
+@pytest.mark.parametrize("name", ["c", "javascript", "lua", "perl", "prolog", "python", "racket"])
+def test_a_program_of_nothing_but_comments_has_right_syntax(name, pool):
+    """As each language has it. Who rewards syntax alone also pays for `1`."""
+    language = language_with_check(name)
+    found, results = checked(pool, language, [f"{language.comment} nothing"])
+    assert found == [1.0], results
