@@ -253,7 +253,7 @@ class Launcher:
 
         disk = None
         if not self.bounded and self.level != "portable":
-            disk = Disk(self.folder, WORK_BYTES, WORK_FILES, self.user)
+            disk = Disk(self.folder, WORK_BYTES, WORK_FILES, stage["file_size"], self.user)
         program = Program(pid, stage, (out, err), reports, disk, started)
         program.wait(self.channel)
         if self.guard:

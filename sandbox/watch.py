@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import time
 
@@ -459,15 +460,18 @@ def _read(path):
 class Disk:
     """Bound for a work folder that is not a file system of its own.
 
-    It looks at the bytes written, at what a walk finds and at the open files that no walk finds.
-    size: bytes. files: how many, folders included.
+    It looks at the bytes written, at what a walk finds and at open and mapped files that no walk
+    finds. The program goes on meanwhile: what it takes out of a walk's way is missing in that one,
+    so each file counts by itself and ten walks a second are made.
+    size: bytes. files: how many, folders included. largest: bytes that one file may have.
     user: whom programs run as; None: as this process.
     """
 
-    def __init__(self, folder, size, files, user):
+    def __init__(self, folder, size, files, largest, user):
         self.folder = folder
         self.size = size
         self.files = files
+        self.largest = largest
         self.user = user
         self.device = os.stat(folder).st_dev
 
@@ -486,38 +490,62 @@ class Disk:
             return True
         size = self._unlinked(tree)
         files = 0
-        for taken in _sizes(self.folder, None):
-            size += taken
+        linked = set()  # files of several names, which are counted once
+        for inode, names, taken in _files(self.folder, None):
+            if inode not in linked:
+                size += taken
+            if names > 1:
+                linked.add(inode)
             files += 1
             if size > self.size or files > self.files:
                 return True
-        return False
+        return size > self.size
 
     def _unlinked(self, tree):
-        """Bytes of the files without a name that these processes have open."""
+        """Bytes of the files without a name that these processes have open or mapped.
+
+        How large a file is that is only mapped nobody may see: it counts as one of the largest.
+        """
         sizes = {}
         with isolation.looking_as(self.user):
             for pid in tree:
                 for info in _open_files(pid):
                     if info.st_nlink == 0 and info.st_dev == self.device:
                         sizes[info.st_ino] = info.st_blocks * 512
+            for pid in tree:
+                for inode in _mapped_files(pid, self.folder):
+                    sizes.setdefault(inode, self.largest)
         return sum(sizes.values())
 
 
 def _open_files(pid):
     """What os.stat says of each descriptor of a process."""
+    names = []
     with contextlib.suppress(OSError):  # it ended meanwhile
-        for name in os.listdir(f"/proc/{pid}/fd"):
+        names = os.listdir(f"/proc/{pid}/fd")
+    for name in names:
+        with contextlib.suppress(OSError):  # it was closed meanwhile
             yield os.stat(f"/proc/{pid}/fd/{name}")
 
 
-def _sizes(name, parent, depth=0):
-    """Bytes of each file and folder below a folder, hidden ones too.
+def _mapped_files(pid, folder):
+    """Inode of each file below a folder that a process has mapped and that has no name any more."""
+    below = f"{folder}/".encode()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:  # or it has ended
+        for line in file:
+            fields = line.split(maxsplit=5)  # addresses, rights, offset, device, inode, path
+            path = fields[-1]
+            if path.startswith(below) and path.endswith(b" (deleted)\n"):
+                yield int(fields[4])
+
+
+def _files(name, parent, depth=0):
+    """(inode, number of names, bytes) of each file and folder below a folder, hidden ones too.
 
     By descriptors: no path can name what lies very deep. What is too deep is infinitely large.
     """
     if depth > _DEEPEST:
-        yield math.inf
+        yield 0, 1, math.inf
         return
     try:
         place = _open_folder(name, parent)
@@ -526,11 +554,22 @@ def _sizes(name, parent, depth=0):
     try:
         with contextlib.suppress(OSError), os.scandir(place) as entries:
             for entry in entries:
-                yield entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _sizes(entry.name, place, depth + 1)
+                info = _still_there(entry)
+                if info is None:
+                    continue
+                yield info.st_ino, info.st_nlink, info.st_blocks * 512
+                if stat.S_ISDIR(info.st_mode):
+                    yield from _files(entry.name, place, depth + 1)
     finally:
         os.close(place)
+
+
+def _still_there(entry):
+    """What os.stat says of an entry; None when it has another name by now, or none."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except OSError:
+        return None
 
 
 def _open_folder(name, parent):

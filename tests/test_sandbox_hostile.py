@@ -262,6 +262,18 @@ def test_without_namespaces_the_kernel_level_is_whole():
 
 
 @needs_kernel
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")
+def test_without_namespaces_files_in_memory_are_bounded(monkeypatch):
+    """Where nothing counts the bytes that were written: as with a /tmp in memory."""
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    before = [python_for_all(), REFUSE, "namespaces"]
+    for only in ("fill_disk", "one_file"):
+        options = ["--level", "kernel", "--language", "python", "--only", only]
+        attack(*options, user=normal_user(), before=before)
+
+
+@needs_kernel
 def test_without_namespaces_there_is_no_namespaces_level():
     ran = run_refused("namespaces", "--level", "namespaces")
     assert ran.returncode == 1

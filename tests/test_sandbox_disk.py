@@ -1,0 +1,88 @@
+"""What bounds a work folder that is no file system of its own: every file counts, and once."""
+
+import ctypes
+import mmap
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "sandbox"))  # as the launcher does
+import watch
+
+BLOCK = 1 << 20
+libc = ctypes.CDLL(None)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Bound of 8 MiB and 100 files, each of 4 MiB at most."""
+    return watch.Disk(str(tmp_path), 8 * BLOCK, 100, 4 * BLOCK, None)
+
+
+def write(path, blocks):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(os.urandom(blocks * BLOCK))
+    return path
+
+
+def test_a_walk_goes_on_where_a_file_has_gone_meanwhile(disk, tmp_path, monkeypatch):
+    """A program that renames all the time must not hide what else is in the folder."""
+    bait = write(tmp_path / "bait", 0)
+    write(tmp_path / "large", 9)
+    listed = os.scandir
+
+    @contextmanager
+    def bait_first(place):
+        with listed(place) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        bait.unlink()
+        yield iter(found)
+
+    monkeypatch.setattr(os, "scandir", bait_first)
+    assert disk.exceeded(0, [])
+
+
+def test_a_file_of_many_names_counts_once(disk, tmp_path):
+    """20 names of 1 MiB are 1 MiB; with 8 more there are 9."""
+    path = write(tmp_path / "x", 1)
+    for number in range(20):
+        (tmp_path / f"name{number}").hardlink_to(path)
+    assert not disk.exceeded(0, [])
+    write(tmp_path / "folder" / "y", 8)
+    assert disk.exceeded(0, [])
+
+
+def test_a_file_counts_that_has_no_name_and_is_open(disk, tmp_path):
+    path = write(tmp_path / "x", 9)
+    with path.open("rb"):
+        path.unlink()
+        assert disk.exceeded(0, [os.getpid()])
+    assert not disk.exceeded(0, [os.getpid()])
+
+
+def test_a_file_counts_that_has_no_name_and_is_mapped(disk, tmp_path):
+    """As one of the largest, whatever it has: two are 8 MiB, three are 12."""
+    mapped = []
+    for number in range(3):
+        path = write(tmp_path / f"x{number}", 1)
+        with path.open("r+b") as file:
+            mapped.append(map_alone(file.fileno()))
+        path.unlink()
+        assert disk.exceeded(0, [os.getpid()]) == (number == 2)
+    for one in mapped:
+        unmap(one)
+    assert not disk.exceeded(0, [os.getpid()])
+
+
+def map_alone(descriptor):
+    """Address of a page of a file, of which no descriptor is kept (mmap.mmap keeps one)."""
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p] + [ctypes.c_long] * 5
+    return libc.mmap(None, mmap.PAGESIZE, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+
+
+def unmap(address):
+    libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE))
