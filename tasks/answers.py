@@ -20,8 +20,8 @@ PRINTED_NUMBER = r"-?\d+(\.\d+)?(e[+-]\d+)?"
 _SMALLEST = Fraction(1, 10**3)  # answers nearer to 0 are compared as if they were this large
 
 _WRITTEN = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
-_OUTPUT_INTEGER = re.compile(r"[-+]?\d+")
-_OUTPUT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_OUTPUT_INTEGER = re.compile(r"[-+]?\d+", re.ASCII)
+_OUTPUT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 # ---- numbers ----
@@ -89,9 +89,9 @@ def same_value(value, expected):
     if isinstance(value, Symbol) and value.name in ("true", "false"):
         value = value.name == "true"
 
-    # nil is false, null and the empty list; Lua's {} is an empty list and an empty object.
+    # nil is null and the empty list, and of Lisp false; Lua's {} is an empty list and object.
     if _is_nothing(value) and _is_empty(expected):
-        return True
+        return expected is not False or value == []  # a Python that returns nothing says nothing
     # A truth value is no number: Python's True == 1 must not count.
     if isinstance(expected, bool) or isinstance(value, bool):
         return value is expected

@@ -200,6 +200,9 @@ def test_numbers_are_the_same_exactly_or_within_a_millionth(value, answer, same)
         ([[]], [False], True),
         # but false is only false, and 0 and "" are something
         (False, [], False),
+        # what returns nothing does not say false; Lisp's nil, which is [] here, does
+        (None, False, False),
+        (EMPTY, False, False),
         (False, None, False),
         ([], 0, False),
         ([], "", False),
@@ -243,6 +246,7 @@ def test_same_value(value, expected, same):
         ("", "0", False),
         ("nan", "nan", True),
         ("Yes", "yes", False),
+        ("\u0663", "3", False),  # an Arabic digit
         ("9" * 5000, "9", False),  # Python reads no integer of more than 4300 digits
     ],
 )

@@ -32,7 +32,7 @@ from sandbox.languages.values import (
 MAX_DEPTH = 30  # levels of nesting
 MAX_TERMS = 3 * MAX_DEPTH  # operators of a Prolog term, members of a dotted list: each nests once
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d{1,4})?")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]{1,4})?")
 _ESCAPES = {
     "n": "\n",
     "t": "\t",
@@ -79,7 +79,7 @@ def read_one(text, language):
 def _number(text, table):
     """Exact value of a numeral: int, Fraction (in the language's notation) or float; else None."""
     ratio = table.get("ratio")
-    if ratio and re.fullmatch(rf"[-+]?\d+{re.escape(ratio)}\d+", text):
+    if ratio and re.fullmatch(rf"[-+]?[0-9]+{re.escape(ratio)}[0-9]+", text):
         above, below = text.split(ratio)
         if int(below) == 0:
             raise ValueError(f"{text} divides by zero")
@@ -88,7 +88,7 @@ def _number(text, table):
 
     if not _NUMBER.fullmatch(text):
         return None
-    is_whole = re.fullmatch(r"[-+]?\d+", text)
+    is_whole = re.fullmatch(r"[-+]?[0-9]+", text)
     bits = table.get("integer_bits")
     if is_whole and (not bits or -(2 ** (bits - 1)) <= int(text) < 2 ** (bits - 1)):
         return int(text)
@@ -251,7 +251,7 @@ class _BracketReader(_Reader):
 
         # Numbers.
         if ratio := table.get("ratio"):
-            if text := self.take(rf"[-+]?\d+{re.escape(ratio)}\d+(?!\w)"):
+            if text := self.take(rf"[-+]?[0-9]+{re.escape(ratio)}[0-9]+(?!\w)"):
                 return _number(text, table)
         if text := self.take(rf"{_NUMBER.pattern}(?![\w.])"):
             return _number(text, table)
