@@ -248,23 +248,27 @@ class TestJudge:
         outcome = None
         if source:
             outcome = concurrent.futures.Future()
-            self._run(self._runs(row, text), text, outcome, f"{row.id}/{sample}")
+            self._run(self._runs(row, text, source), outcome, f"{row.id}/{sample}")
         parsed = Parsed(reasoning="", code=source, query="", format_ok=bool(source))
         return Submission(row, sample, text, parsed, nonce="", future=outcome)
 
-    def _runs(self, row, text):
-        """[(kind, row whose tests are run)] in their secret order."""
-        runs = [("right", row)]
-        tests = exchange_answers(row, self.table["test"], self._random("tests", text))
+    def _runs(self, row, text, source):
+        """[(kind, whole program with its tests)] in their secret order.
+
+        Equal programs have equal runs, which the pool's cache runs once.
+        """
+        rng = random.Random(self._secret + source.encode("utf-8", "replace"))
+        runs = [("right", source)]
+        tests = exchange_answers(row, self.table["test"], rng)
         if tests is not None:
-            runs.append(("exchanged", replace(row, tests=tests)))
-        self._random("order", text).shuffle(runs)
+            exchanged = program(replace(row, tests=tests), text, self.language, self.mode)
+            runs.append(("exchanged", exchanged))
+        rng.shuffle(runs)
         return runs
 
-    def _run(self, runs, text, outcome, id):
+    def _run(self, runs, outcome, id):
         """Start the first of the runs, and the others when it ends as a right program's does."""
-        (kind, row), *others = runs
-        source = program(row, text, self.language, self.mode)
+        (kind, source), *others = runs
         job, printed = self._numbered_job(source, id)
 
         def ended(result):
@@ -276,20 +280,16 @@ class TestJudge:
             elif not passed and kind == "right":
                 outcome.set_result((result.status, False))
             elif others:
-                self._run(others, text, outcome, id)
+                self._run(others, outcome, id)
             else:
                 outcome.set_result(("ok", True))
 
         _when_done(self.pool.submit(job), outcome, ended)
 
-    def _random(self, purpose, text):
-        """Random numbers that no program can know; equal programs have equal runs, and share them."""
-        return random.Random(self._secret + f"{purpose} {text}".encode("utf-8", "replace"))
-
     def _numbered_job(self, source, id):
         """(job, what it prints where the last test has passed) of a program with its tests."""
-        # Numbers per program, not per sample: equal programs stay equal jobs, which the pool's
-        # cache runs once. Below 10**14, their sum is exact in a double.
+        # Numbers per program, not per sample: equal programs stay equal jobs. Below 10**14, their
+        # sum is exact in a double.
         digest = hmac.new(self._secret, source.encode("utf-8", "replace"), "sha256").digest()
         first = int.from_bytes(digest[:8], "big") % 10**14
         second = int.from_bytes(digest[8:16], "big") % 10**14

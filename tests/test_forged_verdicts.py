@@ -11,7 +11,7 @@ import pytest
 
 from forgers import FIND_AND_LEAVE, REMEMBERING
 from sandbox import Pool, Result
-from tasks.multipl_e import BenchmarkProblem, TestJudge
+from tasks.multipl_e import BenchmarkProblem, TestJudge, program
 
 ROW = BenchmarkProblem(
     id="humaneval/py/HumanEval_53_add",
@@ -27,6 +27,7 @@ def check(candidate):
 check(add)
 """,
     stop_tokens=("\ndef",),
+    entry="add",
 )
 SAMPLES = 4000
 
@@ -110,7 +111,10 @@ def test_equal_samples_have_equal_runs():
     """So that the pool's cache runs them once, and asking again gives no other coin."""
     judge = TestJudge(None, "python", "chat")
     text = "```python\ndef add(x, y): return 0\n```"
-    assert judge._runs(ROW, text) == judge._runs(ROW, text)
+    for prose in ("", "Here it is:\n", "So:\n"):
+        source = program(ROW, prose + text, judge.language, "chat")
+        runs = judge._runs(ROW, prose + text, source)
+        assert runs == judge._runs(ROW, text, program(ROW, text, judge.language, "chat"))
 
 
 @pytest.mark.slow

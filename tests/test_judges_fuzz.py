@@ -116,6 +116,7 @@ ADD = BenchmarkProblem(
     prompt='def add(x: int, y: int) -> int:\n    """Add two numbers."""\n',
     tests="def check(candidate):\n    assert candidate(0, 1) == 1\n    assert candidate(2, 3) == 5\n",
     stop_tokens=("\ndef", "\n#", "\nif", "\nclass"),
+    entry="add",
 )
 
 

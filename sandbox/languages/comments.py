@@ -47,11 +47,12 @@ def _starts(quotes, comment, opens):
 def _comment_end(program, start, opens, closes, nested):
     """Where a block comment ends that was opened just before `start`; the text's end if nowhere."""
     depth = 1
-    for mark in re.finditer(f"{re.escape(opens)}|{re.escape(closes)}", program[start:]):
+    marks = re.compile(f"{re.escape(opens)}|{re.escape(closes)}")
+    for mark in marks.finditer(program, start):
         if mark[0] == closes:
             depth -= 1
         elif nested:
             depth += 1
         if depth == 0:
-            return start + mark.end()
+            return mark.end()
     return len(program)
