@@ -30,7 +30,7 @@ class Unread(Submission):
 def submit(judge, problem, text, sample=0):
     """judge.submit, with an Unread submission where it fails.
 
-    SandboxError stays one: the call is wrong (a missing interpreter, a closed pool), not the sample.
+    SandboxError stays one: the call is wrong (no interpreter, a closed pool), not the sample.
     """
     try:
         return judge.submit(problem, text, sample)
@@ -43,7 +43,7 @@ def submit(judge, problem, text, sample=0):
 
 
 def collect(judge, submissions, deadline=None):
-    """judge.collect, one by one; a fault is one sample's verdict, and a sandbox's fault is masked."""
+    """judge.collect, one by one; a fault is one sample's verdict, a sandbox's is masked."""
     end = None if deadline is None else time.monotonic() + deadline
     verdicts = []
     for submission in submissions:
@@ -64,8 +64,8 @@ def note(error, sample):
     if kind not in _seen:
         _seen.add(kind)
         print(
-            f"{sample!s:.200} could not be judged and counts as wrong; later faults of this kind are only "
-            f"counted (sandbox/{FAULT}_frac):\n{traceback.format_exc()}",
+            f"{sample!s:.200} could not be judged and counts as wrong; later faults of this kind are "
+            f"only counted (sandbox/{FAULT}_frac):\n{traceback.format_exc()}",
             file=sys.stderr,
             flush=True,
         )
@@ -87,7 +87,7 @@ def _verdict(judge, submission, seconds):
 
 
 def _wrong(judge, submission):
-    """The judge's own verdict of an empty completion: wrong everywhere, at each judge's own price."""
+    """The judge's own verdict of an empty completion: wrong everywhere, at its own price."""
     empty = judge.submit(submission.problem, "", submission.sample)
     (verdict,) = judge.collect([empty])
     return replace(verdict, correct=False, status=FAULT)
