@@ -18,6 +18,7 @@ from sandbox import Job
 from sandbox.languages import language_of
 from sandbox.languages.definitions import last_defined
 from tasks.data import find_data, read_jsonl, take
+from tasks.fences import fenced_blocks
 from tasks.requests import answer_stops, begun_answer
 from tasks.verdicts import Parsed, Submission, Verdict
 from tasks.whole_programs import answer_code, whole_program
@@ -177,7 +178,7 @@ def program(row, text, language, mode):
     text = text[: min((place for place in stops if place >= 0), default=None)]
     if mode == "completion":
         return f"{row.prompt.rstrip()}{text}\n{row.tests}"
-    if mode == "think" and "</think>" not in text:
+    if mode == "think" and not fenced_blocks(text.partition("</think>")[2]):
         return ""
     if not text.startswith(("```", "~~~")):
         text = begun_answer(row, mode) + text

@@ -44,7 +44,7 @@ def answer_code(text, name, language):
         return defining_block(blocks, name, language).code.strip("\n")
     code = without_prose(answer)
     close = language.answer["tests"].get("close")
-    goes_on = code[:1].isspace() or (close and code.endswith(close))
+    goes_on = code.startswith(("  ", "\t")) or (close and code.endswith(close))
     return code if goes_on or find_definition(code, name, language) else ""
 
 
