@@ -1,1 +1,2 @@
-"""Measurements: python -m bench kernels|sampler|step|sandbox; bench.proof, plot, aot, memory."""
+"""Measurements: python -m bench kernels|sampler|step|sandbox; bench.proof, plot, aot,
+memory, predict."""
