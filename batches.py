@@ -5,12 +5,13 @@ already carries the step's one denominator (grpo.token_weights), so it does not 
 is cut.
 """
 
-import itertools
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
+from model import Segments, make_segments, ranges, to_device
 from runtime import distributed
 
 # ---- sequences and batches ----
@@ -18,10 +19,13 @@ from runtime import distributed
 
 @dataclass
 class Sequence:
-    """One prompt with its completion, and what the loss needs to know of it."""
+    """One prompt with its completion, and what the loss needs to know of it.
 
-    prompt: list[int]
-    tokens: list[int]  # of the completion, stop token included
+    Token ids may be given as lists; they are kept as int64 arrays.
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray  # of the completion, stop token included
     logprobs: list[float] | None = None  # the sampler's, one per completion token
     advantage: float | list[float] = 0.0  # of all tokens, or one for each
     group: int = 0  # number of its prompt, the same on all ranks
@@ -32,8 +36,17 @@ class Sequence:
     # The reference model's. One float: their mean, which is all that a whole sequence needs.
     ref_logprobs: list[float] | float | None = None
 
+    def __post_init__(self):
+        self.prompt = np.asarray(self.prompt, dtype=np.int64)
+        self.tokens = np.asarray(self.tokens, dtype=np.int64)
+
     def __len__(self):
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def prompt_key(self):
+        """Equal for equal prompts and in their order, as bytes that are fast to compare."""
+        return self.prompt.astype(">u4").tobytes()
 
 
 # For a rank that has nothing left while others still work: FSDP's collectives need every rank.
@@ -50,8 +63,7 @@ class Batch:
 
     tokens: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64
-    cu_seqlens: torch.Tensor  # [S + 1] int32, borders of the segments
-    parents: torch.Tensor | None  # [C] int64: prompt segments that the last C segments continue
+    segments: Segments
     predict: torch.Tensor  # [N] int64, the row of the hidden state that predicts each token
     targets: torch.Tensor  # [N] int64
     sequence: torch.Tensor  # [N] int64, the token's sequence by its number in the batch
@@ -64,8 +76,13 @@ class Batch:
     filler: bool  # stands in for a rank without work
 
     def to(self, device):
-        values = [getattr(self, field.name) for field in fields(self)]
-        return Batch(*[x.to(device) if torch.is_tensor(x) else x for x in values])
+        moved = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved.append(to_device(value, device) if torch.is_tensor(value) else value)
+        batch = Batch(*moved)
+        batch.segments = self.segments.to(device)
+        return batch
 
 
 # ---- packing ----
@@ -78,123 +95,103 @@ def micro_batches(sequences, token_budget, share_prompts=False):
     as the budget allows, and their prompt counts once. The order depends on the sequences alone, so
     the same work gives the same sums on every run.
     """
+    keys = {id(sequence): sequence.prompt_key for sequence in sequences}
     longest = {}  # prompt -> tokens of its longest sequence
     for sequence in sequences:
-        prompt = tuple(sequence.prompt)
+        prompt = keys[id(sequence)]
         longest[prompt] = max(longest.get(prompt, 0), len(sequence))
 
     def place(sequence):
-        if share_prompts:
-            return longest[tuple(sequence.prompt)], sequence.prompt, len(sequence)
-        return len(sequence)
+        prompt = keys[id(sequence)]
+        return (longest[prompt], prompt, len(sequence)) if share_prompts else len(sequence)
 
     parts = []
     used, prompt = token_budget, None
     for sequence in sorted(sequences, key=place):
-        prompt_is_there = share_prompts and sequence.prompt == prompt
+        prompt_is_there = share_prompts and keys[id(sequence)] == prompt
         cost = len(sequence.tokens) if prompt_is_there else len(sequence)
         if used + cost > token_budget:
             parts.append([])
             used, cost = 0, len(sequence)
         parts[-1].append(sequence)
         used += cost
-        prompt = sequence.prompt
+        prompt = keys[id(sequence)]
     return parts
 
 
 def packed_batches(parts, device, share_prompts=False):
-    """Every part packed, as many batches on every rank: one without work left gets fillers."""
+    """Every part packed, as many batches on every rank: one without work left gets fillers.
+
+    A part is packed when it is asked for. On a GPU that is while the one before it still runs, as
+    long as nobody has asked the device for a number.
+    """
     for number in range(distributed.largest(len(parts))):
-        if number < len(parts):
-            yield pack(parts[number], share_prompts).to(device)
-        else:
-            yield pack([FILLER], share_prompts).to(device)
+        part = parts[number] if number < len(parts) else [FILLER]
+        yield pack(part, share_prompts).to(device)
 
 
 def pack(sequences, share_prompts=False):
     """list[Sequence] -> Batch. The mask comes from lengths, so any stop token is in the loss.
 
-    Prompts of 2 and 1 and completions of 2 tokens: tokens [T=7], cu_seqlens [0, 4, 7], predict [1,
-    2, 4, 5]. With one prompt of 2 tokens, shared: tokens [T=6], cu_seqlens [0, 2, 4, 6], parents
-    [0, 0], predict [1, 2, 1, 4].
+    Prompts of 2 and 1 and completions of 2 tokens: segments of 4 and 3, predict [1, 2, 4, 5]. With
+    one prompt of 2 tokens, shared: segments of 2, 2 and 2, predict [1, 2, 1, 4].
     """
-    layout = _shared(sequences) if share_prompts else _joined(sequences)
-    segments = layout.segments
-    lengths = torch.tensor([len(segment) for segment in segments])
-    ends = lengths.cumsum(0)
-    # Position of a token = its row - its segment's first row + the position of that first row.
-    shift = torch.tensor(layout.begins) - (ends - lengths)
-    counts = torch.tensor([len(sequence.tokens) for sequence in sequences])
+    counts = np.array([len(sequence.tokens) for sequence in sequences])
+    prompts = [sequence.prompt for sequence in sequences]
+    completions = [sequence.tokens for sequence in sequences]
+
+    if share_prompts:
+        # Distinct prompts in the order of first use, then the completions.
+        numbers = {}
+        for sequence in sequences:
+            numbers.setdefault(sequence.prompt_key, (len(numbers), sequence.prompt))
+        parents = np.array([numbers[sequence.prompt_key][0] for sequence in sequences])
+        roots = [prompt for _, prompt in numbers.values()]
+        pieces = [*roots, *completions]
+        lengths = np.array([len(piece) for piece in pieces])
+        ends = lengths.cumsum()
+        first = ends[len(roots) :] - counts
+        # Position of a segment's first token; the row that predicts a sequence's first token.
+        begins = np.concatenate([np.zeros(len(roots), dtype=np.int64), lengths[parents]])
+        before = ends[parents] - 1
+    else:
+        parents = None
+        pieces = [piece for pair in zip(prompts, completions) for piece in pair]
+        lengths = counts + [len(prompt) for prompt in prompts]
+        ends = lengths.cumsum()
+        first = ends - counts
+        begins = np.zeros_like(lengths)
+        before = first - 1
+
+    # A token is predicted by the row before its own, the first of a completion by its prompt's last.
+    predict = ranges(first - 1, counts)
+    predict[counts.cumsum() - counts] = before
 
     old = [sequence.old_logprobs or sequence.logprobs for sequence in sequences]
     return Batch(
-        tokens=torch.tensor([token for segment in segments for token in segment]),
-        positions=torch.arange(int(ends[-1])) + torch.repeat_interleave(shift, lengths),
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), ends.int()]),
-        parents=layout.parents,
-        predict=torch.tensor(layout.predict),
-        targets=torch.tensor([token for sequence in sequences for token in sequence.tokens]),
-        sequence=torch.repeat_interleave(torch.arange(len(sequences)), counts),
-        sampler_logprobs=_per_token(sequences, [sequence.logprobs for sequence in sequences]),
-        old_logprobs=_per_token(sequences, old),
-        ref_logprobs=_per_token(sequences, [sequence.ref_logprobs for sequence in sequences]),
-        advantages=_per_token(sequences, [sequence.advantage for sequence in sequences]),
-        weights=_per_token(sequences, [sequence.weight for sequence in sequences]),
+        tokens=torch.from_numpy(np.concatenate(pieces)),
+        positions=torch.from_numpy(ranges(begins, lengths)),
+        segments=make_segments(lengths, parents),
+        predict=torch.from_numpy(predict),
+        targets=torch.from_numpy(np.concatenate(completions)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)),
+        sampler_logprobs=_per_token([x.logprobs for x in sequences], counts),
+        old_logprobs=_per_token(old, counts),
+        ref_logprobs=_per_token([x.ref_logprobs for x in sequences], counts),
+        advantages=_per_token([x.advantage for x in sequences], counts),
+        weights=_per_token([x.weight for x in sequences], counts),
         count=len(sequences),
         filler=sequences[0] is FILLER,
     )
 
 
-@dataclass
-class _Layout:
-    """Where tokens stand in a batch."""
-
-    segments: list[list[int]]
-    begins: list[int]  # position of each segment's first token
-    parents: torch.Tensor | None
-    predict: list[int]  # rows that predict the completion tokens
-
-
-def _joined(sequences):
-    """Prompt and completion as one segment."""
-    segments = []
-    predict = []
-    end = 0
-    for sequence in sequences:
-        segments.append([*sequence.prompt, *sequence.tokens])
-        end += len(sequence)
-        predict += range(end - len(sequence.tokens) - 1, end - 1)
-    return _Layout(segments, [0] * len(sequences), None, predict)
-
-
-def _shared(sequences):
-    """Distinct prompts, then completions; a first token is predicted by its prompt's last row."""
-    numbers = {}  # prompt -> its number, in the order of first use
-    parents = [numbers.setdefault(tuple(x.prompt), len(numbers)) for x in sequences]
-    prompt_ends = list(itertools.accumulate(len(prompt) for prompt in numbers))
-
-    segments = [list(prompt) for prompt in numbers]
-    begins = [0] * len(numbers)
-    predict = []
-    start = prompt_ends[-1]
-    for sequence, parent in zip(sequences, parents):
-        segments.append(sequence.tokens)
-        begins.append(len(sequence.prompt))
-        end = start + len(sequence.tokens)
-        predict += [prompt_ends[parent] - 1, *range(start, end - 1)]
-        start = end
-    return _Layout(segments, begins, torch.tensor(parents), predict)
-
-
-def _per_token(sequences, values):
+def _per_token(values, counts):
     """One fp32 value per completion token: a list as it is, a number for all, None for 0."""
-    column = []
-    for sequence, value in zip(sequences, values):
-        if isinstance(value, list):
-            column += value
-        else:
-            column += [value or 0.0] * len(sequence.tokens)
-    return torch.tensor(column, dtype=torch.float32)
+    columns = []
+    for value, count in zip(values, counts):
+        column = value if isinstance(value, list) else np.full(count, value or 0.0)
+        columns.append(np.asarray(column, dtype=np.float32))
+    return torch.from_numpy(np.concatenate(columns))
 
 
 # ---- gradient and step ----
@@ -263,13 +260,18 @@ def score(model, sequences, token_budget, device, temperature=1.0, share_prompts
     A collective: every rank takes part, whatever it has to score.
     """
     parts = micro_batches(sequences, token_budget, share_prompts)
+    batches = packed_batches(parts, device, share_prompts)
+    logprobs = [model(batch, temperature)[0] for batch in batches]
+    if not parts:
+        return []
+
+    # Read once, at the end; a filler's come after all others.
+    column = torch.cat(logprobs).tolist()
     found = {}
-    for number, batch in enumerate(packed_batches(parts, device, share_prompts)):
-        logprobs, _ = model(batch, temperature)
-        if batch.filler:
-            continue
-        part = parts[number]
-        rows = logprobs.split([len(sequence.tokens) for sequence in part])
-        for sequence, row in zip(part, rows):
-            found[id(sequence)] = row.tolist()
+    start = 0
+    for part in parts:
+        for sequence in part:
+            end = start + len(sequence.tokens)
+            found[id(sequence)] = column[start:end]
+            start = end
     return [found[id(sequence)] for sequence in sequences]

@@ -24,7 +24,7 @@ from kernels.attention import shared_prefix_attention
 from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
-from model import CausalAttention
+from model import CausalAttention, make_segments
 from runtime.exact import attend_to_pages, exact_linear
 
 # Rows of the CUDA graphs, then every 64: few graphs to record, at most a third of the rows dead
@@ -192,8 +192,7 @@ class Decoder:
         tables = page_table.int().to(device)
         tables = tables[sequence.to(device)]
         seen = (positions + 1).int()
-        ends = F.pad(lengths.cumsum(0), (1, 0))
-        causal = CausalAttention(self.config, ends.to(device, torch.int32))
+        causal = CausalAttention(self.config, make_segments(lengths).to(device))
 
         def attend(index, qkv, bias, cos, sin):
             q = self._write(index, qkv, bias, cos, sin, slots)

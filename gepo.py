@@ -282,8 +282,8 @@ def packed_groups(model, groups, total, settings, device):
             continue
         rewards = rewards.view(-1, size)
         backward(settings.gepo * losses_of(rewards, settings).sum() / total)
-        found += rewards.tolist()
-    return found
+        found.append(rewards.detach())
+    return torch.cat(found).tolist() if found else []
 
 
 def serial_groups(model, groups, total, settings, device):

@@ -9,12 +9,13 @@ save (runtime/hugging_face.py).
 import inspect
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.layers import add_rms_norm, apply_rope, rms_norm, rope_tables, swiglu
+from kernels.layers import add_rms_norm, rms_norm, rope_tables, rotated_qkv, swiglu
 from kernels.linear import fast_linear
 from kernels.logprob import token_logprobs
 
@@ -213,18 +214,13 @@ class Model(nn.Module):
         The head is inside the forward, where FSDP has its weight gathered; logits [T, V] never
         exist.
         """
-        hidden = self.hidden(batch.tokens, batch.positions, batch.cu_seqlens, batch.parents)
+        hidden = self.hidden(batch.tokens, batch.positions, batch.segments)
         rows = hidden[batch.predict]
         return token_logprobs(rows, self.head_weight, batch.targets, temperature)
 
-    def hidden(self, tokens, positions, cu_seqlens, parents=None):
-        """Hidden states [T, D] after the final norm.
-
-        tokens, positions: [T] int64. cu_seqlens: [S + 1] int32, borders of the segments.
-        parents: [C] int64; the last C segments continue these earlier ones, so that a prompt is
-        computed once for all its completions.
-        """
-        attend = self.attention(self.config, cu_seqlens, parents)
+    def hidden(self, tokens, positions, segments):
+        """Hidden states [T, D] after the final norm; tokens, positions: [T] int64."""
+        attend = self.attention(self.config, segments)
         return self.decode(tokens, positions, attend, self.linear)
 
     def decode(self, tokens, positions, attend, linear):
@@ -249,79 +245,93 @@ class Model(nn.Module):
         return hidden
 
 
-def split_qkv(qkv, config):
-    """[T, (H + 2K) * hd] -> q [T, H, hd], k [T, K, hd], v [T, K, hd], as views."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    by_head = qkv.view(-1, heads + 2 * kv_heads, config.head_dim)
-    return by_head.split([heads, kv_heads, kv_heads], dim=1)
+@dataclass
+class Segments:
+    """How a packed batch is cut: which tokens see which.
+
+    Each token sees those before it in its segment. The last len(parents) segments also see the
+    whole of their parent segment, which is one of the others, so that a prompt is computed once
+    for all its completions. Lengths are known on the host, so that nobody has to ask the device.
+    """
+
+    lengths: np.ndarray  # [S] tokens of each segment
+    parents: np.ndarray | None  # [C]
+    keys: np.ndarray  # [S] tokens that the segment's last token sees
+    query_ends: torch.Tensor  # [S + 1] int32, borders of the segments
+    key_ends: torch.Tensor  # [S + 1] int32
+    # Rows of keys and values in the order in which segments see them; None: as they come.
+    seen: torch.Tensor | None
+
+    def to(self, device):
+        moved = [to_device(x, device) for x in (self.query_ends, self.key_ends, self.seen)]
+        return Segments(self.lengths, self.parents, self.keys, *moved)
+
+
+def make_segments(lengths, parents=None):
+    """Segments on the host.
+
+    Lengths 3, 2 and a child of length 1 whose parent is segment 1: keys 3, 2, 3; seen 0 1 2, 3 4,
+    3 4 5.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if parents is None:
+        return Segments(lengths, None, lengths, _ends(lengths), _ends(lengths), None)
+
+    parents = np.asarray(parents, dtype=np.int64)
+    roots = len(lengths) - len(parents)
+    keys = lengths.copy()
+    keys[roots:] += lengths[parents]
+
+    # The roots as they are, then for each child its parent's rows and its own.
+    starts = lengths.cumsum() - lengths
+    children = np.arange(roots, len(lengths))
+    pieces = np.stack([parents, children], 1).reshape(-1)
+    root_rows = np.arange(lengths[:roots].sum())
+    seen = np.concatenate([root_rows, ranges(starts[pieces], lengths[pieces])])
+    return Segments(lengths, parents, keys, _ends(lengths), _ends(keys), torch.from_numpy(seen))
+
+
+def _ends(lengths):
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+
+
+def ranges(first, counts):
+    """first[i] .. first[i] + counts[i] - 1 for every i, one after the other: int64 on the host."""
+    before = counts.cumsum() - counts
+    return np.arange(counts.sum()) + np.repeat(first - before, counts)
+
+
+def to_device(x, device):
+    """A tensor (or None) of the host on the device; to a GPU from pinned memory, without waiting."""
+    if x is None or torch.device(device).type != "cuda":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class CausalAttention:
-    """The training `attend`: causal within each packed segment.
+    """The training `attend`: causal within the segments of a packed batch."""
 
-    Flash varlen on CUDA, scaled-dot-product on CPU. The last len(parents) segments also see the
-    whole of their parent segment, which is one of the others.
-    """
-
-    def __init__(self, config, cu_seqlens, parents=None):
-        self.config = config
-        self.parents = parents
-        segments = FlashSegments if cu_seqlens.is_cuda else PaddedSegments
-        lengths = cu_seqlens.diff().long()
-        if parents is None:
-            self.roots = segments(lengths, lengths)
-            return
-
-        count = len(lengths) - len(parents)
-        roots = lengths[:count]
-        children = lengths[count:]
-        self.root_rows = int(cu_seqlens[count])
-        self.roots = segments(roots, roots)
-        self.children = segments(children, children + lengths[parents])
-        self.seen = seen_by_children(lengths, parents)
+    def __init__(self, config, segments):
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        on_cuda = segments.query_ends.is_cuda
+        self.mix = FlashSegments(segments) if on_cuda else PaddedSegments(segments)
 
     def __call__(self, index, qkv, bias, cos, sin):
         """qkv [T, (H + 2K) * hd] of any layer -> [T, H * hd]."""
-        if bias is not None:
-            qkv = qkv + bias
-        q, k, v = split_qkv(qkv, self.config)
-        q = apply_rope(q, cos, sin)
-        k = apply_rope(k, cos, sin)
-        if self.parents is None:
-            return self.roots(q, k, v).flatten(1)
-
-        rows, seen = self.root_rows, self.seen
-        roots = self.roots(q[:rows], k[:rows], v[:rows])
-        children = self.children(q[rows:], k[seen], v[seen])
-        return torch.cat([roots, children]).flatten(1)
-
-
-def seen_by_children(lengths, parents):
-    """Rows of keys that each child segment sees: its parent's, then its own, child after child.
-
-    lengths: of all segments, [S]. parents: [C], of the last C segments.
-    Lengths 3, 2 and a child of length 1 whose parent is segment 1 -> rows 3, 4, 5.
-    """
-    starts = lengths.cumsum(0) - lengths
-    index = torch.arange(len(lengths), device=lengths.device)
-    children = index[len(index) - len(parents) :]
-    segments = torch.stack([parents, children], 1).flatten()
-    return _ranges(starts[segments], lengths[segments])
+        q, k, v = rotated_qkv(qkv, bias, cos, sin, *self.heads)
+        return self.mix(q, k, v).flatten(1)
 
 
 class FlashSegments:
-    """Causal attention of packed segments on CUDA; called with q, k, v [T, heads, hd].
+    """Attention of packed segments on CUDA, in one call; called with q, k, v [T, heads, hd].
 
-    queries, keys: how many each segment has, int64 [S]. The queries are the last ones of their
-    segment: flash aligns the mask there.
+    The queries are the last ones of what their segment sees: flash aligns the mask there.
     """
 
-    def __init__(self, queries, keys):
-        ends_q = F.pad(queries.cumsum(0), (1, 0))
-        ends_k = F.pad(keys.cumsum(0), (1, 0))
-        longest_q = int(queries.max())
-        longest_k = int(keys.max())
-        self.packing = (ends_q.int(), ends_k.int(), longest_q, longest_k)
+    def __init__(self, segments):
+        self.seen = segments.seen
+        longest = (int(segments.lengths.max()), int(segments.keys.max()))
+        self.packing = (segments.query_ends, segments.key_ends, *longest)
 
         # Only CUDA needs it, and it is a recent part of torch.
         from torch.nn.attention.varlen import varlen_attn
@@ -333,40 +343,69 @@ class FlashSegments:
             self.options["enable_gqa"] = True
 
     def __call__(self, q, k, v):
+        if self.seen is not None:
+            k, v = k[self.seen], v[self.seen]
         return self.attend(q, k, v, *self.packing, **self.options)
 
 
 class PaddedSegments:
-    """FlashSegments on a CPU, in one call per layer instead of one per segment.
+    """FlashSegments on a CPU, in one or two calls per layer instead of one per segment.
 
-    256 sequences of a tiny model would otherwise be 256 small calls. Keys are padded on the left
-    and queries on the right, so that one mask tells padding and future apart; where the queries
-    are all of the segment, both are padded on the right and is_causal does, which is faster.
+    256 sequences of a tiny model would otherwise be 256 small calls. Segments that others continue
+    and those that continue them are two tables, so that neither is padded to the other's length.
+    """
+
+    def __init__(self, segments):
+        lengths, keys = segments.lengths, segments.keys
+        if segments.parents is None:
+            self.roots = PaddedTable(lengths, keys)
+            self.children = None
+            return
+        count = len(lengths) - len(segments.parents)
+        self.rows = int(lengths[:count].sum())
+        self.seen = segments.seen[self.rows :]
+        self.roots = PaddedTable(lengths[:count], keys[:count])
+        self.children = PaddedTable(lengths[count:], keys[count:])
+
+    def __call__(self, q, k, v):
+        if self.children is None:
+            return self.roots(q, k, v)
+        rows, seen = self.rows, self.seen
+        roots = self.roots(q[:rows], k[:rows], v[:rows])
+        return torch.cat([roots, self.children(q[rows:], k[seen], v[seen])])
+
+
+class PaddedTable:
+    """Causal attention of segments of unequal length in one call; queries, keys: [S] of each.
+
+    Keys are padded on the left and queries on the right, so that one mask tells padding and future
+    apart; where the queries are all of the segment, both are padded on the right and is_causal
+    does, which is faster.
     """
 
     def __init__(self, queries, keys):
         self.segments = len(queries)
         self.longest_q = int(queries.max())
         self.longest_k = int(keys.max())
-        first_q = torch.arange(self.segments) * self.longest_q
-        first_k = torch.arange(self.segments) * self.longest_k
+        first_q = np.arange(self.segments) * self.longest_q
+        first_k = np.arange(self.segments) * self.longest_k
 
         self.mask = None
-        if not torch.equal(queries, keys):
+        if not np.array_equal(queries, keys):
             padding = self.longest_k - keys
             first_k = first_k + padding
             # [segments, heads, rows of queries, columns of keys]
-            row = torch.arange(self.longest_q).view(1, 1, -1, 1)
-            column = torch.arange(self.longest_k).view(1, 1, 1, -1)
-            queries_there = queries.view(-1, 1, 1, 1)
+            row = np.arange(self.longest_q).reshape(1, 1, -1, 1)
+            column = np.arange(self.longest_k).reshape(1, 1, 1, -1)
+            queries_there = queries.reshape(-1, 1, 1, 1)
             last_seen = row + self.longest_k - queries_there
-            seen = (column >= padding.view(-1, 1, 1, 1)) & (column <= last_seen)
+            seen = (column >= padding.reshape(-1, 1, 1, 1)) & (column <= last_seen)
             # Rows of padding look at anything: their result is dropped.
-            self.mask = seen | (row >= queries_there)
+            self.mask = torch.from_numpy(seen | (row >= queries_there))
 
         # Row of each packed token in a [segments * longest] table.
-        self.place_q = _ranges(first_q, queries)
-        self.place_k = _ranges(first_k, keys)
+        self.place_q = torch.from_numpy(ranges(first_q, queries))
+        self.place_k = torch.from_numpy(ranges(first_k, keys))
 
     def __call__(self, q, k, v):
         out = F.scaled_dot_product_attention(
@@ -385,13 +424,6 @@ class PaddedSegments:
         rows = x.new_zeros(self.segments * longest, *x.shape[1:])
         rows = rows.index_copy(0, place, x)
         return rows.unflatten(0, (self.segments, longest)).transpose(1, 2)
-
-
-def _ranges(first, counts):
-    """first[i] .. first[i] + counts[i] - 1 for every i, one after the other."""
-    before = counts.cumsum(0) - counts
-    index = torch.arange(int(counts.sum()), device=counts.device)
-    return index + torch.repeat_interleave(first - before, counts)
 
 
 def random_model(config, seed=0, dtype=torch.float32, std=0.02):

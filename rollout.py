@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 import grpo
@@ -103,12 +104,13 @@ def sample_and_judge(run, count):
     waited = time.perf_counter() - sampled
 
     completions = [completion for group in groups for completion in group]
+    prompts = [np.asarray(request.prompt) for request in requests]
     samples = []
     for completion, verdict in zip(completions, shaped(verdicts, completions, settings)):
-        request = requests[completion.request]
+        number = completion.request
         tokens, logprobs = completion.tokens, completion.logprobs
-        sequence = Sequence(request.prompt, tokens, logprobs, group=request.id)
-        samples.append(Sample(problems[completion.request], completion, verdict, sequence))
+        sequence = Sequence(prompts[number], tokens, logprobs, group=requests[number].id)
+        samples.append(Sample(problems[number], completion, verdict, sequence))
 
     # What the sampler expects when it meets a problem again: it starts the longest first.
     for problem, group in zip(problems, groups):

@@ -283,11 +283,11 @@ def train_supervised(model, optimizer, sequences, settings, device, report=print
             logprobs, _ = model(batch)
             part_loss = -(batch.weights * logprobs).sum()
             backward(part_loss)
-            losses.append(float(part_loss.detach()))  # a filler's is 0
+            losses.append(part_loss.detach())  # a filler's is 0
 
         rate = learning_rate(step, settings.steps, settings.lr, settings.warmup, "cosine")
         take_step(model, optimizer, rate, settings.max_norm)
-        loss = sum(distributed.gather(losses))
+        loss = sum(distributed.gather(torch.stack(losses).tolist()))
         if step % 10 == 0 or step == settings.steps:
             seconds = time.perf_counter() - started
             report(f"warm start {step}/{settings.steps}  loss {loss:.3f}  {seconds:.0f}s")

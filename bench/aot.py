@@ -152,11 +152,11 @@ def launch_layers(shape):
     layers._swiglu_backward(gate_up, tensor(TOKENS, shape.intermediate))
 
     table = floats(TOKENS, shape.head_dim // 2)
-    q = tensor(TOKENS, shape.heads, shape.head_dim)
-    layers._rotate(q, table, table, 1)
-    layers._rotate(q, table, table, -1)
-
     qkv = tensor(TOKENS, shape.qkv)
+    for bias in (None, qkv[0]):
+        parts = layers._rotated_qkv(qkv, bias, table, table, shape.heads, shape.kv_heads)
+        layers._rotated_qkv_backward(*parts, table, table, bias is not None)
+
     pages = tensor(64, shape.kv_heads, 64, shape.head_dim)
     slots = integers(TOKENS)
     layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)

@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, SwiGLU and the decode step's "bias + RoPE + page write", as row kernels.
+"""RMSNorm, "bias + RoPE", SwiGLU and the decode step's "bias + RoPE + page write", as row kernels.
 
 Rounding rule, the same in sampler and trainer: arithmetic in fp32 (float64 stays float64), rounded
 where Hugging Face Qwen2 rounds: after the residual sum, the bias, the norm (*before* its weight)
@@ -61,14 +61,17 @@ def swiglu(gate_up):
     return _Swiglu.apply(gate_up)
 
 
-def apply_rope(x, cos, sin):
-    """Rotate halves (a, b) of each head to (a cos - b sin, b cos + a sin). Differentiable.
+def rotated_qkv(qkv, bias, cos, sin, num_heads, kv_heads):
+    """Add the bias, then rotate halves (a, b) of each head of q and k to (a cos - b sin, b cos + a
+    sin). Differentiable.
 
-    x [T, H, hd], cos and sin [T, hd / 2] of `rope_tables` -> [T, H, hd].
+    qkv [T, (H + 2K) hd]; bias of the same width, or None; cos, sin [T, hd / 2] of `rope_tables`.
+    Returns q [T, H, hd], k [T, K, hd] and v [T, K, hd], tensors of their own.
     """
-    if not _fits(x, x.shape[2]):
-        return apply_rope_reference(x, cos, sin)
-    return _Rope.apply(x, cos, sin)
+    arguments = (qkv, bias, cos, sin, num_heads, kv_heads)
+    if not _fits(qkv, qkv.shape[1] // (num_heads + 2 * kv_heads)):
+        return rotated_qkv_reference(*arguments)
+    return _RotatedQkv.apply(*arguments)
 
 
 def qkv_rope_write(
@@ -126,13 +129,22 @@ def swiglu_reference(gate_up):
 
 
 def apply_rope_reference(x, cos, sin):
-    """`apply_rope` in torch."""
+    """Each head of x [T, H, hd] rotated by its token's angles, cos and sin [T, hd / 2]."""
     first, second = wide(x).chunk(2, dim=-1)
     cos = cos[:, None, :]
     sin = sin[:, None, :]
     low = first * cos - second * sin
     high = second * cos + first * sin
     return torch.cat((low, high), dim=-1).to(x.dtype)
+
+
+def rotated_qkv_reference(qkv, bias, cos, sin, num_heads, kv_heads):
+    """`rotated_qkv` in torch."""
+    if bias is not None:
+        qkv = qkv + bias
+    by_head = qkv.view(len(qkv), num_heads + 2 * kv_heads, -1)
+    q, k, v = by_head.split((num_heads, kv_heads, kv_heads), dim=1)
+    return apply_rope_reference(q, cos, sin), apply_rope_reference(k, cos, sin), v
 
 
 def qkv_rope_write_reference(
@@ -410,70 +422,188 @@ def _swiglu_backward_kernel(
     tl.store(grad_gate_up + at + width, grad_up, mask=inside)
 
 
-# ---- RoPE on Triton ----
+# ---- Bias and RoPE on Triton ----
 
 
-class _Rope(torch.autograd.Function):
+class _RotatedQkv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, qkv, bias, cos, sin, num_heads, kv_heads):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
+        return _rotated_qkv(qkv.contiguous(), bias, cos, sin, num_heads, kv_heads)
 
     @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1), None, None  # the inverse rotation
+    def backward(ctx, *gradients):
+        gradients = [gradient.contiguous() for gradient in gradients]
+        trains_bias = ctx.needs_input_grad[1]
+        grad_qkv, grad_bias = _rotated_qkv_backward(*gradients, *ctx.saved_tensors, trains_bias)
+        return grad_qkv, grad_bias, None, None, None, None
 
 
-def _rotate(x, cos, sin, sign):
-    tokens, heads, head_dim = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
-    out = torch.empty(tokens, heads, head_dim, dtype=x.dtype, device=x.device)
+def _rotated_qkv(qkv, bias, cos, sin, num_heads, kv_heads):
+    tokens = len(qkv)
+    heads = num_heads + 2 * kv_heads
+    head_dim = qkv.shape[1] // heads
+    q, k, v = (qkv.new_empty(tokens, count, head_dim) for count in (num_heads, kv_heads, kv_heads))
 
     grid = (tokens,)
-    _rope_kernel[grid](
-        x,
+    _rotated_qkv_kernel[grid](
+        qkv,
+        qkv if bias is None else bias,
         cos,
         sin,
-        out,
-        x.stride(0),
-        x.stride(1),
-        heads,
+        q,
+        k,
+        v,
+        num_heads,
+        kv_heads,
         HEADS=triton.next_power_of_2(heads),
         HALF=head_dim // 2,
-        SIGN=sign,
+        BIAS=bias is not None,
         num_warps=4,
     )
-    return out
+    return q, k, v
+
+
+def _rotated_qkv_backward(grad_q, grad_k, grad_v, cos, sin, trains_bias):
+    """(gradient of qkv [T, (H + 2K) hd], of the bias or None)."""
+    tokens, num_heads, head_dim = grad_q.shape
+    kv_heads = grad_k.shape[1]
+    heads = num_heads + 2 * kv_heads
+    block = triton.next_power_of_2(heads)
+    programs = triton.cdiv(tokens, BACKWARD_ROWS)
+    grad_qkv = grad_q.new_empty(tokens, heads * head_dim)
+    partial = grad_q.new_empty(programs, heads * head_dim, dtype=torch.float32)
+
+    grid = (programs,)
+    _rotated_qkv_backward_kernel[grid](
+        grad_q,
+        grad_k,
+        grad_v,
+        cos,
+        sin,
+        grad_qkv,
+        partial,
+        tokens,
+        num_heads,
+        kv_heads,
+        ROWS=BACKWARD_ROWS,
+        HEADS=block,
+        HALF=head_dim // 2,
+        BIAS=trains_bias,
+        num_warps=_warps(block * head_dim),
+    )
+    grad_bias = partial.sum(0).to(grad_q.dtype) if trains_bias else None
+    return grad_qkv, grad_bias
 
 
 @jit
-def _rope_kernel(
-    x,  # [T, H, 2 * HALF], heads and tokens at any stride
+def _rotated_qkv_kernel(
+    qkv,  # [T, H + 2K, 2 * HALF]
+    bias,  # [H + 2K, 2 * HALF], read only if BIAS
     cos,  # [T, HALF]
     sin,
-    out,  # [T, H, 2 * HALF]
-    token_stride,
-    head_stride,
+    q,  # [T, H, 2 * HALF]
+    k,  # [T, K, 2 * HALF]
+    v,
     H,
+    K,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    SIGN: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    """One program per token, all its heads."""
+    """One program per token, all its heads: q heads 0..H-1, k heads H..H+K-1, v heads the rest."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    c = tl.load(cos + token * HALF + column)
-    s = tl.load(sin + token * HALF + column) * SIGN
+    inside = head < H + 2 * K
+    at = head * 2 * HALF + column
 
-    at = x + token * token_stride + head * head_stride + column
-    first = tl.load(at, mask=head < H, other=0.0).to(tl.float32)
-    second = tl.load(at + HALF, mask=head < H, other=0.0).to(tl.float32)
+    source = qkv + token * (H + 2 * K) * 2 * HALF
+    first = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        # Rounded after the sum, as Hugging Face does.
+        first += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+        first = first.to(q.dtype.element_ty).to(tl.float32)
+        second += tl.load(bias + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        second = second.to(q.dtype.element_ty).to(tl.float32)
 
-    to = out + token * H * 2 * HALF + head * 2 * HALF + column
-    tl.store(to, first * c - second * s, mask=head < H)
-    tl.store(to + HALF, second * c + first * s, mask=head < H)
+    # v is turned by an angle of 0.
+    rotated = head < H + K
+    c = tl.where(rotated, tl.load(cos + token * HALF + column), 1.0)
+    s = tl.where(rotated, tl.load(sin + token * HALF + column), 0.0)
+    low = first * c - second * s
+    high = second * c + first * s
+
+    q_at = q + token * H * 2 * HALF + at
+    tl.store(q_at, low, mask=head < H)
+    tl.store(q_at + HALF, high, mask=head < H)
+
+    k_at = k + token * K * 2 * HALF + at - H * 2 * HALF
+    is_key = (head >= H) & rotated
+    tl.store(k_at, low, mask=is_key)
+    tl.store(k_at + HALF, high, mask=is_key)
+
+    v_at = v + token * K * 2 * HALF + at - (H + K) * 2 * HALF
+    is_value = (head >= H + K) & inside
+    tl.store(v_at, low, mask=is_value)
+    tl.store(v_at + HALF, high, mask=is_value)
+
+
+@jit
+def _rotated_qkv_backward_kernel(
+    grad_q,  # [T, H, 2 * HALF]
+    grad_k,  # [T, K, 2 * HALF]
+    grad_v,
+    cos,  # [T, HALF]
+    sin,
+    grad_qkv,  # [T, H + 2K, 2 * HALF]
+    grad_bias,  # [programs, H + 2K, 2 * HALF], written only if BIAS
+    T,
+    H,
+    K,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """ROWS tokens, one after the other: the inverse rotation, and their part of the bias's."""
+    program = tl.program_id(0)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    inside = head < H + 2 * K
+    rotated = head < H + K
+    at = head * 2 * HALF + column
+    low_sum = tl.zeros((HEADS, HALF), dtype=tl.float32)
+    high_sum = tl.zeros((HEADS, HALF), dtype=tl.float32)
+    first_row = program.to(tl.int64) * ROWS
+
+    for i in range(0, tl.minimum(ROWS, T - program * ROWS)):
+        token = first_row + i
+        # Where this head's gradient lies: each of the three is its own tensor.
+        q_at = grad_q + token * H * 2 * HALF + at
+        k_at = grad_k + token * K * 2 * HALF + at - H * 2 * HALF
+        v_at = grad_v + token * K * 2 * HALF + at - (H + K) * 2 * HALF
+        source = tl.where(head < H, q_at, tl.where(rotated, k_at, v_at))
+        low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+
+        c = tl.where(rotated, tl.load(cos + token * HALF + column), 1.0)
+        s = tl.where(rotated, tl.load(sin + token * HALF + column), 0.0)
+        first = low * c + high * s
+        second = high * c - low * s
+        target = grad_qkv + token * (H + 2 * K) * 2 * HALF + at
+        tl.store(target, first, mask=inside)
+        tl.store(target + HALF, second, mask=inside)
+        if BIAS:
+            low_sum += first
+            high_sum += second
+
+    # One partial sum per program, added up afterwards in a fixed order, as the norm's.
+    if BIAS:
+        target = grad_bias + program.to(tl.int64) * (H + 2 * K) * 2 * HALF + at
+        tl.store(target, low_sum, mask=inside)
+        tl.store(target + HALF, high_sum, mask=inside)
 
 
 # ---- Bias, RoPE and page write on Triton ----

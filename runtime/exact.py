@@ -17,12 +17,13 @@ Norms, rotation and SwiGLU are row by row already. The gradient is that of the o
 only values of the forward are compared.
 """
 
+import numpy as np
 import torch
 
 from kernels.attention import paged_attention
 from kernels.layers import qkv_rope_write
 from kernels.linear import fixed_linear
-from model import CausalAttention, seen_by_children
+from model import CausalAttention, ranges, to_device
 
 # Queries per call of the decode kernel: its partial results take 12 KB a token at 1k tokens of
 # context and 12 heads of 128.
@@ -76,44 +77,36 @@ class ExactAttention:
     continues a prompt gets the prompt's keys in pages of its own.
     """
 
-    def __init__(self, config, cu_seqlens, parents=None):
+    def __init__(self, config, segments):
         self.config = config
-        self.plain = CausalAttention(config, cu_seqlens, parents)
-        device = cu_seqlens.device
-        lengths = cu_seqlens.diff().long()
+        self.plain = CausalAttention(config, segments)
 
-        def count_up(count):
-            return torch.arange(int(count), device=device)
-
-        # rows: which of the packed tokens are written, segment by segment.
-        # query: which of `rows` are asked, so that every token is, once.
-        self.rows = count_up(cu_seqlens[-1])
-        self.query = self.rows
-        if parents is not None:
-            roots = len(lengths) - len(parents)
-            before = self.rows[: cu_seqlens[roots]]
-            seen = seen_by_children(lengths, parents)
-            is_own = seen >= len(before)
-            own = is_own.nonzero().squeeze(1)
-            self.rows = torch.cat([before, seen])
-            self.query = torch.cat([before, own + len(before)])
-            children = lengths[roots:] + lengths[parents]
-            lengths = torch.cat([lengths[:roots], children])
+        # Which of the packed tokens are written, segment by segment, and which of these are asked,
+        # so that every token is, once: the last `lengths` of each segment's keys.
+        keys, lengths = segments.keys, segments.lengths
+        starts = keys.cumsum() - keys
+        query = ranges(starts + keys - lengths, lengths)
 
         # Where each row is in its segment, and in the pages.
-        segment = count_up(len(lengths)).repeat_interleave(lengths)
-        starts = lengths.cumsum(0) - lengths
-        position = count_up(len(self.rows)) - starts[segment]
+        position = ranges(np.zeros_like(keys), keys)
         size = page_size(config)
-        pages = -(-lengths // size)
-        first = pages.cumsum(0) - pages  # page of each segment's first token
-        page = first[segment] + position // size
-        self.slots = page * size + position % size
+        pages = -(-keys // size)
+        first = pages.cumsum() - pages  # page of each segment's first token
+        page = np.repeat(first, keys) + position // size
+        slots = page * size + position % size
 
         # What each query reads: its segment's pages up to itself.
-        tables = first[:, None] + count_up(pages.max())
-        self.tables = tables[segment[self.query]].int()
-        self.seen = (position[self.query] + 1).int()
+        tables = np.repeat(first, lengths)[:, None] + np.arange(pages.max())
+        seen = position[query] + 1
+
+        def on_device(array):
+            return to_device(torch.from_numpy(array), segments.query_ends.device)
+
+        self.rows = segments.seen
+        self.query = None if segments.seen is None else on_device(query)
+        self.slots = on_device(slots)
+        self.tables = on_device(tables.astype(np.int32))
+        self.seen = on_device(seen.astype(np.int32))
 
         # The pages of one layer at a time.
         self.shape = (int(pages.sum()), config.num_key_value_heads, size, config.head_dim)
@@ -130,10 +123,13 @@ class ExactAttention:
             self.k_pages = qkv.new_empty(self.shape)
             self.v_pages = qkv.new_empty(self.shape)
         pages = (self.k_pages, self.v_pages)
-        rows = self.rows
         heads = self.config.num_attention_heads
-        q = qkv_rope_write(qkv[rows], bias, cos[rows], sin[rows], *pages, self.slots, heads)
-        return attend_to_pages(q[self.query], *pages, self.tables, self.seen)
+        if self.rows is not None:
+            qkv, cos, sin = qkv[self.rows], cos[self.rows], sin[self.rows]
+        q = qkv_rope_write(qkv, bias, cos, sin, *pages, self.slots, heads)
+        if self.rows is not None:
+            q = q[self.query]
+        return attend_to_pages(q, *pages, self.tables, self.seen)
 
 
 class _Attention(torch.autograd.Function):

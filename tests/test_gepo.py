@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import gepo
 from batches import Sequence, score
-from model import Config, random_model
+from model import Config, make_segments, random_model
 from settings import Settings
 
 # ---- the loss ----
@@ -114,9 +114,9 @@ def plain_losses(model, groups, length_norm):
     for group in groups:
         rewards = []
         for member, reference in zip(group.members, group.reference):
-            tokens = torch.tensor(member.prompt + member.tokens)
-            ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
-            hidden = model.hidden(tokens, torch.arange(len(tokens)), ends)
+            tokens = torch.tensor([*member.prompt, *member.tokens])
+            segments = make_segments([len(tokens)])
+            hidden = model.hidden(tokens, torch.arange(len(tokens)), segments)
             logprobs = (hidden @ model.head_weight.T).log_softmax(-1)
             rows = logprobs[len(member.prompt) - 1 : -1]
             chosen = rows.gather(1, torch.tensor(member.tokens)[:, None])
@@ -199,7 +199,7 @@ def test_reference_is_computed_once_and_kept(model, tmp_path):
     gepo.cache_reference(groups, other_weights, settings(), "cpu", tmp_path)
     assert [member.ref_logprobs for member in gepo.members_of(groups)] == kept
 
-    groups[0].members[0].tokens.append(1)
+    groups[0].members[0].tokens = groups[0].members[0].tokens[1:]
     with pytest.raises(SystemExit, match="start a new run"):
         gepo.cache_reference(groups, model, settings(), "cpu", tmp_path)
 

@@ -300,7 +300,7 @@ def test_stop_token_is_in_the_loss_and_the_prompt_is_not():
     batch = pack([Sequence([7, 8], [5, 2]), Sequence([9], [6, 2])])
     assert batch.targets.tolist() == [5, 2, 6, 2]
     assert batch.predict.tolist() == [1, 2, 4, 5]
-    assert batch.cu_seqlens.tolist() == [0, 4, 7]
+    assert batch.segments.query_ends.tolist() == [0, 4, 7]
     assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.tokens[batch.predict + 1].tolist() == batch.targets.tolist()
 

@@ -35,7 +35,7 @@ def test_layers_have_the_right_gradients():
     assert gradcheck(layers.add_rms_norm, (x, residual, weight, 1e-6))
     assert gradcheck(layers.swiglu, (randn(5, 6),))
     cos, sin = layers.rope_tables(torch.arange(5), 4, 1e4)
-    assert gradcheck(layers.apply_rope, (randn(5, 3, 4), cos, sin))
+    assert gradcheck(layers.rotated_qkv, (randn(5, 20), randn(20), cos, sin, 3, 1))
 
 
 def test_norm_equals_torchs():
@@ -56,7 +56,7 @@ def test_rope_is_a_complex_rotation():
     angles = torch.complex(cos.double(), sin.double())[:, None]
     rotated = torch.complex(first, second) * angles
     expected = torch.cat((rotated.real, rotated.imag), -1)
-    assert torch.allclose(layers.apply_rope(q, cos, sin), expected)
+    assert torch.allclose(layers.apply_rope_reference(q, cos, sin), expected)
 
 
 def test_bf16_norm_rounds_before_its_weight_like_hugging_face():
@@ -81,13 +81,13 @@ def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
 
     by_head = (qkv + bias).view(5, -1, head_dim)
     full_q, k, v = by_head.split([heads, kv_heads, kv_heads], 1)
-    assert torch.equal(q, layers.apply_rope(full_q, cos, sin))
+    assert torch.equal(q, layers.apply_rope_reference(full_q, cos, sin))
 
     flat_k = k_pages.transpose(1, 2).reshape(-1, kv_heads, head_dim)
     flat_v = v_pages.transpose(1, 2).reshape(-1, kv_heads, head_dim)
     written = slots >= 0
     used = slots[written]
-    assert torch.equal(flat_k[used], layers.apply_rope(k, cos, sin)[written])
+    assert torch.equal(flat_k[used], layers.apply_rope_reference(k, cos, sin)[written])
     assert torch.equal(flat_v[used], v[written])
 
     untouched = [slot for slot in range(12) if slot not in used.tolist()]

@@ -125,23 +125,24 @@ def test_swiglu(tokens, dtype):
 
 
 @dtypes
+@pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("tokens", ROWS)
-def test_rope(tokens, dtype):
-    cos, sin = layers.rope_tables(torch.arange(tokens, device=DEVICE) * 5, 16, 1e4)
+def test_rotated_qkv(tokens, has_bias, dtype):
+    """7 query heads and 1 of keys and values: 9 of a block of 16."""
+    heads, kv_heads, head_dim = 7, 1, 16
+    cos, sin = layers.rope_tables(torch.arange(tokens, device=DEVICE) * 5, head_dim, 1e4)
+    inputs = [randn(tokens, 9 * head_dim, dtype=dtype)]
+    if has_bias:
+        inputs.append(randn(9 * head_dim, dtype=dtype))
 
-    def query_heads(qkv):
-        """7 of 9 heads, a strided view as model.split_qkv gives."""
-        return qkv.view(tokens, 9, 16)[:, :7]
+    def ours(qkv, bias=None):
+        return layers._RotatedQkv.apply(qkv, bias, cos, sin, heads, kv_heads)
 
-    def rope(qkv):
-        return layers._Rope.apply(query_heads(qkv), cos, sin)
+    def reference(qkv, bias=None):
+        return layers.rotated_qkv_reference(qkv, bias, cos, sin, heads, kv_heads)
 
-    def reference(qkv):
-        return layers.apply_rope_reference(query_heads(qkv), cos, sin)
-
-    qkv = randn(tokens, 9 * 16, dtype=dtype)
-    grad = randn(tokens, 7, 16, dtype=dtype)
-    check(rope, reference, (qkv,), (grad,), dtype)
+    grad = [randn(tokens, count, head_dim, dtype=dtype) for count in (heads, kv_heads, kv_heads)]
+    check(ours, reference, inputs, grad, dtype)
 
 
 @dtypes

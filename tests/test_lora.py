@@ -33,7 +33,7 @@ def train(model, optimizer, steps):
 
 def hidden(model):
     batch = pack(sequences(3))
-    return model.hidden(batch.tokens, batch.positions, batch.cu_seqlens).detach()
+    return model.hidden(batch.tokens, batch.positions, batch.segments).detach()
 
 
 def adapter_names(matrices):

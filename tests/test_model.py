@@ -55,11 +55,10 @@ def random_prompts(lengths=(70, 1, 33)):
 def largest_gap(peer, ours, prompts):
     """Of all logits; ours are of the prompts packed into one forward."""
     lengths = [len(prompt) for prompt in prompts]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     positions = torch.cat([torch.arange(length) for length in lengths])
     with torch.no_grad():
-        hidden = ours.hidden(tokens, positions, cu_seqlens)
+        hidden = ours.hidden(tokens, positions, model_file.make_segments(lengths))
         logits = (hidden @ ours.head_weight.T).split(lengths)
         theirs = [peer(torch.tensor([prompt])).logits[0] for prompt in prompts]
     gaps = [(a - b).abs().max().item() for a, b in zip(theirs, logits)]

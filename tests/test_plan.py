@@ -50,7 +50,7 @@ def test_activation_estimate_bounds_what_a_step_keeps():
     positions = torch.arange(64)  # kernels/linear.py fills up to it, which the plan leaves out
     tokens = positions % CONFIG.vocab_size
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-        model.hidden(tokens, positions, torch.tensor([0, 64], dtype=torch.int32))
+        model.hidden(tokens, positions, model_file.make_segments([64]))
     longest = dict(max_prompt_tokens=54, max_new_tokens=10)
     settings = Settings(token_budget=64, gradient_checkpointing=False, **longest)
     planned = memory.plan(CONFIG, settings, ranks=1, cuda=False)["activations"]

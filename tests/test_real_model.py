@@ -172,11 +172,10 @@ def test_logits_are_those_of_transformers(models, prompts):
     """Ours of all prompts packed into one forward."""
     peer, ours = models
     lengths = [len(prompt) for prompt in prompts]
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     positions = torch.cat([torch.arange(length) for length in lengths])
     with torch.no_grad():
-        hidden = ours.hidden(tokens, positions, ends).split(lengths)
+        hidden = ours.hidden(tokens, positions, make_segments(lengths)).split(lengths)
         for prompt, rows in zip(prompts, hidden):
             gap = (rows @ ours.head_weight.T - logits_of_peer(peer, prompt)).abs().max()
             print(f"largest difference {gap:.1e}")

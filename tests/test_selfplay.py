@@ -612,7 +612,7 @@ def test_samples_end_with_their_answer(warm, monkeypatch):
     assert len(stopped) > 4
     for one in stopped:
         assert one.completion.finish_reason == "stop"
-        assert one.sequence.tokens == one.completion.tokens
+        assert one.sequence.tokens.tolist() == one.completion.tokens
         assert "e" in tokenizer.decode(one.completion.tokens)
         assert "e" not in tokenizer.decode(one.completion.tokens[:-1])
 

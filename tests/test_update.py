@@ -4,10 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 
 import build
 import grpo
@@ -38,6 +42,8 @@ CONFIG = model_file.Config.from_dict(
         tie_word_embeddings=True,
     )
 )
+# As wide as the kernels on a GPU want it.
+WIDE = replace(CONFIG, hidden_size=128, num_attention_heads=4, head_dim=32)
 
 
 def sequences(count=9):
@@ -89,6 +95,34 @@ def test_gradient_is_the_same_when_a_prompt_is_computed_once_for_its_group(
     work = in_three_groups()
     shared = gradient(work, token_budget, checkpointing, share_prompts=True)
     assert_same(shared, gradient(work, 10_000))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_gradient_is_the_same_when_prompts_and_completions_are_one_call(monkeypatch, share_prompts):
+    """What runs on CUDA, with torch's varlen_attn said in a few lines: test it there too."""
+    calls = []
+
+    def varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, window_size, enable_gqa):
+        """The queries of a segment are the last ones of its keys."""
+        queries, keys = ends_q.diff().tolist(), ends_k.diff().tolist()
+        assert (longest_q, longest_k) == (max(queries), max(keys))
+        assert (len(q), len(k), window_size) == (sum(queries), sum(keys), (-1, 0))
+        calls.append(len(queries))
+        mixed = []
+        for one_q, one_k, one_v in zip(q.split(queries), k.split(keys), v.split(keys)):
+            mask = torch.ones(len(one_q), len(one_k)).tril(len(one_k) - len(one_q)).bool()
+            parts = [x.transpose(0, 1) for x in (one_q, one_k, one_v)]
+            out = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=enable_gqa)
+            mixed.append(out.transpose(0, 1))
+        return torch.cat(mixed)
+
+    work = in_three_groups()
+    expected = gradient(work, 10_000)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(model_file, "PaddedSegments", model_file.FlashSegments)
+    assert_same(gradient(work, 10_000, share_prompts=share_prompts), expected)
+    segments = 3 + 12 if share_prompts else 12
+    assert calls == [segments] * CONFIG.num_hidden_layers
 
 
 def in_three_groups():
@@ -185,6 +219,79 @@ def test_learning_rate_schedule():
     assert learning_rate(55, 100, 1.0, 10, "linear") == 0.5
 
 
+# ---- the host never waits ----
+
+
+class Reads(TorchFunctionMode):
+    """Notes what asks a tensor for its value: on a GPU each of these waits for all that runs."""
+
+    names = (
+        "tolist item numpy cpu nonzero __float__ __int__ __bool__ __index__ __contains__".split()
+    )
+    # Their result has a length that only the device knows.
+    names += "unique masked_select repeat_interleave equal argwhere".split()
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        has_length = "output_size" in (kwargs or {})
+        if name in self.names and not has_length:
+            self.events.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_nothing_is_read_from_the_device_before_the_end_of_an_update(monkeypatch, share_prompts):
+    """Two updates of two micro-batches: one number each, the gradient's norm, and all sums at the
+    end of the step. With old log-probs of the trainer one more read, before the first update."""
+    events = []
+
+    def noted(loss):
+        backward(loss)
+        events.append("backward")
+
+    monkeypatch.setattr(train, "backward", noted)
+    work = in_three_groups()[:8]
+    for i, sequence in enumerate(work):
+        sequence.group = i // 4
+    settings = dict(minibatches=2, token_budget=16, old_logprobs="trainer", kl_coef=0.01)
+    run = run_of(model_file.random_model(CONFIG, 1, std=0.3), **settings)
+    run.settings.share_prompts = share_prompts
+    run.reference = model_file.random_model(CONFIG, 2, std=0.3)
+    with Reads(events):
+        train.score_again(run, work)
+        train.update(run, 1, work)
+
+    assert events[:2] == ["tolist", "tolist"]  # the trainer's and the reference's log-probs
+    updates = [event for event in events[2:] if event != "backward"]
+    assert updates == ["__float__", "__float__", "tolist"]
+    assert events[-2:] == ["__float__", "tolist"]
+    assert events.count("backward") >= 4
+
+
+@pytest.mark.gpu
+def test_a_gradient_on_a_gpu_never_waits():
+    """CUDA itself raises where a call waits for the device."""
+    model = model_file.random_model(WIDE, 1, dtype=torch.bfloat16).cuda()
+    work = in_three_groups()
+
+    def add_gradient():
+        parts = micro_batches(work, 30, True)
+        for batch in packed_batches(parts, "cuda", True):
+            loss, _ = grpo.policy_loss(model, batch, Settings(loss="grpo"))
+            backward(loss)
+
+    add_gradient()  # kernels compile, libraries allocate
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        add_gradient()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- all updates of a rollout ----
 
 
@@ -237,7 +344,7 @@ def test_the_trainers_logprobs_are_of_the_sampling_temperature():
     model, work = model_file.random_model(CONFIG, 1, std=0.3), sequences()
     first = work[0]
     batch = pack([first])
-    hidden = model.hidden(batch.tokens, batch.positions, batch.cu_seqlens)[batch.predict]
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments)[batch.predict]
     logprobs = (hidden @ model.head_weight.T / 0.5).log_softmax(-1)
     expected = logprobs.gather(1, batch.targets[:, None]).squeeze(1).tolist()
     scored = score(model, work, 10_000, "cpu", temperature=0.5)
