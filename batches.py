@@ -212,7 +212,7 @@ def make_optimizer(model, weight_decay=0.0, beta2=0.99):
 
     beta2 0.99 is the first paper's (arXiv 2506.11027).
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [distributed.master(p) for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() > 1]
     vectors = [p for p in trained if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}]
@@ -243,12 +243,14 @@ def take_step(model, optimizer, rate, max_norm):
     max_norm 0: no clipping. A norm that is nan or inf skips the step.
     """
     limit = max_norm if max_norm > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    masters = [distributed.master(p) for p in model.parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(masters, limit)
     norm = float(distributed.full(norm))
     if math.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        distributed.publish(model)
     optimizer.zero_grad(set_to_none=True)
     return norm
 

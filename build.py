@@ -296,9 +296,9 @@ def parse_warm_start(text):
 
 
 def policy_copy(settings, model, source, device):
-    """The model that the sampler reads: the trainer's own on one CPU process, else a copy in
-    bf16."""
-    one_process = device.type == "cpu" and not torch.distributed.is_initialized()
+    """The model that the sampler reads: the trainer's own in one process, else a copy, in bf16 on
+    a GPU."""
+    one_process = not torch.distributed.is_initialized()
     if one_process and not settings.lora_rank:  # one torchrun rank is sharded, too
         return model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -167,7 +167,7 @@ def needs_gradient(sequence, settings):
 def refresh_sampler(run):
     """Give the sampler the new weights, one tensor at a time (never two full fp32 copies).
 
-    On one CPU process it reads the trainer's own tensors, and only the version changes.
+    One process samples with the trainer's own tensors, and only the version changes.
     """
     if run.sampler.model is not run.model:
         targets = dict(run.sampler.model.named_parameters())

@@ -104,10 +104,6 @@ def make_run(model, tokenizer, problems, settings, pool, device):
     """A Run without folder, evaluation or warm start."""
     memory.check(model.config, settings, device, print)
     language = load_language("prolog")
-    sampler_model = model
-    if device.type == "cuda":
-        sampler_model = model_file.random_model(model.config, dtype=torch.bfloat16).to(device)
-        sampler_model.requires_grad_(False)
     model.gradient_checkpointing = settings.gradient_checkpointing
     model = distributed.shard(model, device)
     return Run(
@@ -119,7 +115,7 @@ def make_run(model, tokenizer, problems, settings, pool, device):
         tokenizer_folder=None,
         model=model,
         optimizer=make_optimizer(model),
-        sampler=Sampler(sampler_model, slots=settings.slots),
+        sampler=Sampler(model, slots=settings.slots),
         judge=RightPrograms(pool, language, random_reward=True),
         problems=problems,
         held_out=[],

@@ -95,7 +95,7 @@ def on_rank_0(tensors):
 def moments_of(model, optimizer):
     """(name, whole tensor) of AdamW's moments, 'exp_avg/NAME'. A collective."""
     for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter)
+        state = optimizer.state.get(distributed.master(parameter))
         if not state:
             continue
         for moment in MOMENTS:
@@ -192,6 +192,7 @@ def restore(checkpoint, model, optimizer):
     known = set(distributed.broadcast(list(moments)))
 
     for name, parameter in model.named_parameters():
+        parameter = distributed.master(parameter)
         if not lora.attached(model) or ".adapter." in name:
             with torch.no_grad():
                 parameter.copy_(distributed.shard_like(weights.get(name), parameter))
@@ -201,6 +202,7 @@ def restore(checkpoint, model, optimizer):
             for moment in MOMENTS:
                 whole = moments.get(f"{moment}/{name}")
                 optimizer.state[parameter][moment] = distributed.shard_like(whole, parameter)
+    distributed.publish(model)
     return state
 
 

@@ -1,4 +1,8 @@
-"""torch.distributed through torchrun: one code path from one process to many, sharded by FSDP2."""
+"""torch.distributed through torchrun, and how the weights of training are held.
+
+Several ranks: FSDP2 with fp32 masters. One GPU: the model in 16 bits, which the sampler reads too,
+and an fp32 master of each parameter. One CPU process: plain fp32.
+"""
 
 import os
 from datetime import timedelta
@@ -16,7 +20,7 @@ MIXED = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=
 def setup():
     """Join the torchrun job, if any; returns the device of this rank.
 
-    One CPU process needs no process group.
+    One process needs no process group.
     """
     cuda = torch.cuda.is_available()
     if cuda:
@@ -25,8 +29,6 @@ def setup():
     if "RANK" in os.environ:
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **_meeting_point())
-    elif cuda:  # FSDP2 gives one GPU its fp32 masters and bf16 compute too
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
 
     if cuda:
         return torch.device("cuda", torch.cuda.current_device())
@@ -157,16 +159,16 @@ def broadcast(value):
     return box[0]
 
 
-# ---- sharded tensors ----
+# ---- weights ----
 
 
 def shard(model, device, precision=None):
-    """Wrap for training: fp32 sharded masters; on GPU bf16 compute and fp32 gradient reduction.
-
-    One CPU process stays plain.
-    """
+    """Wrap for training: fp32 masters; on GPUs bf16 compute and gradients added in fp32."""
     model.to(device)
     if not dist.is_initialized():
+        is_trained = any(p.requires_grad for p in model.parameters())
+        if device.type == "cuda" and is_trained:
+            add_masters(model, torch.bfloat16)
         return model
     mesh = init_device_mesh(device.type, (world_size(),))
     precision = precision or (MIXED if device.type == "cuda" else MixedPrecisionPolicy())
@@ -175,9 +177,43 @@ def shard(model, device, precision=None):
     return fully_shard(model, mesh=mesh, mp_policy=precision)
 
 
+def add_masters(model, dtype):
+    """Round the parameters to `dtype`, in place, and give each the fp32 master it came from.
+
+    FSDP2's arithmetic on one rank, without its copies: every micro-batch's gradient is added to the
+    master's in fp32. The optimizer steps the masters; publish() rounds them to the parameters.
+    """
+    for parameter in model.parameters():
+        parameter.master = parameter.detach().float().clone()
+        parameter.data = parameter.data.to(dtype)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_add_to_master)
+
+
+def _add_to_master(parameter):
+    if parameter.master.grad is None:
+        parameter.master.grad = parameter.grad.float()
+    else:
+        parameter.master.grad.add_(parameter.grad)
+    parameter.grad = None
+
+
+def master(parameter):
+    """What the optimizer steps and a checkpoint keeps: itself, where it has no other."""
+    return getattr(parameter, "master", parameter)
+
+
+def publish(model):
+    """The masters have changed: round them to the parameters that compute and sample."""
+    parameters = [p for p in model.parameters() if master(p) is not p]
+    if parameters:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, [p.master for p in parameters])
+
+
 def full(tensor):
-    """The whole of a (sharded) tensor, detached. A collective: call it on every rank."""
-    tensor = tensor.detach()
+    """The whole of a (sharded) tensor or of its master, detached. A collective of all ranks."""
+    tensor = master(tensor).detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -20,7 +20,7 @@ import kernels.head
 import kernels.layers
 from batches import Sequence, score
 from kernels.linear import _linear
-from model import Config, random_model
+from model import Config, make_segments, random_model
 from runtime import exact
 from sampler import Request, Sampler
 
@@ -172,8 +172,8 @@ def test_gradient_is_the_ordinary_one(model, monkeypatch):
     def gradient():
         tokens = torch.arange(24)
         positions = torch.cat([torch.arange(17), torch.arange(7)])
-        ends = torch.tensor([0, 17, 24], dtype=torch.int32)
-        batch = [x.to(DEVICE) for x in (tokens, positions, ends)]
+        segments = make_segments([17, 7])
+        batch = [x.to(DEVICE) for x in (tokens, positions, segments)]
         hidden = model.hidden(*batch)
         upstream = torch.linspace(-1, 1, hidden.numel(), device=DEVICE).view_as(hidden)
         loss = (hidden.float() * upstream).sum()

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
 
 from kernels import advantage, attention, head, layers, logprob, sampling  # noqa: E402
-from model import Config, random_model  # noqa: E402
+from model import Config, make_segments, random_model  # noqa: E402
 from tests.test_kernels import chi_square, keys, paged_case  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -417,10 +417,10 @@ def test_a_model_trains_the_same_through_the_kernels(monkeypatch, dtype):
     upstream = torch.rand(24, device=DEVICE)
     # Two sequences, of 17 and 7 tokens.
     positions = torch.cat((torch.arange(17), torch.arange(7))).to(DEVICE)
-    ends = torch.tensor([0, 17, 24], dtype=torch.int32, device=DEVICE)
+    segments = make_segments([17, 7]).to(DEVICE)
 
     def step():
-        hidden = model.hidden(tokens, positions, ends)
+        hidden = model.hidden(tokens, positions, segments)
         logp, entropy = logprob.token_logprobs(hidden, model.head_weight, targets)
         loss = (logp * upstream - 0.1 * entropy).sum()
         return logp, entropy, *torch.autograd.grad(loss, list(model.parameters()))

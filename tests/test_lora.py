@@ -169,8 +169,8 @@ def test_transformers_and_peft_apply_an_adapter_once(tmp_path):
     folder, model = trained_checkpoint(tmp_path, base=base)
 
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
-    positions, borders = torch.arange(8), torch.tensor([0, 8]).int()
-    ours = model.hidden(torch.tensor(tokens), positions, borders).detach() @ model.head_weight.T
+    positions, segments = torch.arange(8), model_file.make_segments([8])
+    ours = model.hidden(torch.tensor(tokens), positions, segments).detach() @ model.head_weight.T
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     merged = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     adapted = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "adapter").eval()
@@ -198,8 +198,8 @@ def test_an_adapter_of_peft_is_read(tmp_path):
     model.load_state_dict(matrices, strict=False)
     assert matrices.keys() == adapter_names("ab")
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
-    borders = torch.tensor([0, 8]).int()
-    ours = model.hidden(torch.tensor(tokens), torch.arange(8), borders) @ model.head_weight.T
+    segments = model_file.make_segments([8])
+    ours = model.hidden(torch.tensor(tokens), torch.arange(8), segments) @ model.head_weight.T
     torch.testing.assert_close(logits(peer, tokens), ours.detach(), atol=1e-4, rtol=1e-4)
 
 

@@ -15,7 +15,7 @@ import decode
 from kernels import native
 from kernels.logprob import token_logprobs
 from kernels.sampling import sample_tokens
-from model import Config, random_model
+from model import Config, make_segments, random_model
 from pages import StalePageError
 from runtime.tokenizer import train_bpe
 from sampler import Request, Sampler, StopSearch
@@ -84,8 +84,8 @@ def tokens_of(groups):
 
 def forward(model, tokens):
     """Hidden states of one sequence, as the trainer computes them."""
-    ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    return model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), ends)
+    segments = make_segments([len(tokens)])
+    return model.hidden(torch.tensor(tokens), torch.arange(len(tokens)), segments)
 
 
 def predictions(model, request, completion):

@@ -28,6 +28,7 @@ from batches import (
     score,
     take_step,
 )
+from runtime import checkpoint, distributed
 from settings import Settings
 
 CONFIG = model_file.Config.from_dict(
@@ -192,6 +193,78 @@ print("equal")
         env=environment,
     )
     assert done.stdout.count("equal") == 2, done.stderr[-2000:]
+
+
+def test_masters_on_one_gpu_are_fsdps_arithmetic_to_the_last_bit(tmp_path):
+    """bf16 compute and fp32 gradients of two steps of several micro-batches: the same masters.
+
+    One rank of FSDP2 with the mixed precision of GPUs in a process of its own, which says them.
+    """
+    here = Path(__file__).parent
+    program = f"""
+import sys, torch
+sys.path[:0] = {[str(here), str(here.parent)]!r}
+from runtime import distributed
+from test_update import stepped
+
+device = distributed.setup()
+model = stepped(lambda model: distributed.shard(model, device, distributed.MIXED))
+found = {{name: distributed.full(p) for name, p in model.named_parameters()}}
+torch.save(found, {str(tmp_path / "fsdp.pt")!r})
+distributed.finish()
+"""
+    (tmp_path / "rank.py").write_text(program)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*torchrun, str(tmp_path / "rank.py")], check=True, timeout=120, env=environment)
+
+    def with_masters(model):
+        distributed.add_masters(model, torch.bfloat16)
+        return model
+
+    model = stepped(with_masters)
+    start = dict(model_file.random_model(CONFIG, 1, std=0.3).named_parameters())
+    for name, expected in torch.load(tmp_path / "fsdp.pt").items():
+        parameter = model.get_parameter(name)
+        assert torch.equal(parameter.master, expected), name
+        assert not torch.equal(expected, start[name])
+        # What the sampler reads.
+        assert torch.equal(parameter, expected.bfloat16())
+
+
+def stepped(prepare):
+    """A model after two steps of training, as `prepare` holds its weights."""
+    model = prepare(model_file.random_model(CONFIG, 1, std=0.3))
+    optimizer = make_optimizer(model)
+    for _ in range(2):
+        gradient(sequences(), 12, model=model)
+        take_step(model, optimizer, 0.01, 1.0)
+    return model
+
+
+def test_a_checkpoint_keeps_masters_and_restores_what_they_compute(tmp_path):
+    """Not the rounded weights: after it a step moves by less than bf16 could hold."""
+
+    def fresh():
+        model = model_file.random_model(CONFIG, 1, std=0.3)
+        distributed.add_masters(model, torch.bfloat16)
+        return model, make_optimizer(model)
+
+    model, optimizer = fresh()
+    gradient(sequences(), 12, model=model)
+    take_step(model, optimizer, 0.01, 1.0)
+    checkpoint.save(tmp_path, 1, model, optimizer, {"updates": 1}, None, keep=1)
+
+    other, its_optimizer = fresh()
+    checkpoint.restore(tmp_path / "step_1", other, its_optimizer)
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours.master, theirs.master)
+        assert torch.equal(ours, theirs)
+    for one, its in ((model, optimizer), (other, its_optimizer)):
+        gradient(sequences(), 12, model=one)
+        take_step(one, its, 1e-5, 1.0)
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours.master, theirs.master)
 
 
 def test_micro_batches_keep_every_sequence_and_the_budget():
