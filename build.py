@@ -84,7 +84,9 @@ def build(settings, folder, language, pool, device, report):
     check(settings, device)
 
     source = starting_checkpoint(settings, folder, task.problems, language, device, report)
-    need = memory.check(hugging_face.read_config(source), settings, device, report)
+    config = hugging_face.read_config(source)
+    settings, pages = memory.fit(config, settings, device)
+    need = memory.check(config, settings, device, report)
     tokenizer = ChatTokenizer(source)
 
     model = hugging_face.load_model(source)
@@ -105,7 +107,7 @@ def build(settings, folder, language, pool, device, report):
         tokenizer_folder=source,
         model=model,
         optimizer=make_optimizer(model, settings.weight_decay, settings.beta2),
-        sampler=Sampler(sampler_model, slots=settings.slots, exact=settings.exact),
+        sampler=Sampler(sampler_model, settings.slots, memory=pages, exact=settings.exact),
         judge=task.judge,
         problems=task.problems,
         held_out=task.held_out,
@@ -274,7 +276,7 @@ def starting_checkpoint(settings, folder, problems, language, device, report):
             steps=steps,
             batch=16,
             lr=2e-3,
-            token_budget=settings.token_budget,
+            token_budget=settings.token_budget or sft.WarmStart.token_budget,
             seed=settings.seed,
             mistakes=mistakes,
         )

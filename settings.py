@@ -179,15 +179,17 @@ class Settings:
     )
 
     token_budget: int = setting(
-        16384,
-        "most tokens in one micro-batch of one rank",
+        0,
+        "most tokens in one micro-batch of one rank; 0 = as many as the memory plan has room for",
         section="memory and arithmetic",
-        least=1,
+        least=0,
     )
     share_prompts: bool = setting(
         True, "compute a prompt once for all completions of its group in the update"
     )
-    gradient_checkpointing: bool = setting(True, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = setting(
+        True, "compute activations again in the backward pass where they do not fit otherwise"
+    )
     exact: bool = setting(
         False,
         "on a GPU: sampler and trainer do the same arithmetic, log-probs equal to the last bit "

@@ -4,6 +4,8 @@ The settings are those of recipes/gsm8k.toml. runtime/memory.py plans the memory
 network's table has 256 samples of 1,024 tokens on each rank.
 """
 
+from dataclasses import replace
+
 from runtime import memory
 from runtime.memory import GB
 from settings import RECIPES, Settings, read_recipe
@@ -18,21 +20,29 @@ MEMORY_ROWS = (
     ("32B", 64),
 )
 NETWORK_ROWS = (("7B", 8), ("7B", 64), ("14B", 16), ("32B", 64))
-STEP_TOKENS = 256 * 1024  # on each rank
+STEP_SAMPLES = 256  # on each rank
+STEP_TOKENS = STEP_SAMPLES * 1024
+CARD = 80e9  # bytes
 
 
 def memory_table(settings):
     """Lines of the table: bytes of a rank by what they are for."""
-    columns = ("model", "ranks", "masters + gradients + optimizer", "gathered", "activations")
-    lines = heading(*columns, "loss", "sampler", "in all", "left of 80 GB")
+    columns = ("model", "ranks", "tokens a micro-batch", "masters + gradients + optimizer")
+    columns += ("weights in 16 bits", "activations", "loss", "in all", "left of 80 GB")
+    lines = heading(*columns)
     for size, ranks in MEMORY_ROWS:
-        parts = memory.plan(memory.qwen(size), settings, ranks, cuda=True)
+        config = memory.qwen(size)
+        found = memory.fitted(config, settings, ranks, True, CARD)
+        parts = memory.plan(config, found, ranks, cuda=True)
         total = sum(parts.values())
+        copies = ("gathered", "model", "sampler")
         values = [parts["masters"] + parts["gradients"] + parts["optimizer"]]
-        values += [parts[name] for name in ("gathered", "activations", "loss", "sampler")]
-        values += [total, 80e9 - total]
+        values += [sum(parts.get(name, 0) for name in copies)]
+        values += [parts["activations"], parts["loss"], total, CARD - total]
         gigabytes = " | ".join(f"{value / GB:.1f}" for value in values)
-        lines.append(f"| {size} | {ranks} | {gigabytes} |")
+        twice = ", computed twice" if found.gradient_checkpointing else ""
+        tokens = f"{memory.micro_batch_tokens(found, ranks):,}{twice}"
+        lines.append(f"| {size} | {ranks} | {tokens} | {gigabytes} |")
     return lines
 
 
@@ -46,9 +56,11 @@ def network_table(settings):
         "seconds at 50 GB/s",
         "seconds of arithmetic at 400 TFLOP/s",
     )
-    passes = STEP_TOKENS // settings.token_budget
     for size, ranks in NETWORK_ROWS:
         config = memory.qwen(size)
+        step = replace(settings, prompts=ranks * STEP_SAMPLES // settings.samples)
+        budget = memory.fitted(config, step, ranks, True, CARD).token_budget
+        passes = -(-STEP_TOKENS // budget)
         everything, _, _ = memory.parameters(config)
         sent = network_bytes(everything, passes, ranks)
         flops = 8 * everything * STEP_TOKENS  # 8, not 6: the forward is made twice

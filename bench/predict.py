@@ -385,8 +385,8 @@ def update_rows():
         ("0.5B, 65,536, no FSDP", half, replace(whole, fsdp=False), 0.359),
         ("0.5B, 65,536, prompts not shared", half, replace(whole, share_prompts=False), 0.457),
         ("0.5B, 65,536, nothing waits", half, ahead, None),
-        ("0.5B, the same, no FSDP, fused rotation", half, alone, None),
-        ("1.5B, 32,768, the same", qwen("1.5B"), long, None),
+        ("0.5B, 65,536: the code as it is", half, alone, None),
+        ("1.5B, 32,768: the code as it is", qwen("1.5B"), long, None),
     ]
     return [(n, mfu(c, u, update_seconds(c, u)), found) for n, c, u, found in cases]
 

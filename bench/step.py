@@ -102,6 +102,7 @@ class RightPrograms(Judge):
 
 def make_run(model, tokenizer, problems, settings, pool, device):
     """A Run without folder, evaluation or warm start."""
+    settings, pages = memory.fit(model.config, settings, device)
     memory.check(model.config, settings, device, print)
     language = load_language("prolog")
     model.gradient_checkpointing = settings.gradient_checkpointing
@@ -115,7 +116,7 @@ def make_run(model, tokenizer, problems, settings, pool, device):
         tokenizer_folder=None,
         model=model,
         optimizer=make_optimizer(model),
-        sampler=Sampler(model, slots=settings.slots),
+        sampler=Sampler(model, settings.slots, memory=pages),
         judge=RightPrograms(pool, language, random_reward=True),
         problems=problems,
         held_out=[],
@@ -292,7 +293,7 @@ def step_settings(options, work):
         max_new_tokens=options.response or work.response,
         token_budget=options.token_budget,
         slots=512,
-        gradient_checkpointing=torch.cuda.is_available(),
+        max_prompt_tokens=options.prompt or work.prompt,
     )
 
 
@@ -306,7 +307,7 @@ def main(arguments=None):
     for name in ("prompts", "samples", "prompt", "response"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--shapes", default="0.5B,1.5B")
-    parser.add_argument("--token_budget", type=int, default=16384)
+    parser.add_argument("--token_budget", type=int, default=0, help="0 = as many as fit")
     parser.add_argument("--steps", type=int, default=3, help="warm steps, after the cold one")
     parser.add_argument("--trl", action="store_true", help="TRL's GRPOTrainer on the same work")
     options = parser.parse_args(arguments)

@@ -19,6 +19,17 @@ GB = 1e9
 PREFILL_TOKENS = 8192
 # A100 and H100/H200: dense bf16 rates of their data sheets, for the MFU that people compare.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Share of the memory that a plan fills; the rest is for fragments, graphs and libraries.
+USABLE = 0.85
+FULL = 0.95  # a run that needs more is refused
+# Tokens of a micro-batch that a plan chooses. On an H200 65,536 hide the host; on a CPU more only
+# take longer to reach.
+MOST_TOKENS = 65_536
+TOKENS_ON_CPU = 16_384
+FEWEST_TOKENS = 4096
+# With so many, a smaller micro-batch costs less than computing activations twice: 0.84 and 0.82 s
+# at 16,384 tokens and at 65,536 with checkpointing (0.5B, H200), of which 0.2 s were waits.
+ENOUGH_TOKENS = 16_384
 # hidden, intermediate, layers, heads, key-value heads, tied: config.json of Qwen2.5-Coder.
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, True),
@@ -67,24 +78,41 @@ def adapter_parameters(config, rank):
     return rank * config.num_hidden_layers * (q_and_o + k_and_v + mlp)
 
 
-def layer_activations(config):
-    """Values that one layer keeps per token for its backward pass."""
+def layer_activations(config, keys=1.0):
+    """Values that one layer keeps per token for its backward pass.
+
+    keys: rows of keys and values per token; more than 1 where completions see a shared prompt.
+    """
     heads = config.num_attention_heads * config.head_dim
     kv_heads = config.num_key_value_heads * config.head_dim
     norms = 4 * config.hidden_size
-    qkv = 2 * (heads + 2 * kv_heads)  # before and after the rotation
+    attention = 2 * heads + 2 * kv_heads * keys  # q and what comes out; k and v
     mlp = 3 * config.intermediate_size  # gate, up, and what SwiGLU makes of them
-    return norms + qkv + heads + mlp
+    return norms + attention + mlp
 
 
-def plan(config, settings, ranks, cuda):
+def keys_per_token(settings):
+    """Rows of keys that attention reads, per token of the update, where prompts are shared.
+
+    16 completions of 256 tokens on a prompt of 512: (512 + 16 * 768) / (512 + 16 * 256) = 2.8.
+    Planned with completions half as long as they may be.
+    """
+    if not settings.share_prompts:
+        return 1.0
+    prompt, new = settings.max_prompt_tokens, settings.max_new_tokens / 2
+    seen = prompt + settings.samples * (prompt + new)
+    return seen / (prompt + settings.samples * new)
+
+
+def plan(config, settings, ranks, cuda, sharded=None):
     """{part: bytes on one rank} of a training step; peak() says what they take together.
 
     fp32 masters, gradients and AdamW moments are sharded; compute copies, activations and the
     sampler's weights are not.
-    cuda: 16-bit compute and sampler, whose pages take what is left; else fp32, and one plain
-    process samples with the trainer's own weights.
+    cuda: 16-bit compute and sampler, whose pages take what is left; else fp32. One process samples
+    with the trainer's own weights. sharded: by FSDP; None = with more than one rank.
     """
+    sharded = ranks > 1 if sharded is None else sharded
     everything, layer, ends = parameters(config)
     lora = bool(settings.lora_rank)
     width = 2 if cuda else 4  # bytes of a compute value
@@ -98,29 +126,34 @@ def plan(config, settings, ranks, cuda):
     parts["optimizer"] = 8 * trained / ranks
 
     # FSDP gathers two layers and the ends at a time in 16 bits, and holds their full gradients
-    # before it reduces them in fp32.
+    # before it reduces them in fp32. One GPU has the whole model in 16 bits.
     gathered = 2 * layer + ends
-    if cuda:
-        parts["gathered"] = (2 if lora else 8) * gathered
-    else:
-        parts["gathered"] = 8 * gathered if ranks > 1 else 0
+    parts["gathered"] = 0
+    if sharded:
+        parts["gathered"] = (2 if cuda and lora else 8) * gathered
+    elif cuda:
+        parts["model"] = width * everything
 
-    # A checkpointed layer keeps its input, and one at a time is computed again.
-    if settings.gradient_checkpointing:
-        kept = 2 * config.hidden_size * config.num_hidden_layers + layer_activations(config)
-    else:
-        kept = layer_activations(config) * config.num_hidden_layers
-    # The torch references keep more than the kernels: 1.56 times (tests/test_plan.py).
-    more = 1 if cuda else 1.6
+    # A checkpointed layer keeps its input. Around the layers: the last hidden state, the rows that
+    # predict, and the gradient of each.
+    layer_values = layer_activations(config, keys_per_token(settings))
+    kept = 2 * config.hidden_size if settings.gradient_checkpointing else layer_values
+    kept = kept * config.num_hidden_layers + 8 * config.hidden_size
+    # The torch references keep more than the kernels: 1.4 times (tests/test_plan.py).
+    more = 1 if cuda else 1.4
     tokens = micro_batch_tokens(settings, ranks)
     parts["activations"] = tokens * kept * width * more
 
-    # The loss: one chunk of logits in fp32 and its gradient, and the head's gradient in fp32.
+    # Beside them either the loss: one chunk of logits in fp32 and its gradient, and the head's
+    # gradient in fp32; or later one layer: made again, and the gradients in its MLP.
     chunk = 4096 * 151_936 if cuda else 1 << 24
     logits = min(tokens * config.vocab_size, chunk)
-    parts["loss"] = logits * (4 + width) + 4 * config.vocab_size * config.hidden_size
+    loss = logits * (4 + width) + 4 * config.vocab_size * config.hidden_size
+    again = layer_values if settings.gradient_checkpointing else 0
+    one_layer = tokens * (again + 3 * config.intermediate_size) * width
+    parts["loss"] = max(loss, one_layer)
 
-    samples_in_place = not cuda and ranks == 1 and not lora
+    samples_in_place = not sharded and not lora
     parts["sampler"] = 0 if samples_in_place else width * everything
     if settings.kl_coef and not lora:
         parts["reference"] = width * everything / ranks
@@ -181,6 +214,72 @@ def peak(parts):
     return sum(parts.values()) - min(updating, sampling)
 
 
+def fit(config, settings, device):
+    """(settings `fitted` to the rank with the least memory, bytes for keys and values on this one).
+
+    None for them on a CPU, where the sampler looks at what is free. A collective.
+    """
+    cuda = device.type == "cuda"
+    here = (distributed.world_size(), cuda, room_of(device))
+    found = fitted(config, settings, *here)
+    found = replace(
+        found,
+        token_budget=-distributed.largest(-found.token_budget),
+        gradient_checkpointing=bool(distributed.largest(int(found.gradient_checkpointing))),
+    )
+    return found, int(step_pages(config, settings, *here)) if cuda else None
+
+
+def fitted(config, settings, ranks, cuda, memory):
+    """Settings with the micro-batch size and the checkpointing for `memory` bytes of a rank.
+
+    token_budget 0: on a GPU as many tokens as the plan has room for, so that a resumed run has the
+    same on such a card; on a CPU, where other programs come and go, always 16,384.
+    gradient_checkpointing true: only where activations do not fit otherwise, which changes no bit
+    of the gradient; false: never. memory None: nobody knows, so less is better.
+    """
+    if memory is None:
+        return replace(settings, token_budget=settings.token_budget or TOKENS_ON_CPU)
+    room = USABLE * memory
+    if cuda:
+        room -= step_pages(config, settings, ranks, cuda, memory)
+
+    def fits(tokens, checkpointing):
+        tried = replace(settings, token_budget=tokens, gradient_checkpointing=checkpointing)
+        return peak(plan(config, tried, ranks, cuda)) <= room
+
+    def largest(checkpointing):
+        tokens = MOST_TOKENS
+        while tokens > FEWEST_TOKENS and not fits(tokens, checkpointing):
+            tokens -= 1024
+        return tokens
+
+    tokens = settings.token_budget or TOKENS_ON_CPU
+    recomputes = settings.gradient_checkpointing and not fits(tokens, False)
+    if cuda and not settings.token_budget:
+        tokens = largest(False)
+        recomputes = settings.gradient_checkpointing and tokens < ENOUGH_TOKENS
+        tokens = largest(True) if recomputes else tokens
+    return replace(settings, token_budget=tokens, gradient_checkpointing=recomputes)
+
+
+def step_pages(config, settings, ranks, cuda, memory):
+    """Bytes that the sampler may take for keys and values: a step's samples, none of them short.
+
+    At most what training leaves with the smallest micro-batch, and enough for one sample.
+    """
+    rows = settings.slots
+    if settings.task != "selfplay":  # there six times as many prompts, of tasks and roles
+        rows = min(rows, -(-settings.prompts * settings.samples // ranks))
+    longest = settings.max_prompt_tokens + settings.max_new_tokens
+    one = page_bytes(config, longest, width=2 if cuda else 4)
+
+    tokens = settings.token_budget or FEWEST_TOKENS
+    smallest = plan(config, replace(settings, token_budget=tokens), ranks, cuda)
+    left = FULL * memory - peak(smallest)
+    return max(one, min(rows * one, left))
+
+
 @dataclass
 class Need:
     """Bytes that a rank needs and can have, both with what it has already."""
@@ -216,6 +315,9 @@ def check(config, settings, device, report, adapters=True):
         longest = settings.max_prompt_tokens + settings.max_new_tokens
         parts["pages"] = page_bytes(config, longest, width=2)
         needed += parts["pages"]
+    layers = "computed twice" if settings.gradient_checkpointing else "kept"
+    tokens = micro_batch_tokens(settings, ranks)
+    report(f"micro-batches of at most {tokens:,} tokens, activations {layers}")
     return require(parts, needed, device, advice(config, settings, ranks, cuda, adapters), report)
 
 
@@ -244,7 +346,7 @@ def require(parts, needed, device, smaller, report):
     text = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
     report(f"memory per rank, GB: {text}; {need}")
     refusal = None
-    if need.room is not None and needed > 0.95 * need.room:
+    if need.room is not None and needed > FULL * need.room:
         refusal = (
             f"too little memory: this needs up to {needed / GB:.1f} GB on each rank and "
             f"{need.room / GB:.1f} GB are at hand; {smaller}"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model import make_segments
 from runtime import hugging_face
 from runtime.tokenizer import ChatTokenizer
 from test_model import greedy
