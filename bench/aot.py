@@ -1,8 +1,8 @@
 """Compile every Triton kernel for sm_80 and sm_90 on a machine without a GPU, and say what the
 compiler made of it.
 
-    python -m bench.aot            table of registers, spills, shared memory and tensor-core
-                                   instructions
+    python -m bench.aot            table of registers, spills, shared memory, programs that run on
+                                   one multiprocessor at a time, and tensor-core instructions
     python -m bench.aot --json     the same, one JSON object per line
     python -m bench.aot --exact    how often each kernel of the exact mode is compiled for batches
                                    of all kinds: once, or sampler and trainer would differ
@@ -31,8 +31,15 @@ from kernels import advantage, attention, head, layers, linear, sampling, triton
 ARCHITECTURES = (80, 90)
 # Bytes of shared memory a block may ask for; the compiler does not check it.
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
+# Of one multiprocessor: shared memory of which every program also takes 1 KB, registers, threads,
+# programs (CUDA C++ Programming Guide, compute capabilities).
+SHARED = {80: 167_936, 90: 233_472}
+REGISTERS = 65_536
+THREADS = 2048
+PROGRAMS = 32
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
-COLUMNS = ("kernel", "arch", "shape", "warps", "registers", "stack", "shared", *INSTRUCTIONS)
+COLUMNS = ("kernel", "arch", "shape", "warps", "registers", "stack", "shared")
+COLUMNS += ("programs", *INSTRUCTIONS)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -265,7 +272,22 @@ def compile_kernel(launch, arch):
         "shared": compiled.metadata.shared,
     }
     facts |= read_machine_code(compiled.asm["cubin"])
+    facts["programs"] = resident_programs(arch, facts["warps"], facts["registers"], facts["shared"])
     return facts | {"seconds": round(time.process_time() - start, 2)}
+
+
+def resident_programs(arch, warps, registers, shared):
+    """Programs that one multiprocessor runs at a time.
+
+    registers: of a thread; they are given out by 8, to warps, from four files of 16,384 each.
+    4 warps of 128 registers: 4 of them in each file, so 4 programs. With 64 KB of shared memory:
+    3 of 65 KB in Hopper's 228.
+    """
+    of_a_warp = 32 * -(-registers // 8) * 8
+    by_registers = 4 * (REGISTERS // 4 // of_a_warp) // warps
+    by_threads = THREADS // (32 * warps)
+    by_shared = SHARED[arch] // (shared + 1024)
+    return min(PROGRAMS, by_registers, by_threads, by_shared)
 
 
 def read_machine_code(cubin):

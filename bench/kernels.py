@@ -323,6 +323,7 @@ def layer_cases(shape):
     yield from swiglu_cases(shape)
     yield qkv_case(shape, shape.batches[-1], "<= 4 us")
     yield qkv_case(shape, shape.tokens, "1.4")
+    yield from rotation_cases(shape)
 
 
 def norm_case(shape, rows, graph):
@@ -440,6 +441,52 @@ def qkv_case(shape, rows, target):
         inputs=inputs,
         graph=True,
     )
+
+
+def rotation_cases(shape):
+    """The update's bias and rotation, and their gradients, in a CUDA graph as the norm's.
+
+    Four times the tokens of a micro-batch, so that L2 does not hold them from call to call.
+    """
+    rows, heads, kv_heads = 4 * shape.tokens, shape.heads, shape.kv_heads
+    width = (heads + 2 * kv_heads) * shape.head_dim
+    cos, sin = layers.rope_tables(torch.arange(rows, device=DEVICE), shape.head_dim, 1e6)
+
+    inputs = (tensor(rows, width), tensor(width), cos, sin, heads, kv_heads)
+    yield Case(
+        "qkv bias + RoPE",
+        f"{rows} tokens",
+        target="1.3",
+        ours=without_gradients(layers.rotated_qkv, *inputs),
+        peers={"eager": without_gradients(layers.rotated_qkv_reference, *inputs)},
+        bytes=2 * rows * width * ITEM,
+        compiled=layers.rotated_qkv_reference,
+        inputs=inputs,
+        graph=True,
+    )
+
+    counts = (heads, kv_heads, kv_heads)
+    inputs = (*[tensor(rows, count, shape.head_dim) for count in counts], cos, sin, True)
+    ours = layers._rotated_qkv_backward if DEVICE == "cuda" else eager_rotation_backward
+    yield Case(
+        "qkv bias + RoPE, backward",
+        f"{rows} tokens",
+        target="1.3",
+        ours=without_gradients(ours, *inputs),
+        peers={"eager": without_gradients(eager_rotation_backward, *inputs)},
+        bytes=2 * rows * width * ITEM,
+        compiled=eager_rotation_backward,
+        inputs=inputs,
+        graph=True,
+    )
+
+
+def eager_rotation_backward(grad_q, grad_k, grad_v, cos, sin, trains_bias):
+    """What autograd would do: gradients of qkv and of the bias."""
+    q = layers.apply_rope_reference(grad_q, cos, -sin)
+    k = layers.apply_rope_reference(grad_k, cos, -sin)
+    grad = torch.cat([q, k, grad_v], 1).flatten(1)
+    return grad, grad.sum(0) if trains_bias else None
 
 
 def eager_qkv_write(qkv, bias, cos, sin, k_pages, v_pages, page, offset, heads):

@@ -105,6 +105,11 @@ class Sample:
     tokens: int
 
 
+def shape_config(name):
+    """Config of 0.5B, 1.5B, ... or 135M."""
+    return Config.from_dict(SMOLLM) if name == "135M" else qwen(name)
+
+
 # ---- workloads ----
 
 
@@ -321,7 +326,7 @@ def mfu(config, update, seconds):
 def rollout_rows():
     """(what, tokens/s predicted, measured or None)."""
     half = qwen("0.5B")
-    small = Config.from_dict(SMOLLM)
+    small = shape_config("135M")
     grpo = ragged(64, 16, 512, 1024, 400)
     nano = nano_vllm()
     run = ragged(64, 16, 400, 256, 110)

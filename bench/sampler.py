@@ -38,7 +38,8 @@ import model as model_file
 from batches import Sequence, score
 from bench.clock import Timing, call, device_name
 from bench.kernels import measured_ceilings
-from runtime import hugging_face, memory
+from bench.predict import shape_config
+from runtime import hugging_face
 from runtime.exact import make_exact
 from runtime.tokenizer import ChatTokenizer
 from sampler import Request, Sampler
@@ -227,11 +228,13 @@ def bench_shape(name, options, ceilings):
         )
         slots, batches, context = 8, (4,), 48
     else:
-        config = memory.qwen(name)
+        config = shape_config(name)
         slots, batches, context = 512, (64, 256, 512), 1024
     model = model_file.random_model(config, seed=0, dtype=DTYPE).to(DEVICE).requires_grad_(False)
 
     workloads = make_workloads(config.vocab_size, options.smoke)
+    if name == "135M":
+        workloads = small_run(config.vocab_size)
     print(
         f"{'workload':>20} {'tokens':>9} {'cold tok/s':>11} {'warm tok/s':>11} {'spread':>7}"
         f" {'roofline tok/s':>15} {'warm of it':>11}"
@@ -248,7 +251,9 @@ def bench_shape(name, options, ceilings):
         for n in (1, min(16, batch)):
             rows.append(bench_step(model, batch, n, context, ceilings, options.rounds))
 
-    return rows + bench_peers(model, workloads["GRPO"])
+    if options.no_peers:
+        return rows
+    return rows + bench_peers(model, next(iter(workloads.values())))
 
 
 def make_workloads(vocabulary, smoke):
@@ -280,6 +285,20 @@ def make_workloads(vocabulary, smoke):
         new = chance.randint(shortest, longest)
         nano_vllm.append(Request(prompt, max_new_tokens=new, id=i))
     return {"GRPO": grpo, "nano-vllm": nano_vllm}
+
+
+def small_run(vocabulary):
+    """name -> requests: a step of the 135M model's GSM8K run, completions of 110 tokens on average.
+
+    64 prompts of 400 tokens x 16 samples, ragged to 256.
+    """
+    chance = random.Random(0)
+    stop_ids = tuple(range(vocabulary // 110))
+    requests = []
+    for i in range(64):
+        prompt = [chance.randrange(vocabulary) for _ in range(400)]
+        requests.append(Request(prompt, n=16, max_new_tokens=256, stop_ids=stop_ids, id=i))
+    return {"135M run": requests}
 
 
 def bench_workload(name, model, requests, slots, ceilings, rounds):
@@ -515,6 +534,7 @@ def main(arguments=None):
     )
     parser.add_argument("--shapes", default="0.5B,1.5B", help="of the second bench")
     parser.add_argument("--rounds", type=int, default=3, help="warm calls of each measurement")
+    parser.add_argument("--no_peers", action="store_true", help="leave transformers out")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any machine")
     options = parser.parse_args(arguments)
     if DEVICE.type == "cpu" and not options.smoke:

@@ -5,8 +5,9 @@
                                             built-in tiny shape, 32 x 8
     python -m bench step --model DIR --prompts 4 --samples 8 --response 64
                                             a real checkpoint on GSM8K questions
-    python -m bench step --model DIR ... --trl
-                                            the same work with TRL's GRPOTrainer, when installed
+    python -m bench step ... --trl          the same work with TRL's GRPOTrainer, when installed;
+                                            random weights get the tokenizer of the built-in task,
+                                            and prompts of as many digits
 
 Each shape runs with prompts computed once per group and with every sequence whole. The first step
 stands apart (cold); warm is the median of --steps more, with their spread. No sequence stops early,
@@ -35,6 +36,7 @@ import model as model_file
 import sft
 from batches import make_optimizer
 from bench.clock import Timing, device_name
+from bench.predict import shape_config
 from build import Run
 from rewards import Judge
 from runtime import distributed, hugging_face, memory
@@ -271,7 +273,7 @@ def bench_random(options, pool, device):
         if size == "tiny":
             config, std = sft.tiny_config(sft.BPE_TOKENS), 0.08
         else:
-            config, std = memory.qwen(size), 0.02
+            config, std = shape_config(size), 0.02
         rows += bench(
             size,
             partial(model_file.random_model, config, std=std),
@@ -282,7 +284,34 @@ def bench_random(options, pool, device):
             device,
             options.steps,
         )
+        if options.trl:
+            length = options.prompt or work.prompt
+            with tempfile.TemporaryDirectory() as folder:
+                save_random(config, std, problems, Path(folder))
+                prompts = [digits(length, number) for number in range(settings.prompts)]
+                rows.append(bench_trl(Path(folder) / "model", prompts, settings, options.steps))
     return rows
+
+
+def save_random(config, std, problems, folder):
+    """folder/model: random weights with the built-in task's tokenizer, for TRL."""
+    language = load_language("prolog")
+
+    def prompt(problem):
+        return program_messages(problem, language, examples=0, system=False)
+
+    sft.make_tiny(problems, language, prompt, folder / "tokenizer", seed=0)
+    weights = dict(model_file.random_model(config, std=std).named_parameters())
+    hugging_face.save_model(
+        weights, config, folder / "model", torch.float32, tokenizer_from=folder / "tokenizer"
+    )
+
+
+def digits(length, seed):
+    """A chat of `length` digits, each of them a token."""
+    chance = random.Random(seed)
+    text = "".join(chance.choice("0123456789") for _ in range(length))
+    return [{"role": "user", "content": text}]
 
 
 def step_settings(options, work):
