@@ -163,7 +163,7 @@ def pack(sequences, share_prompts=False):
         begins = np.zeros_like(lengths)
         before = first - 1
 
-    # A token is predicted by the row before its own, the first of a completion by its prompt's last.
+    # A token is predicted by the row before its own, a first one by its prompt's last.
     predict = ranges(first - 1, counts)
     predict[counts.cumsum() - counts] = before
 

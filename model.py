@@ -302,7 +302,7 @@ def ranges(first, counts):
 
 
 def to_device(x, device):
-    """A tensor (or None) of the host on the device; to a GPU from pinned memory, without waiting."""
+    """A tensor of the host (or None) on the device; to a GPU from pinned memory, nothing waits."""
     if x is None or torch.device(device).type != "cuda":
         return x
     return x.pin_memory().to(device, non_blocking=True)

@@ -1,8 +1,8 @@
 """The update alone: gradient, clipping and optimizer step of one rollout, as train.py makes them.
 
-    python -m bench update                 one GPU: 16 prompts x 16 samples, 512 + 256 tokens, random
-                                           weights of the 0.5B and 1.5B shapes
-    python -m bench update --smoke         tiny shapes on any machine: shows that the bench runs, its
+    python -m bench update                 one GPU: 16 prompts x 16 samples, 512 + 256 tokens,
+                                           random weights of the 0.5B and 1.5B shapes
+    python -m bench update --smoke         tiny shapes on any machine: shows that it runs, its
                                            figures mean nothing
 
 Each shape runs with what the memory plan chooses, then with smaller micro-batches, activations

@@ -266,7 +266,8 @@ def fitted(config, settings, ranks, cuda, memory):
 def step_pages(config, settings, ranks, cuda, memory):
     """Bytes that the sampler may take for keys and values: a step's samples, none of them short.
 
-    At most what training leaves with the smallest micro-batch, and enough for one sample.
+    At most half of what training leaves with the smallest micro-batch: the other half makes that
+    larger. Enough for one sample.
     """
     rows = settings.slots
     if settings.task != "selfplay":  # there six times as many prompts, of tasks and roles
@@ -277,7 +278,7 @@ def step_pages(config, settings, ranks, cuda, memory):
     tokens = settings.token_budget or FEWEST_TOKENS
     smallest = plan(config, replace(settings, token_budget=tokens), ranks, cuda)
     left = FULL * memory - peak(smallest)
-    return max(one, min(rows * one, left))
+    return max(one, min(rows * one, left / 2))
 
 
 @dataclass
