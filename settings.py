@@ -180,7 +180,8 @@ class Settings:
 
     token_budget: int = setting(
         0,
-        "most tokens in one micro-batch of one rank; 0 = as many as the memory plan has room for",
+        "most tokens in one micro-batch of one rank; 0 = as many as the memory plan has room for "
+        "(on a CPU 16384)",
         section="memory and arithmetic",
         least=0,
     )
@@ -188,7 +189,9 @@ class Settings:
         True, "compute a prompt once for all completions of its group in the update"
     )
     gradient_checkpointing: bool = setting(
-        True, "compute activations again in the backward pass where they do not fit otherwise"
+        True,
+        "compute activations again in the backward pass; on a GPU only where they do not fit "
+        "otherwise",
     )
     exact: bool = setting(
         False,

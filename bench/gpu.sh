@@ -40,22 +40,22 @@ bench() {
     stage "$name" "$limit" "$PYTHON" -m bench "$@"
 }
 
-# Every test that has something to say of a GPU; on two cores and more at a time where xdist is there.
+# Every test that has something to say of a GPU; eight at a time where xdist is installed.
 tests=(tests/test_kernels_triton.py tests/test_kernels.py tests/test_exact.py tests/test_sampler.py
     tests/test_model.py tests/test_update.py tests/test_grpo.py tests/test_gepo.py tests/test_lora.py)
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -m "gpu or not slow")
-"$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
 has_trl() { "$PYTHON" -c 'import datasets, trl' 2>/dev/null; }
 
 if [ "$smoke" ]; then
-    tiny=(--prompts 2 --samples 2 --prompt 8 --response 8 --steps 1)
-    stage tests 100 "${pytest[@]}" tests/test_grpo.py
-    bench update 100 update --smoke --rounds 1
-    bench sampler 100 sampler --smoke --rounds 1 --no_peers
-    bench step 100 step "${tiny[@]}"
-    bench kernels 100 kernels --smoke --only advantage
+    tiny=(--prompts 2 --samples 8 --prompt 8 --response 8 --steps 1)
+    stage tests 200 "${pytest[@]}" tests/test_house.py
+    bench update 200 update --smoke --rounds 1
+    bench sampler 200 sampler --smoke --rounds 1 --no_peers
+    bench step 200 step "${tiny[@]}"
+    bench kernels 200 kernels --smoke --only advantage
     has_trl && bench trl 200 step "${tiny[@]}" --trl
 else
+    "$PYTHON" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
     stage tests 110 "${pytest[@]}" "${tests[@]}"
     bench update 80 update
     bench sampler 110 sampler --shapes 0.5B --rounds 2 --no_peers

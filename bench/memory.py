@@ -32,7 +32,7 @@ def memory_table(settings):
     lines = heading(*columns)
     for size, ranks in MEMORY_ROWS:
         config = memory.qwen(size)
-        found = memory.fitted(config, settings, ranks, True, CARD)
+        found = memory.fitted(config, settings, ranks, CARD)
         parts = memory.plan(config, found, ranks, cuda=True)
         total = sum(parts.values())
         copies = ("gathered", "model", "sampler")
@@ -59,7 +59,7 @@ def network_table(settings):
     for size, ranks in NETWORK_ROWS:
         config = memory.qwen(size)
         step = replace(settings, prompts=ranks * STEP_SAMPLES // settings.samples)
-        budget = memory.fitted(config, step, ranks, True, CARD).token_budget
+        budget = memory.fitted(config, step, ranks, CARD).token_budget
         passes = -(-STEP_TOKENS // budget)
         everything, _, _ = memory.parameters(config)
         sent = network_bytes(everything, passes, ranks)

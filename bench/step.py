@@ -146,7 +146,7 @@ def bench(name, load, tokenizer, problems, settings, pool, device, steps):
             "shape": name,
             "share_prompts": share,
             **phase_columns(phases),
-            "train_tokens": metrics["num_train_tokens"],
+            "train_tokens": metrics.get("num_train_tokens", 0.0),  # none without signal
             "mfu": round(statistics.median(t["perf/mfu"] for t in times[1:]), 3),
             "peak_gb": round(statistics.median(t["perf/peak_mem_gb"] for t in times[1:]), 2),
         }

@@ -184,8 +184,12 @@ def add_masters(model, dtype):
     master's in fp32. The optimizer steps the masters; publish() rounds them to the parameters.
     """
     for parameter in model.parameters():
-        parameter.master = parameter.detach().float().clone()
-        parameter.data = parameter.data.to(dtype)
+        rounded = parameter.detach().to(dtype)
+        # The frozen base of adapters mostly is what its checkpoint holds in 16 bits.
+        is_exact = torch.equal(rounded.float(), parameter.detach().float())
+        if parameter.requires_grad or not is_exact:
+            parameter.master = parameter.detach().float().clone()
+        parameter.data = rounded
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_add_to_master)
 

@@ -22,14 +22,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # Share of the memory that a plan fills; the rest is for fragments, graphs and libraries.
 USABLE = 0.85
 FULL = 0.95  # a run that needs more is refused
-# Tokens of a micro-batch that a plan chooses. On an H200 65,536 hide the host; on a CPU more only
-# take longer to reach.
+# Tokens of a micro-batch that a plan chooses: on an H200 65,536 hide the host.
 MOST_TOKENS = 65_536
-TOKENS_ON_CPU = 16_384
 FEWEST_TOKENS = 4096
 # With so many, a smaller micro-batch costs less than computing activations twice: 0.84 and 0.82 s
 # at 16,384 tokens and at 65,536 with checkpointing (0.5B, H200), of which 0.2 s were waits.
 ENOUGH_TOKENS = 16_384
+TOKENS_ON_CPU = 16_384
 # hidden, intermediate, layers, heads, key-value heads, tied: config.json of Qwen2.5-Coder.
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, True),
@@ -139,8 +138,12 @@ def plan(config, settings, ranks, cuda, sharded=None):
     layer_values = layer_activations(config, keys_per_token(settings))
     kept = 2 * config.hidden_size if settings.gradient_checkpointing else layer_values
     kept = kept * config.num_hidden_layers + 8 * config.hidden_size
-    # The torch references keep more than the kernels: 1.4 times (tests/test_plan.py).
-    more = 1 if cuda else 1.4
+    more = 1
+    if not cuda:
+        # torch's references keep more than the kernels do (tests/test_plan.py); a layer that is
+        # made again is counted beside the loss.
+        kept += layer_values if settings.gradient_checkpointing else 0
+        more = 1.6
     tokens = micro_batch_tokens(settings, ranks)
     parts["activations"] = tokens * kept * width * more
 
@@ -164,19 +167,21 @@ def plan(config, settings, ranks, cuda, sharded=None):
 
 
 def micro_batch_tokens(settings, ranks):
-    """Most tokens of a rank's micro-batch: --token_budget, or all tokens of a shorter step.
+    """Most tokens of a rank's micro-batch: --token_budget (0: the most that a plan chooses), or all
+    tokens of a shorter step.
 
     A sequence that is longer than the budget goes alone.
     4 prompts of 100 tokens, shared, with 8 samples of 50 each: 4 * (100 + 8 * 50) = 2,000.
     """
     prompt, new = settings.max_prompt_tokens, settings.max_new_tokens
+    budget = settings.token_budget or MOST_TOKENS
     if settings.task == "selfplay" or settings.gepo:  # also trains on other things
-        return max(settings.token_budget, prompt + new)
+        return max(budget, prompt + new)
     prompts = -(-settings.prompts // ranks)
     group = settings.samples * (prompt + new)
     if settings.share_prompts:
         group = prompt + settings.samples * new
-    return max(min(settings.token_budget, prompts * group), prompt + new)
+    return max(min(budget, prompts * group), prompt + new)
 
 
 def sampling_parts(config, longest):
@@ -215,38 +220,36 @@ def peak(parts):
 
 
 def fit(config, settings, device):
-    """(settings `fitted` to the rank with the least memory, bytes for keys and values on this one).
+    """(settings with the micro-batches that this run has, bytes for the sampler's keys and values).
 
-    None for them on a CPU, where the sampler looks at what is free. A collective.
+    On GPUs `fitted` to the rank with the least memory. On a CPU, where other programs come and go,
+    16,384 tokens and checkpointing as it is said, and None: the sampler looks at what is free.
+    A collective.
     """
-    cuda = device.type == "cuda"
-    here = (distributed.world_size(), cuda, room_of(device))
-    found = fitted(config, settings, *here)
+    if device.type == "cpu":
+        return replace(settings, token_budget=settings.token_budget or TOKENS_ON_CPU), None
+    ranks, memory = distributed.world_size(), room_of(device)
+    found = fitted(config, settings, ranks, memory)
     found = replace(
         found,
         token_budget=-distributed.largest(-found.token_budget),
         gradient_checkpointing=bool(distributed.largest(int(found.gradient_checkpointing))),
     )
-    return found, int(step_pages(config, settings, *here)) if cuda else None
+    return found, int(step_pages(config, settings, ranks, memory))
 
 
-def fitted(config, settings, ranks, cuda, memory):
-    """Settings with the micro-batch size and the checkpointing for `memory` bytes of a rank.
+def fitted(config, settings, ranks, memory):
+    """Settings with the micro-batch size and the checkpointing for `memory` bytes of a GPU.
 
-    token_budget 0: on a GPU as many tokens as the plan has room for, so that a resumed run has the
-    same on such a card; on a CPU, where other programs come and go, always 16,384.
-    gradient_checkpointing true: only where activations do not fit otherwise, which changes no bit
-    of the gradient; false: never. memory None: nobody knows, so less is better.
+    token_budget 0: as many tokens as the plan has room for. gradient_checkpointing true: only where
+    activations do not fit otherwise; false: never. Decided by shapes and the size of the memory
+    alone, so that a resumed run has the same.
     """
-    if memory is None:
-        return replace(settings, token_budget=settings.token_budget or TOKENS_ON_CPU)
-    room = USABLE * memory
-    if cuda:
-        room -= step_pages(config, settings, ranks, cuda, memory)
+    room = USABLE * memory - step_pages(config, settings, ranks, memory)
 
     def fits(tokens, checkpointing):
         tried = replace(settings, token_budget=tokens, gradient_checkpointing=checkpointing)
-        return peak(plan(config, tried, ranks, cuda)) <= room
+        return peak(plan(config, tried, ranks, cuda=True)) <= room
 
     def largest(checkpointing):
         tokens = MOST_TOKENS
@@ -254,17 +257,17 @@ def fitted(config, settings, ranks, cuda, memory):
             tokens -= 1024
         return tokens
 
-    tokens = settings.token_budget or TOKENS_ON_CPU
+    tokens = settings.token_budget
     recomputes = settings.gradient_checkpointing and not fits(tokens, False)
-    if cuda and not settings.token_budget:
+    if not tokens:
         tokens = largest(False)
         recomputes = settings.gradient_checkpointing and tokens < ENOUGH_TOKENS
         tokens = largest(True) if recomputes else tokens
     return replace(settings, token_budget=tokens, gradient_checkpointing=recomputes)
 
 
-def step_pages(config, settings, ranks, cuda, memory):
-    """Bytes that the sampler may take for keys and values: a step's samples, none of them short.
+def step_pages(config, settings, ranks, memory):
+    """Bytes that the sampler may take of a GPU for keys and values: of a step's longest samples.
 
     At most half of what training leaves with the smallest micro-batch: the other half makes that
     larger. Enough for one sample.
@@ -273,10 +276,10 @@ def step_pages(config, settings, ranks, cuda, memory):
     if settings.task != "selfplay":  # there six times as many prompts, of tasks and roles
         rows = min(rows, -(-settings.prompts * settings.samples // ranks))
     longest = settings.max_prompt_tokens + settings.max_new_tokens
-    one = page_bytes(config, longest, width=2 if cuda else 4)
+    one = page_bytes(config, longest, width=2)
 
     tokens = settings.token_budget or FEWEST_TOKENS
-    smallest = plan(config, replace(settings, token_budget=tokens), ranks, cuda)
+    smallest = plan(config, replace(settings, token_budget=tokens), ranks, cuda=True)
     left = FULL * memory - peak(smallest)
     return max(one, min(rows * one, left / 2))
 

@@ -98,7 +98,7 @@ def fitted(size, ranks=1, gigabytes=80, **changes):
     """Settings of a run of 64 x 16 samples, prompts and completions of up to 1,024 tokens."""
     settings = Settings(**{"prompts": 64, "samples": 16, "max_new_tokens": 1024} | changes)
     config = memory.qwen(size)
-    return settings, memory.fitted(config, settings, ranks, True, gigabytes * 1e9)
+    return settings, memory.fitted(config, settings, ranks, gigabytes * 1e9)
 
 
 def test_micro_batches_are_as_large_as_the_plan_has_room_for():
@@ -135,16 +135,18 @@ def test_a_fitted_plan_and_the_samplers_pages_fit_together(size, ranks, gigabyte
     settings, found = fitted(size, ranks, gigabytes)
     config = memory.qwen(size)
     total = sum(memory.plan(config, found, ranks, cuda=True).values())
-    pages = memory.step_pages(config, settings, ranks, True, gigabytes * 1e9)
+    pages = memory.step_pages(config, settings, ranks, gigabytes * 1e9)
     assert total + pages <= memory.FULL * gigabytes * 1e9
     # A slot's rollout: 2,048 tokens.
-    assert pages >= memory.pages_needed(config, settings, width=2)
+    assert pages >= memory.page_bytes(config, 2048, width=2)
 
 
-def test_on_a_cpu_a_fitted_run_has_the_budget_of_before():
-    """16,384 tokens, the default until a plan chose: the small models' activations fit."""
+def test_on_a_cpu_micro_batches_do_not_follow_what_other_programs_leave():
+    """The same bits on every run: 16,384 tokens, and activations computed twice if it is said."""
     found, pages = memory.fit(CONFIG, Settings(), torch.device("cpu"))
-    assert (found.token_budget, found.gradient_checkpointing, pages) == (16_384, False, None)
+    assert (found.token_budget, found.gradient_checkpointing, pages) == (16_384, True, None)
+    found, _ = memory.fit(CONFIG, Settings(token_budget=2048), torch.device("cpu"))
+    assert found.token_budget == 2048
 
 
 def gigabytes(size, ranks, **changes):

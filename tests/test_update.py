@@ -242,6 +242,20 @@ def stepped(prepare):
     return model
 
 
+def test_a_frozen_weight_that_16_bits_hold_has_no_master():
+    """4 bytes of every weight of a base under adapters; one that they do not hold has."""
+    model = model_file.random_model(CONFIG, 1, std=0.3)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        model.norm.fill_(1 + 2**-7)  # bf16: 8 bits
+        model.layers[0].post_norm.fill_(1 + 2**-8)
+    distributed.add_masters(model, torch.bfloat16)
+    assert distributed.master(model.norm) is model.norm
+    kept = distributed.full(model.layers[0].post_norm)
+    assert torch.equal(kept, torch.full_like(kept, 1 + 2**-8))
+    assert torch.equal(distributed.full(model.norm).float(), torch.full((48,), 1 + 2**-7))
+
+
 def test_a_checkpoint_keeps_masters_and_restores_what_they_compute(tmp_path):
     """Not the rounded weights: after it a step moves by less than bf16 could hold."""
 
