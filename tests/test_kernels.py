@@ -379,7 +379,7 @@ def test_the_bench_runs_every_kernel_and_ends_in_json(capsys):
     bench.main(["--smoke", "--no-compile"])
     last_line = capsys.readouterr().out.splitlines()[-1]
     rows = json.loads(last_line)["rows"]
-    assert len(rows) == 14
+    assert len(rows) == 16
     for row in rows:
         for times in (row["ours"], *row["peers"].values()):
             assert times["median"] > 0, row
