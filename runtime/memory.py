@@ -29,6 +29,7 @@ FEWEST_TOKENS = 4096
 # at 16,384 tokens and at 65,536 with checkpointing (0.5B, H200), of which 0.2 s were waits.
 ENOUGH_TOKENS = 16_384
 TOKENS_ON_CPU = 16_384
+MOST_ROWS = 1024  # that are sampled at a time where --slots does not say
 # hidden, intermediate, layers, heads, key-value heads, tied: config.json of Qwen2.5-Coder.
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, True),
@@ -272,9 +273,10 @@ def step_pages(config, settings, ranks, memory):
     At most half of what training leaves with the smallest micro-batch: the other half makes that
     larger. Enough for one sample.
     """
-    rows = settings.slots
-    if settings.task != "selfplay":  # there six times as many prompts, of tasks and roles
-        rows = min(rows, -(-settings.prompts * settings.samples // ranks))
+    rows = -(-settings.prompts * settings.samples // ranks)
+    if settings.task == "selfplay":  # for each of three tasks and two roles
+        rows *= 6
+    rows = min(rows, settings.slots or MOST_ROWS)
     longest = settings.max_prompt_tokens + settings.max_new_tokens
     one = page_bytes(config, longest, width=2)
 

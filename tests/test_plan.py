@@ -149,6 +149,18 @@ def test_on_a_cpu_micro_batches_do_not_follow_what_other_programs_leave():
     assert found.token_budget == 2048
 
 
+def test_pages_are_those_of_a_steps_samples():
+    """0.5B: 12,288 bytes a token, 2,048 tokens a sample; half of a small card's rest at most."""
+
+    def pages(**changes):
+        settings, _ = fitted("0.5B", **changes)
+        return memory.step_pages(memory.qwen("0.5B"), settings, 1, 150e9) / (12_288 * 2048)
+
+    assert pages(slots=4096) == 1024  # 64 x 16
+    assert pages(slots=100) == 100
+    assert pages(slots=4096, task="selfplay", samples=1) == 6 * 64
+
+
 def gigabytes(size, ranks, **changes):
     """The plan of a run on GPUs."""
     settings = Settings(**{"token_budget": 16384, "max_new_tokens": 1024} | changes)
