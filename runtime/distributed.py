@@ -188,7 +188,7 @@ def add_masters(model, dtype):
         # The frozen base of adapters mostly is what its checkpoint holds in 16 bits.
         is_exact = torch.equal(rounded.float(), parameter.detach().float())
         if parameter.requires_grad or not is_exact:
-            parameter.master = parameter.detach().float().clone()
+            parameter.master = parameter.detach().float()
         parameter.data = rounded
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_add_to_master)

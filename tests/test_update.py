@@ -29,6 +29,7 @@ from batches import (
     take_step,
 )
 from runtime import checkpoint, distributed
+from sampler import Request, Sampler
 from settings import Settings
 
 CONFIG = model_file.Config.from_dict(
@@ -44,7 +45,7 @@ CONFIG = model_file.Config.from_dict(
     )
 )
 # As wide as the kernels on a GPU want it.
-WIDE = replace(CONFIG, hidden_size=128, num_attention_heads=4, head_dim=32)
+WIDE = replace(CONFIG, hidden_size=128, num_attention_heads=4, head_dim=64)
 
 
 def sequences(count=9):
@@ -240,6 +241,29 @@ def stepped(prepare):
         gradient(sequences(), 12, model=model)
         take_step(model, optimizer, 0.01, 1.0)
     return model
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_one_process_samples_with_the_weights_that_it_trains(device):
+    """After an update the run's sampler draws what a new one of the same model draws."""
+    model = model_file.random_model(WIDE, 1, std=0.3)
+    run = run_of(distributed.shard(model, torch.device(device)), lr=0.1, warmup=1)
+    run.device = torch.device(device)
+    run.sampler = Sampler(run.model, slots=2)
+    requests = [Request([1, 2, 3], n=2, max_new_tokens=8)]
+
+    def drawn(sampler):
+        (group,) = sampler.generate(requests)
+        return [(completion.tokens, completion.logprobs) for completion in group]
+
+    before = drawn(run.sampler)
+    train.update(run, 1, sequences())
+    train.refresh_sampler(run)
+    after = drawn(run.sampler)
+    assert after == drawn(Sampler(run.model, slots=2)) != before
+    if device == "cuda":
+        assert model.norm.dtype == torch.bfloat16
+        assert distributed.full(model.norm).dtype == torch.float32
 
 
 def test_a_frozen_weight_that_16_bits_hold_has_no_master():
