@@ -230,9 +230,9 @@ def test_gspo_by_name_clips_as_its_paper_does():
 
 def test_dr_grpo_by_name_does_not_divide_by_the_deviation():
     """Rewards 1 and 0: 0.5 and -0.5, where GRPO's are 0.707 and -0.707."""
-    for loss, advantage in (("dr_grpo", 0.5), ("grpo", 0.7071)):
+    for loss, size in (("dr_grpo", 0.5), ("grpo", 0.7071)):
         sequences = rollout.set_advantages(Run(loss=loss), [sample(0, 1.0), sample(0, 0.0)])
-        close([x.advantage for x in sequences], [advantage, -advantage])
+        close([x.advantage for x in sequences], [size, -size])
 
 
 def measured(loss, logprobs, entropy, batch, settings):
