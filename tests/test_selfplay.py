@@ -522,6 +522,35 @@ def test_recipes_hold_the_papers_values(name):
     assert rewards.read_setting(settings.propose_reward) == ("switch", 64)
 
 
+SELF_PLAY = sorted((ROOT / "recipes").glob("azr_*.toml"))
+OF_THE_PAPER = {  # recipe -> proposer's reward, steps
+    "azr_racket_eq3": ("eq3", 500),
+    "azr_racket_eq4": ("eq4", 256),
+    "azr_racket": ("switch:64", 256),
+    "azr_racket_blend": ("blend", 256),
+    "azr_javascript": ("eq3", 500),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_recipes_of_the_papers_rewards_differ_in_nothing_else(name):
+    settings = Settings(**read_recipe(ROOT / "recipes" / f"{name}.toml"))
+    assert (settings.propose_reward, settings.steps) == OF_THE_PAPER[name]
+    paper = PAPER | {"steps": settings.steps}
+    assert {key: getattr(settings, key) for key in paper} == paper
+    assert (settings.solve_penalties, settings.refuse_copies) == ("", False)
+
+
+@pytest.mark.parametrize("path", SELF_PLAY, ids=lambda path: path.stem)
+def test_every_self_play_recipe_is_accepted(path):
+    selfplay.check_settings(Settings(**read_recipe(path)))
+
+
+def test_the_public_implementations_penalty_is_a_recipe():
+    settings = Settings(**read_recipe(ROOT / "recipes/azr_racket_public.toml"))
+    assert selfplay.penalties_of(settings) == ({"wrong": -0.5}, {})
+
+
 @pytest.mark.parametrize(
     "wrong,sentence",
     [

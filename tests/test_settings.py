@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 
 import pytest
@@ -231,3 +232,10 @@ def test_every_setting_stands_in_a_section_of_the_help(capsys):
     before_sections, _, sections = text.partition("what is trained on what:")
     for setting in dataclasses.fields(Settings):
         assert f"--{setting.name} " in sections.replace("\n", " ")
+
+
+def test_every_recipe_that_a_page_names_is_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RECIPES]
+    for page in pages:
+        for name in re.findall(r"recipes/(\w+\.toml)", page.read_text("utf-8")):
+            assert (ROOT / "recipes" / name).is_file(), f"{page.name} names recipes/{name}"

@@ -99,6 +99,12 @@ function f(values, text, limit)
     Any[text, total, total > limit, limit]
 end
 """,
+    "javascript": """
+function f(values, text, limit) {
+  const sum = values.reduce((x, y) => x + y, 0);
+  return [text, sum, sum > limit, limit];
+}
+""",
     "prolog": """
 f(Values, Text, Limit, [Text, Sum, Above, Limit]) :-
     sum_list(Values, Sum),
@@ -146,11 +152,6 @@ chomp(my $word = <STDIN>);
 my $sum = length $word;
 $sum += $_ for @values;
 print "$sum\n";
-""",
-    "javascript": r"""
-const [values, word] = require("fs").readFileSync(0, "utf8").split("\n");
-const sum = values.split(" ").map(Number).reduce((x, y) => x + y, 0);
-console.log(sum + word.length);
 """,
     "ruby": """
 values = gets.split.map(&:to_i)

@@ -48,6 +48,10 @@ VALUES = {
         COMMON[0], Map((("k", [1, 2]), (2.5, True))), 2**63 - 1, [-(2**63)],
         Map(((0, 1), (2, 3))),
     ],
+    "javascript": [
+        COMMON[0], Map((("k", [1, None]), ("a b", Map(())), ("7", True))), 2**53 - 1, 2.0**60,
+        Set((1, "2")), Set(()), [True, False],
+    ],
     "julia": [
         *COMMON, Map((("k", [1, 2.5]), ("l", "$x"))), Symbol("a_b"), Char("'"), None,
         Fraction(3, 4), Set((1, 2)), (1,), [True, 1], [[1], [2.5]],
@@ -106,6 +110,13 @@ def test_values_come_back_from_the_language_as_they_went_in(pool, name):
         ("lua", "{a = 1, ['b c'] = {2}}", Map((("a", 1), ("b c", [2])))),
         ("lua", "{[2] = 'y', [1] = 'x'}", ["x", "y"]),
         ("lua", "9223372036854775808", 2.0**63),
+        (
+            "javascript",
+            "{a: 1, 'b c': [2,], $x: {}, 7: null,}",
+            Map((("a", 1), ("b c", [2]), ("$x", Map(())), ("7", None))),
+        ),
+        ("javascript", "new Set([1, 2])", Set((1, 2))),
+        ("javascript", "9007199254740993", 2.0**53),
         ("prolog", "[a-1, 'B c', \"s\"]", [Compound("-", (Symbol("a"), 1)), Symbol("B c"), "s"]),
     ],
 )
@@ -119,6 +130,8 @@ def test_literals_as_people_write_them(name, text, value):
     [
         ("python", 1, 1.0, True),
         ("lua", 1, 1.0, True),
+        ("javascript", 1, 1.0, True),
+        ("javascript", 1, "1", False),
         ("racket", 1, 1.0, False),
         ("prolog", 1, 1.0, False),
         ("python", 1, True, False),
@@ -139,6 +152,11 @@ ATTACKS = {
     "lua": [
         "1) or true or f(1", "f(1)", "(function() return 1 end)()", "os.time()", "{f()}", "1 --",
         "[[x]]",
+    ],
+    "javascript": [
+        "1) || true || f(1", "f(1)", "(() => 1)()", "new Date()", "`${f(1)}`", "[...[1]]", "1n",
+        "{get a() { return 1 }}", "{__proto__: null}", "{[1]: 2}", "undefined", "NaN", "[1, , 2]",
+        "new Set(f(1))", "new Map([])", "1; process.exit()", "/x/", "0x10",
     ],
     "julia": [
         "1) || true || f(1", '"$(run(`ls`))"', '"$x"', "[x for x in 1:2]", "f(1)", "`ls`",
@@ -227,6 +245,21 @@ BANNED = {
         "local d = require\nfunction f(a) return d('os').time() end",
         "function f(a) return getmetatable('').__index.dump(f) end",
     ],
+    "javascript": [
+        "function f(a) { return Math.random(); }",
+        "const m = Math, r = m['ran' + 'dom'];\nfunction f(a) { return r(); }",
+        "const f = (a) => Date.now();",
+        "const f = (a) => new Date();",
+        "function f(a) { try { require('fs'); } catch (e) {} return 1; }",
+        "function f(a) { return (() => {}).constructor('return process')().pid; }",
+        "function f(a) { return [].map.constructor('return 1')(); }",
+        "async function g() {}\nfunction f(a) { return g.constructor('return 1'); }",
+        "function f(a) { return eval('1'); }",
+        "function f(a) { return globalThis['pro' + 'cess'].pid; }",
+        "function f(a) { return this.constructor.constructor('return 1')(); }",
+        "const o = { get x() { return Math.random(); } };\nfunction f(a) { return o.x; }",
+        "function f(a) { return new Intl.DateTimeFormat().format(); }",
+    ],
     "julia": [
         "r = rand\nf(a) = r(1:10)",
         "import Base: rand\nf(a) = rand()",
@@ -294,6 +327,14 @@ FINE = {
         "local function f(a) local t = {} for i = 1, 3 do t[#t+1] = i * 2 end "
         "table.sort(t, function(x, y) return x > y end) "
         "return {t, math.max(1, 2), ('x'):rep(3), a} end"
+    ],
+    "javascript": [
+        "const g = (x) => x * 2;\nconst f = (a) => { console.log(a); return [g(a), "
+        "Math.max(1, 2), 'x'.repeat(3), { k: [...'ab'].map((c) => c.charCodeAt(0)) }]; };",
+        "class P { constructor(x) { this.x = x; } }\nfunction* g() { yield 1; }\n"
+        "function f(a) { return { ...new P(a), n: [...g()], s: new Set([a]) }; }",
+        "module.exports = f;\nfunction f(a) { const m = new Map([[a, 1]]); return m.get(a); }",
+        "'use strict';\nlet f = function (a) { return [3, 1].sort()[0] / 3; };",
     ],
     "julia": [
         "using Statistics\nf(a) = mean([1, 2, 3])",

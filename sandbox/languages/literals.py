@@ -215,7 +215,10 @@ class _BracketReader(_Reader):
         return _Item(key, self.nested(self.value))
 
     def key(self):
-        """What may stand before an arrow. Lua: [1] = 2, name = 2."""
+        """What may stand before an arrow. Lua: [1] = 2, name = 2. JavaScript: name: 2, 1: 2."""
+        bare = self.table.get("bare_key")
+        if bare and (name := self.take(bare)):
+            return name
         opened = None
         if self.table.get("key"):
             opened = self.take(r"\[\s*|[A-Za-z_]\w*(?=\s*=)")
