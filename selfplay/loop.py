@@ -46,6 +46,7 @@ from selfplay.puzzles import (
     Refused,
 )
 from selfplay.rewards import REFUSED, proposer_reward, read_penalties, read_setting
+from settings import Settings
 from tasks import faults
 from tasks.multipl_e import TestJudge, load_benchmark
 from tasks.requests import benchmark_prompt
@@ -62,6 +63,8 @@ GROUPS = list(itertools.product(TASKS, ROLES))  # each has its own mean and devi
 VALIDATION_SEED = 1  # of triples; those that are reported have 0
 SEED_ROUNDS = 40  # most rounds of --prompts seed proposals
 IDLE_ROUNDS = 4  # of these in a row may give nothing new; then the model starts with what there is
+# Self-play has its own rewards, and one answer for each question.
+OF_OTHER_TASKS = ("reward", "syntax_mix", "overlong_buffer", "dynamic_sampling")
 SMOOTHING = 0.1  # weight of a step in the moving average of the solver's accuracy
 
 
@@ -127,6 +130,10 @@ def check_settings(settings):
     """ValueError with one sentence for what is wrong, before any model is made."""
     read_setting(settings.propose_reward)
     penalties_of(settings)
+    for name in OF_OTHER_TASKS:
+        value = getattr(settings, name)
+        if value != getattr(Settings, name):
+            raise ValueError(f"--{name} {value}: self-play does not use it; leave it out")
     if not 0 <= settings.composite <= 1:
         raise ValueError(
             f"--composite {settings.composite} is not a share: use a number from 0 to 1"
