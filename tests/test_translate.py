@@ -88,6 +88,11 @@ end
   (define sum (apply + values))
   (list text sum (> sum limit) limit))
 """,
+    "scheme": """
+(define (f values text limit)
+  (let ((sum (apply + values)))
+    (list text sum (> sum limit) limit)))
+""",
     "lisp": """
 (defun f (values text limit)
   (let ((sum (reduce #'+ values)))
@@ -197,13 +202,6 @@ public class Main {
         System.out.println(sum + in.nextLine().length());
     }
 }
-""",
-    "scheme": """
-(use-modules (ice-9 rdelim))
-(define (numbers line) (map string->number (string-tokenize line)))
-(let* ((values (numbers (read-line))) (word (read-line)))
-  (display (+ (apply + values) (string-length word)))
-  (newline))
 """,
     "ocaml": """
 let () =

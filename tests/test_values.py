@@ -60,6 +60,10 @@ VALUES = {
         *COMMON, Map(((Symbol("k"), [1, 2]), ("s", 1.5))), Symbol("list->vector"), Char(" "),
         Char("("), Fraction(-3, 4), Pair(1, Pair(2, 3)), (1, "a"), [True, False],
     ],
+    "scheme": [
+        *COMMON, Symbol("list->vector"), Char(" "), Char("("), Fraction(-3, 4),
+        Pair(1, Pair(2, 3)), (1, "a"), [True, False],
+    ],
     "lisp": [
         [[1, [2, []], -3], "a\"b\\c'd\n e", -7, 1.5, 1e300, 1e-07], 10**30,
         Map((("k", [1, 2]), (Symbol("x"), Fraction(1, 3)))), Symbol("foo-bar"), Symbol(":key"),
@@ -105,6 +109,7 @@ def test_values_come_back_from_the_language_as_they_went_in(pool, name):
         ("racket", "'(1 . (2 3))", [1, 2, 3]),
         ("racket", "(list 'a (list 1))", [Symbol("a"), [1]]),
         ("racket", '(hash "a" 1)', Map((("a", 1),))),
+        ("scheme", "(list 'a (list 1) #t)", [Symbol("a"), [1], True]),
         ("lisp", "'(A b NIL t)", [Symbol("a"), Symbol("b"), [], True]),
         ("lisp", "1.5d0", 1.5),
         ("lua", "{a = 1, ['b c'] = {2}}", Map((("a", 1), ("b c", [2])))),
@@ -133,6 +138,7 @@ def test_literals_as_people_write_them(name, text, value):
         ("javascript", 1, 1.0, True),
         ("javascript", 1, "1", False),
         ("racket", 1, 1.0, False),
+        ("scheme", 1, 1.0, False),
         ("prolog", 1, 1.0, False),
         ("python", 1, True, False),
         ("python", Map(((1, 2), (3, 4))), Map(((3, 4), (1, 2))), True),
@@ -165,6 +171,10 @@ ATTACKS = {
     "racket": [
         "1) (f 1", "(f 1)", "(list (f 1))", ",(f 1)", "`(1 ,(f 1))", "#.(f 1)", "1 ; x", "'(1 2",
         "#<procedure>", "(hash 'a)",
+    ],
+    "scheme": [
+        "1) (f 1", "(f 1)", "(list (f 1))", ",(f 1)", "`(1 ,(f 1))", "#.(f 1)", "1 ; x", "'(1 2",
+        "#<procedure>", "#:key", "x",
     ],
     "lisp": [
         "1) (f 1", "(f 1)", "#.(f 1)", "`(1 ,(f 1))", "'#.(f 1)", "#'f", "sb-ext:*posix-argv*",
@@ -290,6 +300,21 @@ BANNED = {
         "(module m racket/base (random))\n(define (f a) 1)",
         '(define (f a) (file->string "main.rkt"))',
     ],
+    "scheme": [
+        "(define r random)\n(define (f a) (r 10))",
+        "(define (f a) ((@ (guile) random) 10))",
+        "(use-modules (ice-9 popen))\n(define (f a) 1)",
+        "(use-modules ((ice-9 popen) #:select (open-pipe)))\n(define (f a) 1)",
+        "(define (f a) (eval '(random 10) (interaction-environment)))",
+        "(define-syntax-rule (r x) (random x))\n(define (f a) (r 10))",
+        "(define (f a) (catch #t (lambda () (current-time)) (lambda _ 1)))",
+        "(define (f a) (use-modules (srfi srfi-1)) 1)",
+        '(define (f a) (open-input-file "main.scm"))',
+        "(define (f a) (random 10 *random-state*))",
+        "(define-module (m))\n(define (f a) 1)",
+        "(define (f a) (module-ref (resolve-module '(guile)) 'random))",
+        '(define (f a) (map getenv \'("HOME")))',
+    ],
     "lisp": [
         "(defun f (a) (funcall 'random 10))",
         "(setf (symbol-function 'q) #'random)\n(defun f (a) (q 10))",
@@ -347,6 +372,15 @@ FINE = {
         "(for/list ([i (in-range 3)]) (match (list i 2) [(list x y) (+ x y time)])))",
         "#lang racket/base\n(struct p (x y))\n(define (f a #:k [k 1]) "
         "(with-handlers ([exn:fail? (lambda (e) 1)]) (p-x (p k 2))))",
+    ],
+    "scheme": [
+        "(use-modules (srfi srfi-1) ((ice-9 match) #:select (match)))\n(define time 3)\n"
+        "(define (f a) (map (lambda (i) (match (list i 2) ((x y) (+ x y time)))) (iota 3)))",
+        "(use-modules (srfi srfi-9))\n"
+        "(define-record-type point (make-point x y) point? (x point-x) (y point-y))\n"
+        "(define (f a) (let loop ((i 0)) (if (< i a) (loop (+ i 1)) (point-x (make-point i 2)))))",
+        "(define (f a) (let ((h (make-hash-table))) (hash-set! h 'a 1) (display a) "
+        "(call-with-output-string (lambda (p) (write (hash-ref h 'a) p)))))",
     ],
     "lisp": [
         "(defmacro tw (x) `(* 2 ,x))\n(defstruct p x)\n(defun f (a) (let ((h (make-hash-table))) "
