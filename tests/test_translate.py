@@ -110,6 +110,12 @@ function f(values, text, limit) {
   return [text, sum, sum > limit, limit];
 }
 """,
+    "ruby": """
+def f(values, text, limit)
+  sum = values.sum
+  [text, sum, sum > limit, limit]
+end
+""",
     "prolog": """
 f(Values, Text, Limit, [Text, Sum, Above, Limit]) :-
     sum_list(Values, Sum),
@@ -157,10 +163,6 @@ chomp(my $word = <STDIN>);
 my $sum = length $word;
 $sum += $_ for @values;
 print "$sum\n";
-""",
-    "ruby": """
-values = gets.split.map(&:to_i)
-puts values.sum + gets.chomp.length
 """,
     "php": r"""
 <?php

@@ -52,6 +52,10 @@ VALUES = {
         COMMON[0], Map((("k", [1, None]), ("a b", Map(())), ("7", True))), 2**53 - 1, 2.0**60,
         Set((1, "2")), Set(()), [True, False],
     ],
+    "ruby": [
+        *COMMON, Map((("k", [1, None]), (Symbol("ok?"), Map(())), (3, True))), "#{x} # $y",
+        Symbol("a_b"), Set((1, "2")), Set(()), [True, False],
+    ],
     "julia": [
         *COMMON, Map((("k", [1, 2.5]), ("l", "$x"))), Symbol("a_b"), Char("'"), None,
         Fraction(3, 4), Set((1, 2)), (1,), [True, 1], [[1], [2.5]],
@@ -122,6 +126,13 @@ def test_values_come_back_from_the_language_as_they_went_in(pool, name):
         ),
         ("javascript", "new Set([1, 2])", Set((1, 2))),
         ("javascript", "9007199254740993", 2.0**53),
+        (
+            "ruby",
+            "{a: 1, 'b' => :c?, d!: {},}",
+            Map(((Symbol("a"), 1), ("b", Symbol("c?")), (Symbol("d!"), Map(())))),
+        ),
+        ("ruby", r"""['a\n', 'it\'s', "# \#{x}"]""", ["a\\n", "it's", "# #{x}"]),
+        ("ruby", "Set[1, 2]", Set((1, 2))),
         ("prolog", "[a-1, 'B c', \"s\"]", [Compound("-", (Symbol("a"), 1)), Symbol("B c"), "s"]),
     ],
 )
@@ -137,6 +148,7 @@ def test_literals_as_people_write_them(name, text, value):
         ("lua", 1, 1.0, True),
         ("javascript", 1, 1.0, True),
         ("javascript", 1, "1", False),
+        ("ruby", Symbol("a"), "a", False),
         ("racket", 1, 1.0, False),
         ("scheme", 1, 1.0, False),
         ("prolog", 1, 1.0, False),
@@ -163,6 +175,10 @@ ATTACKS = {
         "1) || true || f(1", "f(1)", "(() => 1)()", "new Date()", "`${f(1)}`", "[...[1]]", "1n",
         "{get a() { return 1 }}", "{__proto__: null}", "{[1]: 2}", "undefined", "NaN", "[1, , 2]",
         "new Set(f(1))", "new Map([])", "1; process.exit()", "/x/", "0x10",
+    ],
+    "ruby": [
+        "1) || true || f(1", "f(1)", '"#{f(1)}"', '"#$x"', "`ls`", "%w[a b]", "[1].map", "1..3",
+        "-> { 1 }", ":'a b'", "{a => 1}", "Set.new", "1; exit", "[*[1]]", "x", "3r",
     ],
     "julia": [
         "1) || true || f(1", '"$(run(`ls`))"', '"$x"', "[x for x in 1:2]", "f(1)", "`ls`",
@@ -270,6 +286,24 @@ BANNED = {
         "const o = { get x() { return Math.random(); } };\nfunction f(a) { return o.x; }",
         "function f(a) { return new Intl.DateTimeFormat().format(); }",
     ],
+    "ruby": [
+        "def f(a) rand end",
+        "def f(a) send('ra' + 'nd', 10) end",
+        "def f(a) Kernel.rand(10) end",
+        "R = Random\ndef f(a) R.rand end",
+        "def f(a) Object.const_get('Ti' + 'me').now end",
+        "def f(a) $stdin.class.read('main.rb') end",
+        "def f(a) begin; Time.now; rescue NameError; 1; end end",
+        "def f(a) [1, 2].shuffle end",
+        "def f(a) eval('1') end",
+        "def f(a) instance_eval('1') end",
+        "def f(a) `ls` end",
+        "require 'socket'\ndef f(a) 1 end",
+        "M = Kernel.method(:rand)\ndef f(a) M.call end",
+        "def f(a) ObjectSpace.count_objects end",
+        "def f(a) Thread.new { 1 }.value end",
+        "def f(a) File.read('main.rb') end",
+    ],
     "julia": [
         "r = rand\nf(a) = r(1:10)",
         "import Base: rand\nf(a) = rand()",
@@ -360,6 +394,14 @@ FINE = {
         "function f(a) { return { ...new P(a), n: [...g()], s: new Set([a]) }; }",
         "module.exports = f;\nfunction f(a) { const m = new Map([[a, 1]]); return m.get(a); }",
         "'use strict';\nlet f = function (a) { return [3, 1].sort()[0] / 3; };",
+    ],
+    "ruby": [
+        "require 'set'\nrequire 'prime'\nP = Struct.new(:x)\n"
+        "def f(a) puts a; [P.new(a).x, Set[1, 2].include?(2), Prime.first(3), a.digits] end",
+        "class Q; attr_reader :y; def initialize(y) = @y = y; end\n"
+        "def f(a) { 'k' => Q.new(a).y, s: %w[b a].sort, t: \"#{Set[a]}\".size > 3 } end",
+        "def f(a) nil.foo; rescue NoMethodError => e; e.message.size > 9; end",
+        "def f(a) = Marshal.load(Marshal.dump([a, a.to_s * 2, 10.divmod(3)]))",
     ],
     "julia": [
         "using Statistics\nf(a) = mean([1, 2, 3])",
