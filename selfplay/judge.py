@@ -24,7 +24,7 @@ class SolveJudge:
     """Judges answers to puzzles; a judge as tasks/verdicts.py describes it.
 
     The reward is equation (2); nan when the sandbox could not judge.
-    penalties: {fault: reward} of answers that are not right, in place of the equation's.
+    penalties: {reason: reward} of answers that are not right, in place of the equation's.
     """
 
     def __init__(self, pool, language, penalties=None):

@@ -36,9 +36,9 @@ from selfplay.prompts import propose_prompt, solve_prompt
 from selfplay.proposals import begin, check, reason_of, still_true
 from selfplay.puzzles import (
     OUT_OF_FORM,
-    PROPOSE_FAULTS,
+    PROPOSE_REASONS,
     ROLES,
-    SOLVE_FAULTS,
+    SOLVE_REASONS,
     TASKS,
     Candidate,
     Entry,
@@ -147,10 +147,10 @@ def check_settings(settings):
 
 
 def penalties_of(settings):
-    """({fault: reward} of answers, the same of proposals)."""
+    """({reason: reward} of answers, the same of proposals)."""
     return (
-        read_penalties("solve_penalties", settings.solve_penalties, SOLVE_FAULTS),
-        read_penalties("propose_penalties", settings.propose_penalties, PROPOSE_FAULTS),
+        read_penalties("solve_penalties", settings.solve_penalties, SOLVE_REASONS),
+        read_penalties("propose_penalties", settings.propose_penalties, PROPOSE_REASONS),
     )
 
 

@@ -41,8 +41,9 @@ REASONS = {
     "judge_fault": "the judge failed on it (tasks/faults.py)",
 }
 # What a penalty can be for: a solver's answer may also be wrong, or have no output.
-PROPOSE_FAULTS = tuple(reason for reason in REASONS if reason != "sandbox_error")
-SOLVE_FAULTS = ("wrong", "no_output", *PROPOSE_FAULTS)
+NOBODYS = ("sandbox_error", "judge_fault")
+PROPOSE_REASONS = tuple(reason for reason in REASONS if reason not in NOBODYS)
+SOLVE_REASONS = ("wrong", "no_output", *PROPOSE_REASONS)
 # Refused for what the completion looks like; no_output is a solver's, the others are in REASONS.
 OUT_OF_FORM = ("format", "no_program", "no_input", "no_output", "few_inputs", "no_message")
 

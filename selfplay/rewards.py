@@ -60,20 +60,20 @@ def proposer_reward(setting, accuracy, step, solver_accuracy):
     return (1 - solver_accuracy) * equation_3(accuracy) + solver_accuracy * equation_4(accuracy)
 
 
-def read_penalties(name, text, faults):
-    """--solve_penalties or --propose_penalties -> {fault: reward}.
+def read_penalties(name, text, reasons):
+    """--solve_penalties or --propose_penalties -> {reason: reward}.
 
-    faults: those that there are. SystemExit with one sentence for another one, or for a reward
+    reasons: those that there are. SystemExit with one sentence for another one, or for a reward
     above 0. "wrong=-0.5,syntax=-0.8" -> {"wrong": -0.5, "syntax": -0.8}; "" -> {}
     """
     if not text:
         return {}
     penalties = read_table(name, text)
-    for fault, reward in penalties.items():
-        if fault not in faults:
-            raise SystemExit(f"--{name}: unknown fault {fault!r}; use {', '.join(faults)}")
+    for reason, reward in penalties.items():
+        if reason not in reasons:
+            raise SystemExit(f"--{name}: unknown reason {reason!r}; use {', '.join(reasons)}")
         if reward > 0:
-            raise SystemExit(f"--{name} {fault}={reward:g}: a penalty is at most 0")
+            raise SystemExit(f"--{name} {reason}={reward:g}: a penalty is at most 0")
     return penalties
 
 

@@ -564,10 +564,10 @@ def test_the_public_implementations_penalty_is_a_recipe():
         ({"overlong_buffer": 20}, "self-play does not use it"),
         ({"reward": "random"}, "self-play does not use it"),
         ({"solve_penalties": "wrong:-1"}, "names with numbers"),
-        ({"solve_penalties": "typo=-1"}, "unknown fault 'typo'"),
-        ({"solve_penalties": "sandbox_error=-1"}, "unknown fault"),
+        ({"solve_penalties": "typo=-1"}, "unknown reason 'typo'"),
+        ({"solve_penalties": "sandbox_error=-1"}, "unknown reason"),
         ({"solve_penalties": "wrong=0.5"}, "a penalty is at most 0"),
-        ({"propose_penalties": "wrong=-0.5"}, "unknown fault 'wrong'"),
+        ({"propose_penalties": "wrong=-0.5"}, "unknown reason 'wrong'"),
     ],
 )
 def test_wrong_settings_get_one_sentence(wrong, sentence):
