@@ -22,7 +22,7 @@ from runtime.exact import make_exact
 from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
 from selfplay import loop as selfplay
-from settings import Settings
+from settings import Settings, loss_in_words, read_table
 from tasks import translate
 from tasks.data import hold_out, take
 from tasks.problems import load_problems, question_of
@@ -82,6 +82,7 @@ def build(settings, folder, language, pool, device, report):
     """A Run at its first step. What can be wrong in the settings is tried before the warm start."""
     task = load_task(settings, language, pool, report)
     check(settings, device)
+    report(loss_in_words(settings))
 
     source = starting_checkpoint(settings, folder, task.problems, language, device, report)
     config = hugging_face.read_config(source)
@@ -181,16 +182,7 @@ def make_judge(settings, pool, language):
         raise SystemExit("--syntax_mix needs the syntax check: --reward correct=1,syntax=0")
     if settings.reward == "random":
         return Judge(pool, language, random_reward=True, seed=settings.seed)
-    components = {}
-    try:
-        for part in settings.reward.split(","):
-            name, weight = part.split("=")
-            components[name] = float(weight)
-    except ValueError:
-        raise SystemExit(
-            f"--reward {settings.reward}: write random, or components with weights as "
-            "correct=2,wrong=-1,tags=0.75"
-        ) from None
+    components = read_table("reward", settings.reward)
     return Judge(pool, language, components, gate=settings.format_gate)
 
 

@@ -59,9 +59,13 @@ from tasks.verdicts import Submission
 
 # --bench crux: what is predicted -> the self-play task that asks for it.
 CRUX_TASKS = {"output": "deduction", "input": "abduction"}
+# Benches whose problems are asked as in training whatever the mode.
+OWN_FORM = ("gsm8k", "sums", "crux")
 # Settings that change no number: where things lie, and how many are sampled at once. What lies
 # there does: see model_content and cell_content.
 PLACES = ("model", "data", "programs", "out", "slots")
+# Longest completion where nobody says: published practice for benchmarks.
+NEW_TOKENS = 512
 # What was found to be different, in words.
 OTHER = {
     "weights": "other weights",
@@ -103,7 +107,11 @@ class EvalSettings:
     )
     top_p: float = setting(1.0, "nucleus; published practice: 0.95")
     top_k: int = setting(0, "0 = all")
-    max_new_tokens: int = setting(512, "longest completion")
+    max_new_tokens: int = setting(
+        0,
+        "longest completion; 0 = that of the run that trained the model, as its settings say, where "
+        "it is asked as in training; else 512",
+    )
 
     examples: int = setting(
         1, "gsm8k: worked examples in the prompt: 0, 1 or 5", section="the prompt and its data"
@@ -395,6 +403,29 @@ def report(text):
     """Beside the progress, so that what is printed is results alone."""
     if distributed.rank() == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def token_limit(settings, folder):
+    """(--max_new_tokens of this evaluation, a sentence on where it comes from).
+
+    folder: the model's. RUN/config.json holds the settings of RUN/checkpoints/step_N and of
+    RUN/warm_start.
+    """
+    if settings.max_new_tokens:
+        return settings.max_new_tokens, "as given"
+    continues_a_prompt = settings.bench not in OWN_FORM and settings.mode == "completion"
+    if continues_a_prompt:
+        return NEW_TOKENS, "the default of benchmarks that a model completes"
+
+    for parent in list(Path(folder).resolve().parents)[:2]:
+        file = parent / "config.json"
+        of_run = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        if "max_new_tokens" in of_run:
+            return of_run["max_new_tokens"], f"as in the model's run, {file}"
+    return NEW_TOKENS, (
+        "the default, because no run's settings stand beside the model: give --max_new_tokens for "
+        "one that was trained on longer answers, and the same for its base model"
+    )
 
 
 # ---- one cell, in files ----
@@ -690,6 +721,8 @@ def main(arguments=None):
     settings = EvalSettings(**given)
     if not settings.model:
         parser.error("--model is needed: a checkpoint folder or a hub id")
+    if settings.max_new_tokens < 0:
+        parser.error(f"--max_new_tokens {settings.max_new_tokens}: give 0 or more")
     if settings.mode not in MODES:
         raise ValueError(f"unknown mode {settings.mode!r}: use completion, chat or think")
 
@@ -710,6 +743,8 @@ def main(arguments=None):
         folder = find_checkpoint(settings.model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         tokenizer = ChatTokenizer(folder)
+        settings.max_new_tokens, why = token_limit(settings, folder)
+        report(f"max_new_tokens {settings.max_new_tokens}: {why}")
         longest = longest_prompt(tokenizer, cells) + settings.max_new_tokens
         memory.check_sampling(read_config(folder), longest, device, report)
         sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)

@@ -12,6 +12,7 @@ weights and advantages.
 import torch
 
 from kernels.advantage import group_statistics
+from metrics import measure
 
 ADVANTAGES = ("grpo", "mean", "rloo", "batch", "trr++", "reinforce++", "reinforce++_baseline")
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
@@ -125,7 +126,8 @@ def policy_loss(model, batch, settings):
     logprobs, entropy = model(batch, settings.temperature)
     losses = token_loss(logprobs, entropy, batch, settings)
     loss = (batch.weights * losses).sum()
-    return loss, measure(loss, logprobs, entropy, batch, settings)
+    where_clipped = clipped(logprobs, batch, settings)
+    return loss, measure(loss, logprobs, entropy, where_clipped, batch, settings)
 
 
 def token_loss(logprobs, entropy, batch, settings):
@@ -139,7 +141,7 @@ def token_loss(logprobs, entropy, batch, settings):
     if settings.loss == "gspo":
         loss = gspo_loss(logprobs, old, advantages, batch.sequence, batch.count, low, high)
     elif settings.loss == "cispo":
-        loss = cispo_loss(logprobs, old, advantages, high)
+        loss = cispo_loss(logprobs, old, advantages, settings.cispo_cap)
     else:  # grpo, dr_grpo and dapo differ in their weights alone
         loss = clipped_loss(logprobs, old, advantages, low, high)
 
@@ -168,21 +170,25 @@ def gspo_loss(logprobs, old_logprobs, advantages, sequence, count, clip_low, cli
     sequence's tokens. The paper: clip_low 3e-4, clip_high 4e-4.
     Log ratios 0.2 and 0 of a sequence's two tokens: ratio e^0.1 for both.
     """
-    log_ratio = logprobs - old_logprobs
-    zeros = log_ratio.new_zeros(count)
-    lengths = zeros.index_add(0, sequence, torch.ones_like(log_ratio))
-    mean = zeros.index_add(0, sequence, log_ratio) / lengths
+    mean = sequence_mean(logprobs - old_logprobs, sequence, count)
     same = torch.zeros_like(old_logprobs)
-    return clipped_loss(mean[sequence], same, advantages, clip_low, clip_high)
+    return clipped_loss(mean, same, advantages, clip_low, clip_high)
 
 
-def cispo_loss(logprobs, old_logprobs, advantages, clip_high):
-    """CISPO (arXiv 2506.13585): -sg(min(rho, clip_high)) A log pi per token [N].
+def sequence_mean(values, sequence, count):
+    """The mean over a sequence's tokens at every one of them, [N]."""
+    zeros = values.new_zeros(count)
+    lengths = zeros.index_add(0, sequence, torch.ones_like(values))
+    return (zeros.index_add(0, sequence, values) / lengths)[sequence]
 
-    No token loses its gradient to the clip. ScaleRL: clip_high 5.
+
+def cispo_loss(logprobs, old_logprobs, advantages, cap):
+    """CISPO (arXiv 2506.13585): -sg(min(rho, cap)) A log pi per token [N].
+
+    No token loses its gradient to the cap. ScaleRL: 5.
     """
     ratio = torch.exp(logprobs - old_logprobs).detach()
-    return -ratio.clamp(max=clip_high) * advantages * logprobs
+    return -ratio.clamp(max=cap) * advantages * logprobs
 
 
 def importance_weights(old_logprobs, sampler_logprobs, cap):
@@ -206,38 +212,18 @@ def reference_kl(logprobs, old_logprobs, ref_logprobs):
     return torch.exp(logprobs - old_logprobs) * (torch.exp(-d) + d - 1)
 
 
-# ---- sums for the log ----
-
-
 @torch.no_grad()
-def measure(loss, logprobs, entropy, batch, settings):
-    """{name: 0-dim tensor} of a micro-batch: sums over its tokens, and the largest gap.
+def clipped(logprobs, batch, settings):
+    """([N], [N]) bool: tokens whose ratio the loss clips at its lower, and at its upper bound.
 
-    Clipping is told from the log-probs that the ratio starts from. ratio, gap and k3 compare the
-    trainer's log-probs with the sampler's: their mismatch while both have the same weights.
-    ref_k1, ref_k2, ref_k3 estimate the KL to the reference (http://joschu.net/blog/kl-approx.html).
+    Ratio 1.5, A 1, high 0.28 -> upper; A -1 -> neither; cispo's cap 1.28 -> upper for both.
     """
-    used = batch.weights != 0  # a filler's tokens have weight 0
-    step_ratio = torch.exp(logprobs - batch.old_logprobs)
-    clipped_low = (step_ratio < 1 - settings.clip_low) & (batch.advantages < 0)
-    clipped_high = (step_ratio > 1 + settings.clip_high) & (batch.advantages > 0)
-    mismatch = torch.where(used, logprobs - batch.sampler_logprobs, 0.0)
-
-    columns = {
-        "tokens": used,
-        "clip_low": clipped_low & used,
-        "clip_high": clipped_high & used,
-        "ratio": torch.where(used, mismatch.exp(), 0.0),
-        "gap": mismatch.abs(),
-        "k3": mismatch.exp() - 1 - mismatch,
-        "entropy": torch.where(used, entropy, 0.0),
-    }
-    if settings.kl_coef:
-        d = torch.where(used, batch.ref_logprobs - logprobs, 0.0)
-        columns |= {"ref_k1": -d, "ref_k2": d**2 / 2, "ref_k3": d.exp() - 1 - d}
-
-    found = {name: column.to(logprobs.dtype).sum() for name, column in columns.items()}
-    found["largest_gap"] = mismatch.abs().amax()
-    found["computed"] = torch.full_like(loss, len(batch.tokens))  # through the model
-    found["loss"] = loss.detach()
-    return found
+    log_ratio = logprobs - batch.old_logprobs
+    if settings.loss == "cispo":  # a cap of the weight, whatever the advantage
+        capped = (log_ratio.exp() > settings.cispo_cap) & (batch.advantages != 0)
+        return torch.zeros_like(capped), capped
+    if settings.loss == "gspo":
+        log_ratio = sequence_mean(log_ratio, batch.sequence, batch.count)
+    ratio = log_ratio.exp()
+    too_low = (ratio < 1 - settings.clip_low) & (batch.advantages < 0)
+    return too_low, (ratio > 1 + settings.clip_high) & (batch.advantages > 0)

@@ -9,10 +9,42 @@ from runtime import distributed
 from tasks.verdicts import shares
 
 
+@torch.no_grad()
+def measure(loss, logprobs, entropy, clipped, batch, settings):
+    """{name: 0-dim tensor} of a micro-batch: sums over its tokens, and the largest gap.
+
+    clipped: (lower, upper) of grpo.clipped. ratio, gap and k3 compare the trainer's log-probs with
+    the sampler's: their mismatch while both have the same weights.
+    ref_k1, ref_k2, ref_k3 estimate the KL to the reference (http://joschu.net/blog/kl-approx.html).
+    """
+    used = batch.weights != 0  # a filler's tokens have weight 0
+    clipped_low, clipped_high = clipped
+    mismatch = torch.where(used, logprobs - batch.sampler_logprobs, 0.0)
+
+    columns = {
+        "tokens": used,
+        "clip_low": clipped_low & used,
+        "clip_high": clipped_high & used,
+        "ratio": torch.where(used, mismatch.exp(), 0.0),
+        "gap": mismatch.abs(),
+        "k3": mismatch.exp() - 1 - mismatch,
+        "entropy": torch.where(used, entropy, 0.0),
+    }
+    if settings.kl_coef:
+        d = torch.where(used, batch.ref_logprobs - logprobs, 0.0)
+        columns |= {"ref_k1": -d, "ref_k2": d**2 / 2, "ref_k3": d.exp() - 1 - d}
+
+    found = {name: column.to(logprobs.dtype).sum() for name, column in columns.items()}
+    found["largest_gap"] = mismatch.abs().amax()
+    found["computed"] = torch.full_like(loss, len(batch.tokens))  # through the model
+    found["loss"] = loss.detach()
+    return found
+
+
 def loss_metrics(measured, first_update):
     """Loss, clip fractions and mismatch of trainer and sampler over all micro-batches of all ranks.
 
-    measured: grpo.measure's sums of this rank's micro-batches, of every update of the step.
+    measured: measure's sums of this rank's micro-batches, of every update of the step.
     first_update: how many of them came before the weights changed: there trainer and sampler have
     the same weights, so their log-probs should agree.
     """

@@ -64,14 +64,13 @@ def rollout(run, step):
 
     Returns (list[Sample], seconds waited for verdicts after sampling, metrics of all ranks).
 
-    With dynamic_sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equal are replaced
-    by new prompts, at most that many times; every rank takes part in every round, however many
-    groups it still lacks.
+    With dynamic_sampling (DAPO, arXiv 2503.14476) groups that are all right or all wrong are
+    replaced by new prompts, at most that many times; every rank takes part in every round.
     """
     settings = run.settings
     samples, waited = sample_and_judge(run, settings.prompts)
     for _ in range(settings.dynamic_sampling):
-        found = sum(distributed.gather([len(groups_with_signal(samples))]))
+        found = sum(distributed.gather([len(groups_with_signal(samples, settings))]))
         if found == settings.prompts:
             break
         more, seconds = sample_and_judge(run, settings.prompts - found)
@@ -193,7 +192,7 @@ def set_advantages(run, samples):
 
     counted = judged_sequences(samples)
     if settings.dynamic_sampling:
-        kept = groups_with_signal(samples)
+        kept = groups_with_signal(samples, settings)
         counted = [sequence for sequence in counted if sequence.group in kept]
     return counted
 
@@ -220,10 +219,16 @@ def judged_sequences(samples):
     return [sample.sequence for sample in samples if sample.verdict.judged]
 
 
-def groups_with_signal(samples):
-    """Numbers of the groups with two different rewards; what could not be judged does not count."""
-    rewards = {}
+def groups_with_signal(samples, settings):
+    """Numbers of the groups with a right and a wrong answer; what was not judged does not count.
+
+    Shaped rewards do not decide: lengths alone make those of all-wrong groups differ. An answer
+    outside the form is not paid as right, so with format_gate it is not right here either.
+    """
+    found = {}
     for sample in samples:
-        if sample.verdict.judged:
-            rewards.setdefault(sample.sequence.group, set()).add(sample.verdict.reward)
-    return {group for group, found in rewards.items() if len(found) > 1}
+        verdict = sample.verdict
+        if verdict.judged:
+            is_right = verdict.correct and (verdict.parsed.format_ok or not settings.format_gate)
+            found.setdefault(sample.sequence.group, set()).add(is_right)
+    return {group for group, outcomes in found.items() if len(outcomes) == 2}

@@ -16,15 +16,43 @@ from grpo import ADVANTAGES, LOSSES
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# --loss -> (the method that it is named after, what it brings where nothing else is given).
+# Self-play has an advantage of its own. GRPO's papers give no number for the clip: 0.2 is PPO's.
+METHODS = {
+    "grpo": (
+        "GRPO (arXiv 2402.03300)",
+        {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.2},
+    ),
+    "dr_grpo": (
+        "Dr. GRPO (arXiv 2503.20783)",
+        {"advantage": "mean", "clip_low": 0.2, "clip_high": 0.2},
+    ),
+    "dapo": (
+        "DAPO (arXiv 2503.14476)",
+        {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28},
+    ),
+    "gspo": (
+        "GSPO (arXiv 2507.18071)",
+        {"advantage": "grpo", "clip_low": 3e-4, "clip_high": 4e-4},
+    ),
+    "cispo": (
+        "CISPO (arXiv 2506.13585) with the cap of ScaleRL (arXiv 2510.13786)",
+        {"advantage": "grpo", "cispo_cap": 5.0},
+    ),
+}
+BROUGHT = ("advantage", "clip_low", "clip_high", "cispo_cap")
+SELFPLAY_ADVANTAGE = "trr++"
 
-def setting(default, text, section=None, least=None, most=None, choices=()):
+
+def setting(default, text, section=None, least=None, most=None, choices=(), table=False):
     """A field with its sentence for --help.
 
-    section: the title of the section that begins here. least, most: bounds of a number.
-    choices: all values that there are.
+    default: None is for what another setting brings. section: the title of the section that begins
+    here. least, most: bounds of a number. choices: all values that there are.
+    table: text of names with numbers, as a=1,b=2; in a recipe it may be a table of TOML.
     """
-    limits = {"least": least, "most": most, "choices": choices}
-    return field(default=default, metadata={"help": text, "section": section, **limits})
+    known = {"least": least, "most": most, "choices": choices, "table": table}
+    return field(default=default, metadata={"help": text, "section": section, **known})
 
 
 @dataclass
@@ -104,6 +132,7 @@ class Settings:
         "components of rewards.py with weights, as correct=2,wrong=-1; 'random' is the control "
         "that must not learn",
         section="rewards",
+        table=True,
     )
     format_gate: bool = setting(
         True,
@@ -130,17 +159,26 @@ class Settings:
 
     loss: str = setting(
         "dapo",
-        "grpo, dr_grpo, dapo, gspo or cispo (grpo.py)",
+        "grpo, dr_grpo, dapo, gspo or cispo (grpo.py); it brings its paper's advantage and clips",
         section="advantage and loss",
         choices=LOSSES,
     )
     advantage: str = setting(
-        "grpo",
+        None,
         "grpo, mean, rloo, batch, reinforce++ or reinforce++_baseline (grpo.py); selfplay: trr++",
         choices=ADVANTAGES,
     )
-    clip_low: float = setting(0.2, "lower clip of the ratio", least=0, most=1)
-    clip_high: float = setting(0.28, "upper clip of the ratio (DAPO's clip-higher)", least=0)
+    clip_low: float = setting(
+        None, "lower clip of the ratio: 0.2, gspo 3e-4, cispo none", least=0, most=1
+    )
+    clip_high: float = setting(
+        None,
+        "upper clip of the ratio: 0.2, dapo 0.28 (clip-higher), gspo 4e-4, cispo none",
+        least=0,
+    )
+    cispo_cap: float = setting(
+        None, "cispo: a token's weight is at most this: 5 (ScaleRL)", least=0
+    )
     kl_coef: float = setting(
         0.0,
         "weight of the KL to the starting model, with the right gradient (grpo.reference_kl)",
@@ -250,6 +288,29 @@ class Settings:
         "solver's accuracy)",
         section="self-play",
     )
+    solve_weight: float = setting(
+        1.0,
+        "lambda of equation (1): the solver's advantages count so many times the proposer's",
+        least=0,
+    )
+    solve_penalties: str = setting(
+        "",
+        "rewards of answers by kind of error in place of equation (2), as wrong=-0.5 (the public "
+        "implementation's) or wrong=-0.2,syntax=-0.8: wrong, no_output and the reasons of "
+        "selfplay/puzzles.py",
+        table=True,
+    )
+    propose_penalties: str = setting(
+        "",
+        "rewards of refused proposals by reason in place of -1, as syntax=-0.8 "
+        "(selfplay/puzzles.py)",
+        table=True,
+    )
+    refuse_copies: bool = setting(
+        False,
+        "refuse proposals that copy a reference in their prompt or stand in the buffer already "
+        "(propose/copy_frac, propose/known_frac); false, as published: they are paid",
+    )
     learn_samples: int = setting(
         8,
         "answers that tell how learnable a proposal is, sampled at the training temperature",
@@ -277,6 +338,61 @@ class Settings:
         choices=("triples", "humaneval", "mbpp"),
     )
 
+    def __post_init__(self):
+        """What the loss brings, where nothing else is given."""
+        for name, value in brought_by_loss(self.task, self.loss).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+
+# ---- what a loss chosen by name brings ----
+
+
+def brought_by_loss(task, loss):
+    """{setting: value} of a --loss; of one that does not exist nothing."""
+    _, values = METHODS.get(loss, ("", {}))
+    return values | {"advantage": SELFPLAY_ADVANTAGE} if task == "selfplay" else values
+
+
+def with_flags(values, given):
+    """The settings of a recipe or an earlier run, with flags on top.
+
+    Another loss brings its own advantage and clips: what stands there was meant for that one.
+    """
+    loss = values.get("loss", Settings.loss)
+    if given.get("loss", loss) != loss:
+        values = {name: value for name, value in values.items() if name not in BROUGHT}
+    return {**values, **given}
+
+
+def loss_in_words(settings):
+    """One sentence on the loss, its advantage and clips; where they are not its paper's, which."""
+    paper, _ = METHODS[settings.loss]
+    own = brought_by_loss(settings.task, settings.loss)
+    said = ", ".join(f"{name} {getattr(settings, name)}" for name in own)
+    others = [f"{name} {own[name]}" for name in own if getattr(settings, name) != own[name]]
+    if not others:
+        return f"loss {settings.loss}: {said}, as {paper}"
+    return f"loss {settings.loss}: {said}; this is not {paper}, which has {', '.join(others)}"
+
+
+def check_loss(settings):
+    """SystemExit with one sentence for an advantage or a clip that the run would not use."""
+    is_selfplay = settings.task == "selfplay"
+    if (settings.advantage == SELFPLAY_ADVANTAGE) != is_selfplay:
+        raise SystemExit(
+            f"--advantage {settings.advantage} --task {settings.task}: self-play has "
+            f"{SELFPLAY_ADVANTAGE}, and nothing else has it; leave --advantage out"
+        )
+    own = brought_by_loss(settings.task, settings.loss)
+    for name in BROUGHT:
+        value = getattr(settings, name)
+        if value is not None and name not in own:
+            raise SystemExit(
+                f"--{name} {value} is not used by --loss {settings.loss}, which has "
+                f"{', '.join(own)}; leave it out"
+            )
+
 
 # ---- flags ----
 
@@ -290,11 +406,12 @@ def add_flags(parser, cls):
     for setting in fields(cls):
         if setting.metadata["section"]:
             group = parser.add_argument_group(setting.metadata["section"])
+        default = "by --loss" if setting.default is None else setting.default
         group.add_argument(
             f"--{setting.name}",
             type=parse_bool if setting.type is bool else setting.type,
             default=argparse.SUPPRESS,
-            help=f"{setting.metadata['help']} [{setting.default}]".replace("%", "%%"),
+            help=f"{setting.metadata['help']} [{default}]".replace("%", "%%"),
             metavar="",
         )
 
@@ -334,14 +451,14 @@ def parse_settings(arguments, description):
     resume = given.pop("resume")
 
     if resume:
-        settings = Settings(**{**read_config(Path(resume)), **given})
+        settings = Settings(**with_flags(read_config(Path(resume)), given))
         check_limits(settings)
         return settings, Path(resume), f"{resume} (resumed)"
     if recipe:
         path, why = Path(recipe), "the recipe you named"
     else:
         path, why = default_recipe(given)
-    settings = Settings(**{**read_recipe(path), **given})
+    settings = Settings(**with_flags(read_recipe(path), given))
     check_limits(settings)
     return settings, None, f"{path.parent.name}/{path.name} ({why})"
 
@@ -350,6 +467,8 @@ def check_limits(settings):
     """SystemExit with one sentence for a value that no run can use."""
     for setting in fields(settings):
         value = getattr(settings, setting.name)
+        if value is None:  # of another loss
+            continue
         least, most = setting.metadata["least"], setting.metadata["most"]
         choices = setting.metadata["choices"]
         is_number = isinstance(value, int | float)
@@ -362,6 +481,7 @@ def check_limits(settings):
         if choices and value not in choices:
             known = ", ".join(map(str, choices))
             raise SystemExit(f"unknown {setting.name} {value!r}: choose one of {known}")
+    check_loss(settings)
     check_name(settings.name)
 
 
@@ -404,7 +524,10 @@ def default_recipe(given):
 
 
 def read_recipe(path):
-    """{setting: value} of a TOML file, checked by name and type."""
+    """{setting: value} of a TOML file, checked by name and type.
+
+    base = "other.toml": the whole recipe beside it that this one changes.
+    """
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -413,16 +536,41 @@ def read_recipe(path):
     except tomllib.TOMLDecodeError as problem:
         raise SystemExit(f"{path} is not valid TOML: {problem}") from None
 
-    types = {setting.name: setting.type for setting in fields(Settings)}
+    base = values.pop("base", None)
+    settings = {setting.name: setting for setting in fields(Settings)}
     for name, value in values.items():
-        if name not in types:
+        if name not in settings:
             raise SystemExit(
                 f"{path}: unknown setting {name!r}; python train.py --help lists them all"
             )
-        whole_number = types[name] is float and type(value) is int
-        if type(value) is not types[name] and not whole_number:
-            raise SystemExit(f"{path}: {name} must be {types[name].__name__}, not {value!r}")
-    return values
+        if type(value) is dict and settings[name].metadata["table"]:
+            value = ",".join(f"{key}={number}" for key, number in value.items())
+            values[name] = value
+        wanted = settings[name].type
+        whole_number = wanted is float and type(value) is int
+        if type(value) is not wanted and not whole_number:
+            raise SystemExit(f"{path}: {name} must be {wanted.__name__}, not {value!r}")
+    return with_flags(read_base(path, base), values) if base else values
+
+
+def read_base(path, base):
+    """The settings of the recipe that a recipe changes, which has no base itself."""
+    below = path.parent / str(base)
+    if below.is_file() and "base" in tomllib.loads(below.read_text()):
+        raise SystemExit(f"{path}: base must be a whole recipe, and {base} has a base of its own")
+    return read_recipe(below)
+
+
+def read_table(name, text):
+    """--NAME a=1,b=2 -> {"a": 1.0, "b": 2.0}; SystemExit with one sentence for anything else."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        found = {key: float(number) for key, number in pairs}
+    except ValueError:
+        found = {"": math.nan}
+    if not all(map(math.isfinite, found.values())):
+        raise SystemExit(f"--{name} {text}: write names with numbers, as a=2,b=-1")
+    return found
 
 
 def read_config(folder):

@@ -111,7 +111,7 @@ def update(run, step, sequences):
     rate = 0.0
     norm = 0.0
     skipped = 0
-    measured = []  # grpo.measure of every micro-batch
+    measured = []  # metrics.measure of every micro-batch
     same_weights = 0  # how many of them before the first update: the sampler's weights
     preference_metrics = {}
 

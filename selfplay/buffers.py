@@ -29,19 +29,22 @@ class Buffer:
 
     def add(self, entry):
         """False when it is there already. The oldest entry makes room."""
-        key = self._key(entry)
-        if key in self.entries:
+        if entry in self:
             return False
-        self.entries[key] = entry
+        self.entries[self.key(entry)] = entry
         if len(self.entries) > self.capacity:
             del self.entries[next(iter(self.entries))]
         return True
 
+    def __contains__(self, entry):
+        return self.key(entry) in self.entries
+
     def remove(self, entry):
         """Forget an entry, if it is still there."""
-        self.entries.pop(self._key(entry), None)
+        self.entries.pop(self.key(entry), None)
 
-    def _key(self, entry):
+    def key(self, entry):
+        """What makes two entries the same."""
         return normalised(entry.program, self.language), entry.inputs
 
     def draw(self, rng, count):

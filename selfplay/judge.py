@@ -24,9 +24,11 @@ class SolveJudge:
     """Judges answers to puzzles; a judge as tasks/verdicts.py describes it.
 
     The reward is equation (2); nan when the sandbox could not judge.
+    penalties: {reason: reward} of answers that are not right, in place of the equation's.
     """
 
-    def __init__(self, pool, language):
+    def __init__(self, pool, language, penalties=None):
+        self.penalties = penalties or {}
         self.runner = Runner(pool, language)
         self.language = language
 
@@ -96,6 +98,8 @@ class SolveJudge:
             reward = math.nan
         else:
             reward = equation_2(answer.parsed.format_ok, status == "ok", correct)
+        if not correct:
+            reward = self.penalties.get("wrong" if status == "ok" else status, reward)
         return Verdict(
             problem=answer.problem.id,
             reward=reward,

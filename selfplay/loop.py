@@ -34,8 +34,19 @@ from selfplay.metrics import Scored, mean, play_metrics, right_or_wrong, verdict
 from selfplay.parse import parse_proposal
 from selfplay.prompts import propose_prompt, solve_prompt
 from selfplay.proposals import begin, check, reason_of, still_true
-from selfplay.puzzles import OUT_OF_FORM, ROLES, TASKS, Candidate, Entry, Puzzle
-from selfplay.rewards import REFUSED, proposer_reward, read_setting
+from selfplay.puzzles import (
+    OUT_OF_FORM,
+    PROPOSE_REASONS,
+    ROLES,
+    SOLVE_REASONS,
+    TASKS,
+    Candidate,
+    Entry,
+    Puzzle,
+    Refused,
+)
+from selfplay.rewards import REFUSED, proposer_reward, read_penalties, read_setting
+from settings import Settings
 from tasks import faults
 from tasks.multipl_e import TestJudge, load_benchmark
 from tasks.requests import benchmark_prompt
@@ -52,6 +63,8 @@ GROUPS = list(itertools.product(TASKS, ROLES))  # each has its own mean and devi
 VALIDATION_SEED = 1  # of triples; those that are reported have 0
 SEED_ROUNDS = 40  # most rounds of --prompts seed proposals
 IDLE_ROUNDS = 4  # of these in a row may give nothing new; then the model starts with what there is
+# Self-play has its own rewards, and one answer for each question.
+OF_OTHER_TASKS = ("reward", "syntax_mix", "overlong_buffer", "dynamic_sampling")
 SMOOTHING = 0.1  # weight of a step in the moving average of the solver's accuracy
 
 
@@ -63,7 +76,8 @@ class Play:
         self.language = language
         self.sampler = sampler
         self.tokenizer = tokenizer
-        self.judge = SolveJudge(pool, language)
+        self.solve_penalties, self.propose_penalties = penalties_of(settings)
+        self.judge = SolveJudge(pool, language, self.solve_penalties)
         self.buffers = Buffers(settings.buffer_size, language)
         self.waited = 0.0  # seconds of this step for programs that sampling did not hide
 
@@ -77,6 +91,7 @@ class Proposal:
     prompt: str
     program: str = ""  # induction: the one it is about
     composed: tuple = ()  # programs that the new one must call
+    references: tuple = ()  # the Entries that it shows to differ from
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,7 @@ class Proposed:
     sequence: Sequence
     entry: Entry | None  # None: refused, or the sandbox could not say
     reason: str  # "ok", or the key of REASONS why there is no entry
+    copied: bool = False  # it is one of the references that it was shown, valid or not
     accuracy: float | None = None  # of answers to the entry, as far as they could be judged
 
     @property
@@ -113,6 +129,11 @@ class Proposed:
 def check_settings(settings):
     """ValueError with one sentence for what is wrong, before any model is made."""
     read_setting(settings.propose_reward)
+    penalties_of(settings)
+    for name in OF_OTHER_TASKS:
+        value = getattr(settings, name)
+        if value != getattr(Settings, name):
+            raise ValueError(f"--{name} {value}: self-play does not use it; leave it out")
     if not 0 <= settings.composite <= 1:
         raise ValueError(
             f"--composite {settings.composite} is not a share: use a number from 0 to 1"
@@ -123,6 +144,14 @@ def check_settings(settings):
                 f"--seeds {path} does not exist: "
                 "give JSON lines of programs with inputs, or leave it out"
             )
+
+
+def penalties_of(settings):
+    """({reason: reward} of answers, the same of proposals)."""
+    return (
+        read_penalties("solve_penalties", settings.solve_penalties, SOLVE_REASONS),
+        read_penalties("propose_penalties", settings.propose_penalties, PROPOSE_REASONS),
+    )
 
 
 def load_evaluation(settings, language, pool):
@@ -290,6 +319,7 @@ def rollout(run, step):
     accuracies = [one.accuracy for one in proposed if one.accuracy is not None]
     metrics |= play_metrics(play.buffers, scored, distributed.gather(accuracies), added)
     metrics["buffer/forgotten"] = float(forgotten)
+    metrics["propose/copy_frac"] = mean(distributed.gather([one.copied for one in proposed]))
 
     # The next step's rewards know how good the solver is now.
     right = right_or_wrong(verdicts_of(scored, "solve"))
@@ -302,9 +332,11 @@ def rollout(run, step):
 def set_advantages(run, samples):
     """TRR++: A = (r - mean) / std of its (task, role) over all ranks, statistics over tokens.
 
-    Exactly 0 where all rewards of a (task, role) are equal. Returns the sequences that count in the
-    loss: judged ones.
+    Exactly 0 where all rewards of a (task, role) are equal. The solver's are weighed by lambda of
+    equation (1), --solve_weight: whitening would undo a factor of its rewards. Returns the
+    sequences that count in the loss: judged ones.
     """
+    solve_weight = run.settings.solve_weight
     facts = []
     for sample in samples:
         group = GROUPS.index((sample.problem.task, role_of(sample)))
@@ -314,7 +346,8 @@ def set_advantages(run, samples):
     rewards, groups, lengths = (torch.tensor(column, device=run.device) for column in zip(*facts))
     values = grpo.advantages(rewards, groups, "trr++", lengths).tolist()
     for sample, value in zip(samples, values[mine]):
-        sample.sequence.advantage = value
+        weight = solve_weight if role_of(sample) == "solve" else 1.0
+        sample.sequence.advantage = weight * value
     return judged_sequences(samples)
 
 
@@ -358,7 +391,7 @@ def ask(play, task, number, rng):
     while True:
         prompt = propose_prompt(task, play.language, references, composed, settings.short_prompt)
         if len(references) <= 1 or fits(play, prompt):
-            return Proposal(id, task, prompt, composed=composed)
+            return Proposal(id, task, prompt, composed=composed, references=tuple(references))
         references = references[:-1]
 
 
@@ -421,11 +454,17 @@ def propose(play, step, proposals):
     """Sample this rank's share of the proposals and check them -> [Proposed]."""
     runner = play.judge.runner
     mine = distributed.share(proposals)
+    copied = set()  # places of the proposals that are one of their references
 
     def first_run(i, _, text):
         asked = mine[i]
         try:
             entry = parse_proposal(text, asked.task, play.language, asked.program, asked.composed)
+            buffer = play.buffers[asked.task]
+            if buffer.key(entry) in map(buffer.key, asked.references):
+                copied.add(i)
+            if play.settings.refuse_copies and (i in copied or entry in buffer):
+                raise Refused("duplicate")
             return begin(runner, Candidate(entry))
         except Exception as error:
             return begin(runner, Candidate(reason=reason_of(error, asked.id)))
@@ -439,14 +478,15 @@ def propose(play, step, proposals):
     play.waited += time.perf_counter() - started
 
     proposed = []
-    for proposal, one, candidate in zip(mine, sampled, candidates):
+    for i, (proposal, one, candidate) in enumerate(zip(mine, sampled, candidates)):
         entry, reason = candidate.entry, candidate.reason
         if entry is not None:
             entry = replace(entry, step=max(step, 0))
             puzzle = puzzle_of(play, proposal.task, entry, "")
             if not fits(play, puzzle.question):  # no solver could be given it
                 entry, reason = None, "too_long"
-        proposed.append(Proposed(proposal, one.completion, one.sequence, entry, reason))
+        outcome = Proposed(proposal, one.completion, one.sequence, entry, reason, i in copied)
+        proposed.append(outcome)
     return proposed
 
 
@@ -551,7 +591,7 @@ def proposer_sample(play, step, proposed):
     if not proposed.judged:
         reward = math.nan
     elif entry is None:
-        reward = REFUSED
+        reward = play.propose_penalties.get(proposed.reason, REFUSED)
     else:
         setting = play.settings.propose_reward
         reward = proposer_reward(setting, accuracy, step, play.buffers.solver_accuracy)

@@ -37,7 +37,10 @@ def play_metrics(buffers, scored, accuracies, added):
     found["frac_reward_zero_std"] = mean([not signal for signal in has_signal])
 
     proposals = verdicts_of(scored, "propose")
-    found["propose/valid_frac"] = mean(right_or_wrong(proposals))
+    valid = right_or_wrong(proposals)
+    found["propose/valid_frac"] = mean(valid)
+    # Of the valid ones: in the buffer already, or twice in this step.
+    found["propose/known_frac"] = 1 - sum(added.values()) / sum(valid) if any(valid) else math.nan
     found["solve/accuracy"] = mean(right_or_wrong(verdicts_of(scored, "solve")))
     found["solve/accuracy_moving"] = buffers.solver_accuracy
     for reason in REASONS:

@@ -19,6 +19,7 @@ REASONS = {
     "no_input": "no input block",
     "few_inputs": f"induction with fewer than {PAIRS} input blocks",
     "no_message": "induction without a message block",
+    "duplicate": "copies a reference or what the buffer has already (--refuse_copies)",
     "no_composite": "does not call the functions it was asked to build on, or defines them again",
     "input_no_value": "an input is not a literal",
     "too_long": f"an input or output has more than {MAX_TEXT} characters (never cut)",
@@ -39,6 +40,10 @@ REASONS = {
     "sandbox_error": "the sandbox could not judge: masked, not refused",
     "judge_fault": "the judge failed on it (tasks/faults.py)",
 }
+# What a penalty can be for: a solver's answer may also be wrong, or have no output.
+NOBODYS = ("sandbox_error", "judge_fault")
+PROPOSE_REASONS = tuple(reason for reason in REASONS if reason not in NOBODYS)
+SOLVE_REASONS = ("wrong", "no_output", *PROPOSE_REASONS)
 # Refused for what the completion looks like; no_output is a solver's, the others are in REASONS.
 OUT_OF_FORM = ("format", "no_program", "no_input", "no_output", "few_inputs", "no_message")
 

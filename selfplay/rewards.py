@@ -1,7 +1,10 @@
 """Rewards of self-play: equations (2), (3) and (4) of Inoue & Tsuruoka.
 
-How (3) and (4) are mixed is a setting; edit here for another reward of the proposer.
+How (3) and (4) are mixed is a setting, and so are penalties by kind of error; edit here for
+another reward of the proposer.
 """
+
+from settings import read_table
 
 REWARDS = ("eq3", "eq4", "switch", "blend")
 SWITCH = 64  # plain "switch": the paper's best step
@@ -12,7 +15,8 @@ def equation_2(formatted, runnable, correct):
     """A solver's reward: 1 right, 0 wrong, -0.5 when only its form is right, -1 out of form.
 
     runnable: the answer is a value, or a program that runs. The public implementation gives -0.5 to
-    a wrong answer in the right form; the paper's equation, and its text, give it accuracy 0.
+    a wrong answer in the right form (--solve_penalties wrong=-0.5); the paper's equation, and its
+    text, give it accuracy 0.
     """
     if not formatted:
         return -1.0
@@ -54,6 +58,23 @@ def proposer_reward(setting, accuracy, step, solver_accuracy):
     if kind == "eq4":
         return equation_4(accuracy)
     return (1 - solver_accuracy) * equation_3(accuracy) + solver_accuracy * equation_4(accuracy)
+
+
+def read_penalties(name, text, reasons):
+    """--solve_penalties or --propose_penalties -> {reason: reward}.
+
+    reasons: those that there are. SystemExit with one sentence for another one, or for a reward
+    above 0. "wrong=-0.5,syntax=-0.8" -> {"wrong": -0.5, "syntax": -0.8}; "" -> {}
+    """
+    if not text:
+        return {}
+    penalties = read_table(name, text)
+    for reason, reward in penalties.items():
+        if reason not in reasons:
+            raise SystemExit(f"--{name}: unknown reason {reason!r}; use {', '.join(reasons)}")
+        if reward > 0:
+            raise SystemExit(f"--{name} {reason}={reward:g}: a penalty is at most 0")
+    return penalties
 
 
 def read_setting(setting):

@@ -34,7 +34,8 @@ here included.
 ```
 """
 
-# Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with.
+# Listing 1 of Inoue & Tsuruoka, the prompt that their tuned models are evaluated with, as printed:
+# the begun code stands in the question alone, the starter is one comment.
 THINK = """# Task: You will be given a question (problem specification) and will generate a \
 correct {title} program that matches the specification and passes all tests. The reasoning process \
 and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., \
@@ -45,7 +46,6 @@ Question: {question}
 You will use the following starter code to write the solution to the problem and enclose your \
 code within delimiters.
 ```{fence}
-{starter}
 {comment} YOUR CODE HERE
 ```
 
@@ -57,7 +57,7 @@ def request_name(bench, mode):
     if mode == "completion":
         return "prompt to complete, 1"
     if mode == "think":
-        return "Listing 1"
+        return "Listing 1, 2"  # the first gave the begun code twice
     return "EvalPlus 0.3.1" if bench in ASKED_AS_EVALPLUS else "chat, 2"
 
 
@@ -75,7 +75,6 @@ def benchmark_prompt(row, language, mode):
             title=language.title,
             fence=language.fence[0],
             question=_question(row, language),
-            starter=row.prompt.rstrip(),
             comment=language.comment,
         )
 
@@ -113,7 +112,8 @@ def answer_stops(row, mode):
 def _question(row, language):
     if not row.source:
         return row.prompt.strip()
-    return f"Translate this {row.source_language} program to {language.title}:\n{row.source}"
+    asked = f"Translate this {row.source_language} program to {language.title}:\n{row.source}"
+    return f"{asked.rstrip()}\n\nComplete this code:\n{row.prompt.strip()}"
 
 
 def _commented_source(row, language):

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from runtime.tokenizer import ChatTokenizer
 from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import language_names, load_language
+from settings import Settings
 from tasks.multipl_e import (
     BenchmarkProblem,
     TestJudge,
@@ -408,9 +409,9 @@ def test_prompts_of_the_modes():
         "# Task: You will be given a question (problem specification) "
         "and will generate a correct Racket program"
     )
-    assert row.prompt.strip() in listing
-    assert "; YOUR CODE HERE\n```" in listing
-    assert listing.endswith("Assistant: <think>")
+    assert listing.count(row.prompt.strip()) == 1  # in the question; the starter is a comment alone
+    end = "delimiters.\n```racket\n; YOUR CODE HERE\n```\n\nAssistant: <think>"
+    assert listing.endswith(end)
 
 
 @needs_data
@@ -859,7 +860,7 @@ def test_another_request_is_neither_continued_nor_compared_without_a_word(tmp_pa
         ("humaneval", "lua", "chat", "chat, 2", ["user"]),
         ("humaneval", "python", "chat", "chat, 2", ["user"]),
         ("mbpp+", "python", "chat", "EvalPlus 0.3.1", ["user", "assistant"]),
-        ("mbpp+", "python", "think", "Listing 1", None),
+        ("mbpp+", "python", "think", "Listing 1, 2", None),
         ("translate", "lua", "completion", "prompt to complete, 1", None),
     ],
 )
@@ -869,6 +870,48 @@ def test_a_cell_says_how_it_asks(bench, name, mode, request_name, roles):
     assert cell.request == request_name
     asked = cell.prompt(cell.problems[0])
     assert (None if isinstance(asked, str) else [m["role"] for m in asked]) == roles
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A run's folder, trained with 8,096 new tokens, and a model that belongs to no run."""
+    (tmp_path / "run/config.json").parent.mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(asdict(Settings(max_new_tokens=8096))))
+    for name in ("run/checkpoints/step_2", "run/warm_start", "base"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text('{"model_type": "qwen2"}')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "bench,mode,model,limit,why",
+    [
+        ("mbpp", "think", "run/checkpoints/step_2", 8096, "as in the model's run"),
+        ("mbpp", "think", "run/warm_start", 8096, "as in the model's run"),
+        ("humaneval", "chat", "run/checkpoints/step_2", 8096, "as in the model's run"),
+        ("gsm8k", "completion", "run/checkpoints/step_2", 8096, "as in the model's run"),
+        ("mbpp", "completion", "run/checkpoints/step_2", 512, "the default of benchmarks"),
+        ("mbpp", "think", "base", 512, "no run's settings stand beside the model"),
+    ],
+)
+def test_a_model_may_answer_as_long_as_in_its_run(trained, bench, mode, model, limit, why):
+    """512 cuts what was trained to think for 8,096 tokens."""
+    settings = evaluation.EvalSettings(bench=bench, mode=mode)
+    found, said = evaluation.token_limit(settings, trained / model)
+    assert found == limit
+    assert why in said
+
+
+def test_a_limit_that_is_given_stays(trained):
+    settings = evaluation.EvalSettings(bench="mbpp", mode="think", max_new_tokens=100)
+    assert evaluation.token_limit(settings, trained / "run/checkpoints/step_2")[0] == 100
+
+
+def test_a_translation_in_think_mode_shows_source_and_begun_code_once():
+    row = replace(ROW, source="def add(x, y): return x + y", source_language="python")
+    asked = benchmark_prompt(row, "lua", "think")
+    assert asked.count(row.source) == 1
+    assert asked.count(row.prompt.strip()) == 1
 
 
 def test_digests_see_every_byte_and_no_path(tmp_path):

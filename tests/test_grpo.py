@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import grpo
+import metrics
 import rollout
 from batches import Sequence, pack
 from kernels import advantage
@@ -118,16 +119,17 @@ class Run:
         self.settings = Settings(**settings)
 
 
-def sample(group, reward):
+def sample(group, reward, correct=None, in_form=True):
+    """Right when its reward is 1, if nothing else is said."""
     verdict = Verdict(
         problem="p",
         reward=reward,
         components={},
-        correct=False,
+        correct=reward == 1.0 if correct is None else correct,
         status="ok",
         value=None,
         program="",
-        parsed=Parsed("", "", "", True),
+        parsed=Parsed("", "", "", in_form),
     )
     return rollout.Sample(None, None, verdict, Sequence([1], [2], group=group))
 
@@ -161,7 +163,99 @@ def test_dynamic_sampling_leaves_groups_without_signal_out_of_the_loss():
     assert [sequence.group for sequence in everyone] == [0, 0, 1, 1, 2]
 
 
+def kept_by_dynamic_sampling(samples, **settings):
+    kept = rollout.set_advantages(Run(dynamic_sampling=2, **settings), samples)
+    return [sequence.group for sequence in kept]
+
+
+def test_lengths_alone_are_no_signal_for_dynamic_sampling():
+    """Eight wrong answers, the last in the overlong buffer: 81 of 100 tokens with 20 -> -0.05.
+
+    Mean -0.00625, deviation 0.01768: seven wrong answers would be reinforced by 0.354 each.
+    """
+    penalty = overlong_penalty(81, 100, 20)
+    all_wrong = [sample(0, 0.0) for _ in range(7)] + [sample(0, penalty, correct=False)]
+    everyone = rollout.set_advantages(Run(), all_wrong)
+    close([x.advantage for x in everyone], [0.354] * 7 + [-2.475])
+    assert kept_by_dynamic_sampling(all_wrong) == []
+
+    all_right = [sample(0, 1.0), sample(0, 1.0 + penalty, correct=True)]
+    assert kept_by_dynamic_sampling(all_right) == []
+    one_right = [sample(0, 1.0 + penalty, correct=True), sample(0, 0.0)]
+    assert kept_by_dynamic_sampling(one_right) == [0, 0]
+
+
+def test_format_points_alone_are_no_signal_for_dynamic_sampling():
+    """A published sum: -1 wrong, 0.5 for the form. Both samples are wrong."""
+    wrong = [sample(0, -0.5), sample(0, -1.0, in_form=False)]
+    assert kept_by_dynamic_sampling(wrong, format_gate=False) == []
+
+
+def test_what_the_format_gate_does_not_pay_is_not_right_for_dynamic_sampling():
+    """A right program outside the form and a wrong one: gated both get 0, summed 1 and 0."""
+    gated = [sample(0, 0.0, correct=True, in_form=False), sample(0, 0.0)]
+    assert kept_by_dynamic_sampling(gated) == []
+    summed = [sample(0, 1.0, correct=True, in_form=False), sample(0, 0.0)]
+    assert kept_by_dynamic_sampling(summed, format_gate=False) == [0, 0]
+
+
 # ---- losses ----
+
+
+def gradient(settings, ratios, advantage=1.0, sequences=1):
+    """d loss / d log-prob, with the tokens' ratios spread over equal sequences."""
+    size = len(ratios) // sequences
+    rows = [Sequence([1], [2] * size, [0.0] * size, advantage) for _ in range(sequences)]
+    logprobs = log(tensor(*ratios)).float().requires_grad_()
+    grpo.token_loss(logprobs, None, pack(rows), settings).sum().backward()
+    return logprobs.grad
+
+
+def test_cispo_by_name_weighs_tokens_by_their_ratio_up_to_five():
+    """With dapo's 0.28 as its cap every weight was 0.28: the ratio of no token mattered."""
+    found = gradient(Settings(loss="cispo"), [1.0, 0.61, 1.65, 7.0])
+    close(found, torch.tensor([-1.0, -0.61, -1.65, -5.0]))
+    close(gradient(Settings(loss="cispo", cispo_cap=1.5), [1.0, 1.65]), torch.tensor([-1.0, -1.5]))
+
+
+def test_gspo_by_name_clips_as_its_paper_does():
+    """Sequence ratios 1.0003 and 1.0005 against 1 + 4e-4: the second has no gradient.
+
+    The first: each of its two tokens has half of its ratio, for both tokens: 1.0003. With dapo's
+    0.28 neither was clipped.
+    """
+    found = gradient(Settings(loss="gspo"), [1.0003, 1.0003, 1.0005, 1.0005], sequences=2)
+    close(found, torch.tensor([-1.0003, -1.0003, 0.0, 0.0]))
+
+
+def test_dr_grpo_by_name_does_not_divide_by_the_deviation():
+    """Rewards 1 and 0: 0.5 and -0.5, where GRPO's are 0.707 and -0.707."""
+    for loss, size in (("dr_grpo", 0.5), ("grpo", 0.7071)):
+        sequences = rollout.set_advantages(Run(loss=loss), [sample(0, 1.0), sample(0, 0.0)])
+        close([x.advantage for x in sequences], [size, -size])
+
+
+def measured(loss, logprobs, entropy, batch, settings):
+    where_clipped = grpo.clipped(logprobs, batch, settings)
+    return metrics.measure(loss, logprobs, entropy, where_clipped, batch, settings)
+
+
+@pytest.mark.parametrize(
+    "loss,low,high",
+    [
+        ("dapo", [0, 1, 0, 0], [1, 0, 0, 1]),
+        # Its ratio is the sequence's: sqrt(1.5 * 0.5) = 0.87 and sqrt(1.5 * 6) = 3.
+        ("gspo", [0, 1, 0, 0], [0, 0, 0, 1]),
+        ("cispo", [0, 0, 0, 0], [0, 0, 0, 1]),  # only above 5
+    ],
+)
+def test_what_is_counted_as_clipped_is_what_the_loss_clips(loss, low, high):
+    """Ratios 1.5, 0.5 of a first sequence and 1.5, 6 of a second; advantages 1, -1 and -1, 1."""
+    logprobs = log(torch.tensor([1.5, 0.5, 1.5, 6.0]))
+    signs = [[1.0, -1.0], [-1.0, 1.0]]
+    batch = pack([Sequence([1], [2, 2], [0.0, 0.0], row) for row in signs])
+    found = grpo.clipped(logprobs, batch, Settings(loss=loss))
+    assert [mask.int().tolist() for mask in found] == [low, high]
 
 
 def test_token_losses_equal_hand_computed_numbers():
@@ -200,7 +294,8 @@ def test_truncated_importance_weights_scale_the_gradient_and_get_none(loss):
     batch = pack([Sequence([1], [2, 3, 4], sampler.tolist(), 0.7, old_logprobs=old.tolist())])
 
     def gradient(tis):
-        settings = Settings(loss=loss, clip_high=5.0, old_logprobs="trainer", tis=tis)
+        bounds = {"cispo_cap": 5.0} if loss == "cispo" else {"clip_low": 1.0, "clip_high": 5.0}
+        settings = Settings(loss=loss, old_logprobs="trainer", tis=tis, **bounds)
         logprobs = old.detach().clone().requires_grad_()
         grpo.token_loss(logprobs, None, batch, settings).sum().backward()
         return logprobs.grad
@@ -225,7 +320,7 @@ def uneven_batch():
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
 def test_gradcheck(loss):
     batch, logprobs = uneven_batch()
-    settings = Settings(loss=loss)
+    settings = Settings(loss=loss, clip_low=0.2, clip_high=0.28)
     assert torch.autograd.gradcheck(
         lambda x: grpo.token_loss(x, None, batch, settings), (logprobs,)
     )
@@ -234,7 +329,7 @@ def test_gradcheck(loss):
 def test_cispo_has_the_gradient_of_its_closed_form():
     """Its weight is a constant, so finite differences see another function: -rho A."""
     batch, logprobs = uneven_batch()
-    grpo.token_loss(logprobs, None, batch, Settings(loss="cispo", clip_high=5.0)).sum().backward()
+    grpo.token_loss(logprobs, None, batch, Settings(loss="cispo")).sum().backward()
     ratio = torch.exp(logprobs.detach() - batch.old_logprobs)
     torch.testing.assert_close(logprobs.grad, -ratio * batch.advantages)
 
@@ -274,7 +369,7 @@ def test_entropy_bonus_and_kl_enter_the_loss_and_are_measured():
     loss = grpo.token_loss(batch.old_logprobs, entropy, batch, settings)
     assert loss.tolist() == pytest.approx([-1 + 0.5 * k3 - 0.07, -1 - 0.03])
 
-    sums = grpo.measure(loss.sum(), batch.old_logprobs, entropy, batch, settings)
+    sums = measured(loss.sum(), batch.old_logprobs, entropy, batch, settings)
     assert (sums["largest_gap"], sums["tokens"]) == (0, 2)
     assert sums["entropy"] == pytest.approx(1.0)
     assert sums["ref_k1"] == pytest.approx(0.5)
@@ -286,7 +381,7 @@ def test_measure_tells_clipped_tokens_and_the_mismatch_apart():
     logprobs = log(torch.tensor([1.5, 0.5, 1.5, 1.1]))
     signs = [1.0, -1.0, -1.0, 1.0]
     batch = pack([Sequence([1], [2] * 4, [0.1] * 4, signs, old_logprobs=[1e-9] * 4)])
-    sums = grpo.measure(torch.zeros(()), logprobs, torch.zeros(4), batch, Settings())
+    sums = measured(torch.zeros(()), logprobs, torch.zeros(4), batch, Settings())
     assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
     gap = (logprobs - 0.1).abs()  # from the sampler's log-probs
     assert sums["largest_gap"] == pytest.approx(float(gap.max()))

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 
 import rewards
+from build import make_judge
 from rewards import Judge, answer_files, parse
 from rollout import shaped
 from sampler import Completion
 from sandbox import Pool, Result
 from sandbox.languages import language_names, load_language
-from settings import Settings
+from settings import Settings, read_recipe
 from tasks.answers import printed_number
 from tasks.problems import Problem, load_problems, worked_example
 from tasks.render import completion, solution
 from tasks.verdicts import shares
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RENDERED = [name for name in language_names() if load_language(name).render]
 
@@ -477,3 +479,29 @@ def test_syntax_is_mixed_in_by_the_share_of_programs_that_lack_it(logged):
     assert [verdict.reward for verdict in mixed] == pytest.approx([1 / 3, 1.0, 0.0])
     plain = shaped(verdicts, completions, Settings())
     assert [verdict.reward for verdict in plain] == [0.0, 1.0, 0.0]
+
+
+# ---- published sums ----
+
+RIGHT = completion("r", "solve(X) :- X is 6 * 7.", "solve(X)", "prolog")
+WRONG = completion("r", "solve(X) :- X is 6 * 8.", "solve(X)", "prolog")
+LEAKS = completion("r", "solve(X) :- X is 6 * 7.\n?- solve(X).", "solve(X)", "prolog")
+LONG = completion("so " * 100, "solve(X) :- X is 6 * 7.", "solve(X)", "prolog")
+
+
+@pytest.mark.parametrize(
+    "recipe,expected",
+    [
+        # right 2, wrong -1, six tags 0.75, form 0.5, leak -0.5
+        ("gsm8k_published", [3.25, 0.25, 2.75, 3.25, -1.0]),
+        # the same and 0.0001 a word: reasoning 1, 1, 1, 100; code 7, 7, 9, 7; 1 for 100 words
+        ("gsm8k_published_notebook", [3.2508, 0.2508, 2.751, 4.2607, -1.0]),
+    ],
+)
+def test_recipes_pay_the_published_sums(pool, recipe, expected):
+    language = installed("prolog")
+    settings = Settings(**read_recipe(ROOT / "recipes" / f"{recipe}.toml"))
+    judge = make_judge(settings, pool, language)
+    texts = [RIGHT, WRONG, LEAKS, LONG, "42"]
+    found = judge_all(judge, [(problem_with(42), text) for text in texts])
+    assert [verdict.reward for verdict in found] == pytest.approx(expected)

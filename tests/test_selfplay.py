@@ -243,6 +243,28 @@ def test_solver_rewards_every_branch(pool):
     assert found == [(reward, status) for *_, reward, status in cases]
 
 
+def test_penalties_of_answers_stand_in_place_of_the_equations(pool):
+    """The public implementation's -0.5 for a wrong answer, and a table of kinds of errors."""
+    cases = [
+        ("deduction", answer(("output", "{3,3}")), 1.0),
+        ("deduction", answer(("output", "{3, 4}")), -0.5),  # 0 by equation (2)
+        ("deduction", answer(("output", "f(3)")), -0.5),  # no_value: not named, equation (2)
+        ("deduction", answer(("lua", "3")), -0.9),  # no_output
+        ("induction", answer(("lua", "function f(a) return end end")), -0.7),  # syntax
+        ("induction", answer(("lua", FAILS)), -0.6),  # error
+        ("induction", answer(("lua", ONLY_SHOWN)), -0.5),
+    ]
+    named = "wrong=-0.5,syntax=-0.7,error=-0.6,no_output=-0.9"
+    settings = Settings(task="selfplay", solve_penalties=named)
+    play = selfplay.Play(settings, load_language("lua"), pool, None, None)
+    answers = []
+    for task, text, _ in cases:
+        puzzle = Puzzle("p", task, PAIR_OF_TEN if task == "induction" else PAIR)
+        answers.append(play.judge.submit(puzzle, text))
+    found = [verdict.reward for verdict in play.judge.collect(answers, 60)]
+    assert found == [reward for *_, reward in cases]
+
+
 def test_an_answer_cannot_force_true(pool):
     """The public implementation pastes answers into "f(ANSWER) == gold", where the first passes."""
     judge = SolveJudge(pool, load_language("python"))
@@ -283,6 +305,66 @@ def test_the_first_answer_of_a_ramble_is_judged(pool):
     proposals = answer(IDENTITY, ("input", "1")), answer(IDENTITY, ("input", "2"))
     entry = parse_proposal(ramble.join(proposals), "deduction", load_language("lua"))
     assert entry.inputs == ("1",)
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    stop_ids = (0,)
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, tokens):
+        return "".join(chr(token) for token in tokens)
+
+
+class Writes:
+    """A sampler that answers every prompt with its text, whatever it is."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def generate(self, requests, on_done, decode):
+        for i, text in enumerate(self.texts):
+            tokens = Letters().encode(text)
+            on_done(i, [Completion(i, 0, tokens, [0.0] * len(tokens), "stop")])
+
+
+def propose_in_lua(pool, texts, references=(), stored=(), **settings):
+    """What comes of completions that a deduction proposer gives, with entries in its prompt."""
+    language = load_language("lua")
+    settings = Settings(task="selfplay", max_prompt_tokens=9999, **settings)
+    play = selfplay.Play(settings, language, pool, Writes(texts), Letters())
+    for one in (*references, *stored):
+        play.buffers["deduction"].add(one)
+    asked = selfplay.Proposal("p", "deduction", "prompt", references=tuple(references))
+    return selfplay.propose(play, 1, [asked] * len(texts)), play
+
+
+COPY = answer(("lua", "function f(a)  -- again\n  return {a, a}\nend"), ("input", "3"))
+OTHER_INPUT = answer(("lua", PAIR.program), ("input", "4"))
+TRIPLED = Entry("function f(a) return a * 3 end", ("2",), ("6",))
+STORED = answer(("lua", TRIPLED.program), ("input", "2"))
+
+
+def test_a_copy_of_a_reference_is_counted_and_paid_as_published(pool):
+    """Comments and white space make no other program; another input makes another puzzle."""
+    found, play = propose_in_lua(pool, [COPY, OTHER_INPUT, STORED], [PAIR], [TRIPLED])
+    assert [one.copied for one in found] == [True, False, False]
+    assert [one.reason for one in found] == ["ok"] * 3
+    assert selfplay.store(play, found)["deduction"] == 1  # the other input alone is new
+
+
+def test_copies_can_be_refused(pool):
+    """Of a reference, also one that the buffer has dropped since, and of what it holds."""
+    found, play = propose_in_lua(
+        pool, [COPY, OTHER_INPUT, STORED], [PAIR], [TRIPLED], refuse_copies=True
+    )
+    assert [one.reason for one in found] == ["duplicate", "ok", "duplicate"]
+    assert [one.copied for one in found] == [True, False, False]
+    sample = selfplay.proposer_sample(play, 1, found[0])
+    assert (sample.verdict.reward, sample.verdict.status) == (-1.0, "duplicate")
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -341,7 +423,7 @@ def test_how_the_equations_are_mixed(setting, accuracy, step, solver_accuracy, r
 def proposed(entry, reason, accuracy):
     """A proposal of which nothing matters but what came of it."""
     asked = selfplay.Proposal("p", "deduction", "")
-    return selfplay.Proposed(asked, None, None, entry, reason, accuracy)
+    return selfplay.Proposed(asked, None, None, entry, reason, accuracy=accuracy)
 
 
 @pytest.mark.parametrize(
@@ -361,21 +443,39 @@ def test_a_proposal_that_was_not_judged_has_no_reward(entry, reason, accuracy, r
     assert sample.verdict.reward == pytest.approx(reward, nan_ok=True)
 
 
+def advantages_of(proposals, answers, **settings):
+    """Advantages of samples of one task with these rewards, in this order."""
+    run = SimpleNamespace(device=torch.device("cpu"), settings=Settings(**settings))
+    asked = selfplay.Proposal("p", "deduction", "")
+    puzzle = Puzzle("q", "deduction", PAIR)
+    samples = []
+    for problem, rewards_of in ((asked, proposals), (puzzle, answers)):
+        for reward in rewards_of:
+            verdict = Verdict("p", reward, {}, False, "ok", None, "", Parsed("", "", "", True))
+            completion = Completion(0, 0, [1], [0.0], "stop")
+            samples.append(Sample(problem, completion, verdict, Sequence([1], [2])))
+    selfplay.set_advantages(run, samples)
+    return [sample.sequence.advantage for sample in samples]
+
+
+def test_lambda_weighs_the_solver_beside_the_proposer():
+    """Equation (1). Rewards 1 and 0 have advantages 0.707 and -0.707 in either role."""
+    found = advantages_of([1.0, 0.0], [1.0, 0.0], solve_weight=0.25)
+    assert found == pytest.approx([0.7071, -0.7071, 0.1768, -0.1768], abs=1e-4)
+
+
+@pytest.mark.parametrize("reason,reward", [("syntax", -0.8), ("banned", -1.0)])
+def test_a_refused_proposal_has_the_penalty_of_its_reason(reason, reward):
+    settings = Settings(task="selfplay", propose_penalties="syntax=-0.8,duplicate=-0.5")
+    play = selfplay.Play(settings, load_language("lua"), None, None, tokenizer=None)
+    sample = selfplay.proposer_sample(play, 1, proposed(None, reason, None))
+    assert sample.verdict.reward == reward
+
+
 def test_a_proposer_is_compared_with_proposers_and_a_solver_with_solvers():
     """Of one task: proposals 1, 0 and answers 1, 1. Alone the answers have no signal."""
 
-    class Run:
-        device = torch.device("cpu")
-
-    def sample(problem, reward):
-        verdict = Verdict("p", reward, {}, False, "ok", None, "", Parsed("", "", "", True))
-        return Sample(problem, Completion(0, 0, [1], [0.0], "stop"), verdict, Sequence([1], [2]))
-
-    asked = selfplay.Proposal("p", "deduction", "")
-    puzzle = Puzzle("q", "deduction", PAIR)
-    samples = [sample(asked, 1.0), sample(asked, 0.0), sample(puzzle, 1.0), sample(puzzle, 1.0)]
-    selfplay.set_advantages(Run, samples)
-    first, second, *answers = [one.sequence.advantage for one in samples]
+    first, second, *answers = advantages_of([1.0, 0.0], [1.0, 1.0])
     assert first > 0 > second
     assert answers == [0.0, 0.0]
 
@@ -422,6 +522,35 @@ def test_recipes_hold_the_papers_values(name):
     assert rewards.read_setting(settings.propose_reward) == ("switch", 64)
 
 
+SELF_PLAY = sorted((ROOT / "recipes").glob("azr_*.toml"))
+OF_THE_PAPER = {  # recipe -> proposer's reward, steps
+    "azr_racket_eq3": ("eq3", 500),
+    "azr_racket_eq4": ("eq4", 256),
+    "azr_racket": ("switch:64", 256),
+    "azr_racket_blend": ("blend", 256),
+    "azr_javascript": ("eq3", 500),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_recipes_of_the_papers_rewards_differ_in_nothing_else(name):
+    settings = Settings(**read_recipe(ROOT / "recipes" / f"{name}.toml"))
+    assert (settings.propose_reward, settings.steps) == OF_THE_PAPER[name]
+    paper = PAPER | {"steps": settings.steps}
+    assert {key: getattr(settings, key) for key in paper} == paper
+    assert (settings.solve_penalties, settings.refuse_copies) == ("", False)
+
+
+@pytest.mark.parametrize("path", SELF_PLAY, ids=lambda path: path.stem)
+def test_every_self_play_recipe_is_accepted(path):
+    selfplay.check_settings(Settings(**read_recipe(path)))
+
+
+def test_the_public_implementations_penalty_is_a_recipe():
+    settings = Settings(**read_recipe(ROOT / "recipes/azr_racket_public.toml"))
+    assert selfplay.penalties_of(settings) == ({"wrong": -0.5}, {})
+
+
 @pytest.mark.parametrize(
     "wrong,sentence",
     [
@@ -431,11 +560,19 @@ def test_recipes_hold_the_papers_values(name):
         ({"propose_reward": "switch:-1"}, "switch:N"),
         ({"composite": 2.0}, "from 0 to 1"),
         ({"seeds": "nowhere.jsonl"}, "does not exist"),
+        ({"dynamic_sampling": 2}, "self-play does not use it"),
+        ({"overlong_buffer": 20}, "self-play does not use it"),
+        ({"reward": "random"}, "self-play does not use it"),
+        ({"solve_penalties": "wrong:-1"}, "names with numbers"),
+        ({"solve_penalties": "typo=-1"}, "unknown reason 'typo'"),
+        ({"solve_penalties": "sandbox_error=-1"}, "unknown reason"),
+        ({"solve_penalties": "wrong=0.5"}, "a penalty is at most 0"),
+        ({"propose_penalties": "wrong=-0.5"}, "unknown reason 'wrong'"),
     ],
 )
 def test_wrong_settings_get_one_sentence(wrong, sentence):
     settings = Settings(task="selfplay", **wrong)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, SystemExit), match=sentence):
         selfplay.load_evaluation(settings, load_language("lua"), None)
 
 

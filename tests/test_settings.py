@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from grpo import LOSSES
 from runs import ENVIRONMENT, ROOT, command, needs_prolog
 from runtime import hugging_face
 from runtime.tokenizer import train_bpe
-from settings import Settings, parse_settings
+from settings import Settings, loss_in_words, parse_settings
 from test_checkpoint import small_model
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -37,6 +39,11 @@ BAD_INPUT = [
     ("--reward correct:1", "--reward"),
     ("--loss ppo", "unknown loss"),
     ("--advantage gae", "unknown advantage"),
+    ("--advantage trr++", "self-play has trr++, and nothing else has it"),
+    ("--loss cispo --clip_high 0.28", "--clip_high 0.28 is not used by --loss cispo"),
+    ("--loss gspo --cispo_cap 5", "--cispo_cap 5.0 is not used by --loss gspo"),
+    ("--loss cispo --cispo_cap nan", "finite"),
+    ("--reward correct=nan", "--reward correct=nan: write names with numbers"),
     ("--tis 2", "it needs --old_logprobs trainer"),
     ("--old_logprobs model", "unknown old_logprobs"),
     ("--temperature 0", "greedy samples"),
@@ -127,6 +134,97 @@ def test_every_recipe_is_read_and_flags_go_on_top(recipe):
     assert f"recipes/{recipe.name}" in why
 
 
+BY_NAME = {  # loss -> advantage, lower and upper clip, cap: the papers' own
+    "grpo": ("grpo", 0.2, 0.2, None),
+    "dr_grpo": ("mean", 0.2, 0.2, None),
+    "dapo": ("grpo", 0.2, 0.28, None),
+    "gspo": ("grpo", 3e-4, 4e-4, None),
+    "cispo": ("grpo", None, None, 5.0),
+}
+
+
+def of_the_loss(settings):
+    return settings.advantage, settings.clip_low, settings.clip_high, settings.cispo_cap
+
+
+def read(*arguments):
+    return parse_settings(list(arguments), "")[0]
+
+
+def test_every_loss_has_its_papers_values_by_name():
+    assert set(BY_NAME) == set(LOSSES)
+    for loss, expected in BY_NAME.items():
+        assert of_the_loss(Settings(loss=loss)) == expected
+        assert of_the_loss(read("--task", "sums", "--loss", loss)) == expected
+
+
+def test_a_loss_named_beside_a_recipe_of_another_loss_brings_its_own_values():
+    """oorl.toml has dapo with clip 0.2 and 0.2 and another advantage, meant for its loss."""
+    recipe = ("--recipe", str(ROOT / "recipes/oorl.toml"))
+    baseline = ("reinforce++_baseline", 0.2, 0.2, None)
+    assert of_the_loss(read(*recipe)) == baseline
+    assert of_the_loss(read(*recipe, "--loss", "dapo")) == baseline
+    assert of_the_loss(read(*recipe, "--loss", "gspo")) == BY_NAME["gspo"]
+    more = ("--loss", "gspo", "--clip_high", "0.01", "--advantage", "rloo")
+    assert of_the_loss(read(*recipe, *more)) == ("rloo", 3e-4, 0.01, None)
+
+
+def test_self_play_keeps_its_advantage_whatever_the_loss():
+    settings = read("--recipe", str(ROOT / "recipes/azr_racket.toml"), "--loss", "gspo")
+    assert of_the_loss(settings) == ("trr++", 3e-4, 4e-4, None)
+
+
+def test_a_resumed_run_keeps_what_it_had_and_another_loss_brings_its_own(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(Settings(loss="gspo"))))
+    assert of_the_loss(read("--resume", str(tmp_path))) == BY_NAME["gspo"]
+    assert of_the_loss(read("--resume", str(tmp_path), "--loss", "cispo")) == BY_NAME["cispo"]
+
+
+def test_the_start_says_what_is_not_the_method_that_the_loss_is_named_after():
+    said = loss_in_words(Settings(loss="dr_grpo"))
+    assert said == (
+        "loss dr_grpo: advantage mean, clip_low 0.2, clip_high 0.2, as Dr. GRPO (arXiv 2503.20783)"
+    )
+    said = loss_in_words(Settings(loss="dr_grpo", advantage="grpo", clip_high=0.28))
+    assert "this is not Dr. GRPO" in said
+    assert said.endswith("which has advantage mean, clip_high 0.2")
+
+
+def write_recipes(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+
+
+def test_a_recipe_may_change_another_one(tmp_path):
+    below = 'steps = 5\nloss = "gspo"\nclip_high = 0.1\n[reward]\ncorrect = 2\nwrong = -1\n'
+    write_recipes(tmp_path, below=below, same='base = "below.toml"\nlr = 0.5\n')
+    settings = read("--recipe", str(tmp_path / "same.toml"), "--steps", "7")
+    assert (settings.steps, settings.lr, settings.clip_high) == (7, 0.5, 0.1)
+    assert settings.reward == "correct=2,wrong=-1"
+
+    write_recipes(tmp_path, other='base = "below.toml"\nloss = "dapo"\n')
+    assert of_the_loss(read("--recipe", str(tmp_path / "other.toml"))) == BY_NAME["dapo"]
+
+
+@pytest.mark.parametrize(
+    "text,sentence",
+    [
+        ('base = "none.toml"', "no recipe"),
+        ("base = 3", "no recipe"),
+        ('base = "wrong.toml"', "has a base of its own"),
+        ("[lang]\nlua = 1", "lang must be str"),
+        ('[reward]\ncorrect = "much"', "write names with numbers"),
+        ("[reward]\n", "write names with numbers"),
+    ],
+)
+@needs_prolog
+def test_a_recipe_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, text, sentence):
+    monkeypatch.chdir(tmp_path)
+    write_recipes(tmp_path, wrong=text)
+    with pytest.raises((SystemExit, ValueError), match=sentence):
+        train.main(["--task", "sums", "--model", "tiny", "--recipe", "wrong.toml"])
+
+
 def test_every_setting_stands_in_a_section_of_the_help(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
@@ -134,3 +232,10 @@ def test_every_setting_stands_in_a_section_of_the_help(capsys):
     before_sections, _, sections = text.partition("what is trained on what:")
     for setting in dataclasses.fields(Settings):
         assert f"--{setting.name} " in sections.replace("\n", " ")
+
+
+def test_every_recipe_that_a_page_names_is_there():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *RECIPES]
+    for page in pages:
+        for name in re.findall(r"recipes/(\w+\.toml)", page.read_text("utf-8")):
+            assert (ROOT / "recipes" / name).is_file(), f"{page.name} names recipes/{name}"

@@ -88,6 +88,11 @@ end
   (define sum (apply + values))
   (list text sum (> sum limit) limit))
 """,
+    "scheme": """
+(define (f values text limit)
+  (let ((sum (apply + values)))
+    (list text sum (> sum limit) limit)))
+""",
     "lisp": """
 (defun f (values text limit)
   (let ((sum (reduce #'+ values)))
@@ -97,6 +102,18 @@ end
 function f(values, text, limit)
     total = isempty(values) ? 0 : sum(values)
     Any[text, total, total > limit, limit]
+end
+""",
+    "javascript": """
+function f(values, text, limit) {
+  const sum = values.reduce((x, y) => x + y, 0);
+  return [text, sum, sum > limit, limit];
+}
+""",
+    "ruby": """
+def f(values, text, limit)
+  sum = values.sum
+  [text, sum, sum > limit, limit]
 end
 """,
     "prolog": """
@@ -147,15 +164,6 @@ my $sum = length $word;
 $sum += $_ for @values;
 print "$sum\n";
 """,
-    "javascript": r"""
-const [values, word] = require("fs").readFileSync(0, "utf8").split("\n");
-const sum = values.split(" ").map(Number).reduce((x, y) => x + y, 0);
-console.log(sum + word.length);
-""",
-    "ruby": """
-values = gets.split.map(&:to_i)
-puts values.sum + gets.chomp.length
-""",
     "php": r"""
 <?php
 $values = array_map("intval", explode(" ", trim(fgets(STDIN))));
@@ -196,13 +204,6 @@ public class Main {
         System.out.println(sum + in.nextLine().length());
     }
 }
-""",
-    "scheme": """
-(use-modules (ice-9 rdelim))
-(define (numbers line) (map string->number (string-tokenize line)))
-(let* ((values (numbers (read-line))) (word (read-line)))
-  (display (+ (apply + values) (string-length word)))
-  (newline))
 """,
     "ocaml": """
 let () =

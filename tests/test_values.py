@@ -48,6 +48,14 @@ VALUES = {
         COMMON[0], Map((("k", [1, 2]), (2.5, True))), 2**63 - 1, [-(2**63)],
         Map(((0, 1), (2, 3))),
     ],
+    "javascript": [
+        COMMON[0], Map((("k", [1, None]), ("a b", Map(())), ("7", True))), 2**53 - 1, 2.0**60,
+        Set((1, "2")), Set(()), [True, False],
+    ],
+    "ruby": [
+        *COMMON, Map((("k", [1, None]), (Symbol("ok?"), Map(())), (3, True))), "#{x} # $y",
+        Symbol("a_b"), Set((1, "2")), Set(()), [True, False],
+    ],
     "julia": [
         *COMMON, Map((("k", [1, 2.5]), ("l", "$x"))), Symbol("a_b"), Char("'"), None,
         Fraction(3, 4), Set((1, 2)), (1,), [True, 1], [[1], [2.5]],
@@ -55,6 +63,10 @@ VALUES = {
     "racket": [
         *COMMON, Map(((Symbol("k"), [1, 2]), ("s", 1.5))), Symbol("list->vector"), Char(" "),
         Char("("), Fraction(-3, 4), Pair(1, Pair(2, 3)), (1, "a"), [True, False],
+    ],
+    "scheme": [
+        *COMMON, Symbol("list->vector"), Char(" "), Char("("), Fraction(-3, 4),
+        Pair(1, Pair(2, 3)), (1, "a"), [True, False],
     ],
     "lisp": [
         [[1, [2, []], -3], "a\"b\\c'd\n e", -7, 1.5, 1e300, 1e-07], 10**30,
@@ -101,11 +113,26 @@ def test_values_come_back_from_the_language_as_they_went_in(pool, name):
         ("racket", "'(1 . (2 3))", [1, 2, 3]),
         ("racket", "(list 'a (list 1))", [Symbol("a"), [1]]),
         ("racket", '(hash "a" 1)', Map((("a", 1),))),
+        ("scheme", "(list 'a (list 1) #t)", [Symbol("a"), [1], True]),
         ("lisp", "'(A b NIL t)", [Symbol("a"), Symbol("b"), [], True]),
         ("lisp", "1.5d0", 1.5),
         ("lua", "{a = 1, ['b c'] = {2}}", Map((("a", 1), ("b c", [2])))),
         ("lua", "{[2] = 'y', [1] = 'x'}", ["x", "y"]),
         ("lua", "9223372036854775808", 2.0**63),
+        (
+            "javascript",
+            "{a: 1, 'b c': [2,], $x: {}, 7: null,}",
+            Map((("a", 1), ("b c", [2]), ("$x", Map(())), ("7", None))),
+        ),
+        ("javascript", "new Set([1, 2])", Set((1, 2))),
+        ("javascript", "9007199254740993", 2.0**53),
+        (
+            "ruby",
+            "{a: 1, 'b' => :c?, d!: {},}",
+            Map(((Symbol("a"), 1), ("b", Symbol("c?")), (Symbol("d!"), Map(())))),
+        ),
+        ("ruby", r"""['a\n', 'it\'s', "# \#{x}"]""", ["a\\n", "it's", "# #{x}"]),
+        ("ruby", "Set[1, 2]", Set((1, 2))),
         ("prolog", "[a-1, 'B c', \"s\"]", [Compound("-", (Symbol("a"), 1)), Symbol("B c"), "s"]),
     ],
 )
@@ -119,7 +146,11 @@ def test_literals_as_people_write_them(name, text, value):
     [
         ("python", 1, 1.0, True),
         ("lua", 1, 1.0, True),
+        ("javascript", 1, 1.0, True),
+        ("javascript", 1, "1", False),
+        ("ruby", Symbol("a"), "a", False),
         ("racket", 1, 1.0, False),
+        ("scheme", 1, 1.0, False),
         ("prolog", 1, 1.0, False),
         ("python", 1, True, False),
         ("python", Map(((1, 2), (3, 4))), Map(((3, 4), (1, 2))), True),
@@ -140,6 +171,15 @@ ATTACKS = {
         "1) or true or f(1", "f(1)", "(function() return 1 end)()", "os.time()", "{f()}", "1 --",
         "[[x]]",
     ],
+    "javascript": [
+        "1) || true || f(1", "f(1)", "(() => 1)()", "new Date()", "`${f(1)}`", "[...[1]]", "1n",
+        "{get a() { return 1 }}", "{__proto__: null}", "{[1]: 2}", "undefined", "NaN", "[1, , 2]",
+        "new Set(f(1))", "new Map([])", "1; process.exit()", "/x/", "0x10",
+    ],
+    "ruby": [
+        "1) || true || f(1", "f(1)", '"#{f(1)}"', '"#$x"', "`ls`", "%w[a b]", "[1].map", "1..3",
+        "-> { 1 }", ":'a b'", "{a => 1}", "Set.new", "1; exit", "[*[1]]", "x", "3r",
+    ],
     "julia": [
         "1) || true || f(1", '"$(run(`ls`))"', '"$x"', "[x for x in 1:2]", "f(1)", "`ls`",
         "1; exit()", "[1:3]", "begin 1 end",
@@ -147,6 +187,10 @@ ATTACKS = {
     "racket": [
         "1) (f 1", "(f 1)", "(list (f 1))", ",(f 1)", "`(1 ,(f 1))", "#.(f 1)", "1 ; x", "'(1 2",
         "#<procedure>", "(hash 'a)",
+    ],
+    "scheme": [
+        "1) (f 1", "(f 1)", "(list (f 1))", ",(f 1)", "`(1 ,(f 1))", "#.(f 1)", "1 ; x", "'(1 2",
+        "#<procedure>", "#:key", "x",
     ],
     "lisp": [
         "1) (f 1", "(f 1)", "#.(f 1)", "`(1 ,(f 1))", "'#.(f 1)", "#'f", "sb-ext:*posix-argv*",
@@ -227,6 +271,39 @@ BANNED = {
         "local d = require\nfunction f(a) return d('os').time() end",
         "function f(a) return getmetatable('').__index.dump(f) end",
     ],
+    "javascript": [
+        "function f(a) { return Math.random(); }",
+        "const m = Math, r = m['ran' + 'dom'];\nfunction f(a) { return r(); }",
+        "const f = (a) => Date.now();",
+        "const f = (a) => new Date();",
+        "function f(a) { try { require('fs'); } catch (e) {} return 1; }",
+        "function f(a) { return (() => {}).constructor('return process')().pid; }",
+        "function f(a) { return [].map.constructor('return 1')(); }",
+        "async function g() {}\nfunction f(a) { return g.constructor('return 1'); }",
+        "function f(a) { return eval('1'); }",
+        "function f(a) { return globalThis['pro' + 'cess'].pid; }",
+        "function f(a) { return this.constructor.constructor('return 1')(); }",
+        "const o = { get x() { return Math.random(); } };\nfunction f(a) { return o.x; }",
+        "function f(a) { return new Intl.DateTimeFormat().format(); }",
+    ],
+    "ruby": [
+        "def f(a) rand end",
+        "def f(a) send('ra' + 'nd', 10) end",
+        "def f(a) Kernel.rand(10) end",
+        "R = Random\ndef f(a) R.rand end",
+        "def f(a) Object.const_get('Ti' + 'me').now end",
+        "def f(a) $stdin.class.read('main.rb') end",
+        "def f(a) begin; Time.now; rescue NameError; 1; end end",
+        "def f(a) [1, 2].shuffle end",
+        "def f(a) eval('1') end",
+        "def f(a) instance_eval('1') end",
+        "def f(a) `ls` end",
+        "require 'socket'\ndef f(a) 1 end",
+        "M = Kernel.method(:rand)\ndef f(a) M.call end",
+        "def f(a) ObjectSpace.count_objects end",
+        "def f(a) Thread.new { 1 }.value end",
+        "def f(a) File.read('main.rb') end",
+    ],
     "julia": [
         "r = rand\nf(a) = r(1:10)",
         "import Base: rand\nf(a) = rand()",
@@ -256,6 +333,21 @@ BANNED = {
         "(require '#%unsafe)\n(define (f a) 1)",
         "(module m racket/base (random))\n(define (f a) 1)",
         '(define (f a) (file->string "main.rkt"))',
+    ],
+    "scheme": [
+        "(define r random)\n(define (f a) (r 10))",
+        "(define (f a) ((@ (guile) random) 10))",
+        "(use-modules (ice-9 popen))\n(define (f a) 1)",
+        "(use-modules ((ice-9 popen) #:select (open-pipe)))\n(define (f a) 1)",
+        "(define (f a) (eval '(random 10) (interaction-environment)))",
+        "(define-syntax-rule (r x) (random x))\n(define (f a) (r 10))",
+        "(define (f a) (catch #t (lambda () (current-time)) (lambda _ 1)))",
+        "(define (f a) (use-modules (srfi srfi-1)) 1)",
+        '(define (f a) (open-input-file "main.scm"))',
+        "(define (f a) (random 10 *random-state*))",
+        "(define-module (m))\n(define (f a) 1)",
+        "(define (f a) (module-ref (resolve-module '(guile)) 'random))",
+        '(define (f a) (map getenv \'("HOME")))',
     ],
     "lisp": [
         "(defun f (a) (funcall 'random 10))",
@@ -295,6 +387,22 @@ FINE = {
         "table.sort(t, function(x, y) return x > y end) "
         "return {t, math.max(1, 2), ('x'):rep(3), a} end"
     ],
+    "javascript": [
+        "const g = (x) => x * 2;\nconst f = (a) => { console.log(a); return [g(a), "
+        "Math.max(1, 2), 'x'.repeat(3), { k: [...'ab'].map((c) => c.charCodeAt(0)) }]; };",
+        "class P { constructor(x) { this.x = x; } }\nfunction* g() { yield 1; }\n"
+        "function f(a) { return { ...new P(a), n: [...g()], s: new Set([a]) }; }",
+        "module.exports = f;\nfunction f(a) { const m = new Map([[a, 1]]); return m.get(a); }",
+        "'use strict';\nlet f = function (a) { return [3, 1].sort()[0] / 3; };",
+    ],
+    "ruby": [
+        "require 'set'\nrequire 'prime'\nP = Struct.new(:x)\n"
+        "def f(a) puts a; [P.new(a).x, Set[1, 2].include?(2), Prime.first(3), a.digits] end",
+        "class Q; attr_reader :y; def initialize(y) = @y = y; end\n"
+        "def f(a) { 'k' => Q.new(a).y, s: %w[b a].sort, t: \"#{Set[a]}\".size > 3 } end",
+        "def f(a) nil.foo; rescue NoMethodError => e; e.message.size > 9; end",
+        "def f(a) = Marshal.load(Marshal.dump([a, a.to_s * 2, 10.divmod(3)]))",
+    ],
     "julia": [
         "using Statistics\nf(a) = mean([1, 2, 3])",
         "import Base: +\nstruct P; x::Int; end\n+(a::P, b::P) = P(a.x + b.x)\n"
@@ -306,6 +414,15 @@ FINE = {
         "(for/list ([i (in-range 3)]) (match (list i 2) [(list x y) (+ x y time)])))",
         "#lang racket/base\n(struct p (x y))\n(define (f a #:k [k 1]) "
         "(with-handlers ([exn:fail? (lambda (e) 1)]) (p-x (p k 2))))",
+    ],
+    "scheme": [
+        "(use-modules (srfi srfi-1) ((ice-9 match) #:select (match)))\n(define time 3)\n"
+        "(define (f a) (map (lambda (i) (match (list i 2) ((x y) (+ x y time)))) (iota 3)))",
+        "(use-modules (srfi srfi-9))\n"
+        "(define-record-type point (make-point x y) point? (x point-x) (y point-y))\n"
+        "(define (f a) (let loop ((i 0)) (if (< i a) (loop (+ i 1)) (point-x (make-point i 2)))))",
+        "(define (f a) (let ((h (make-hash-table))) (hash-set! h 'a 1) (display a) "
+        "(call-with-output-string (lambda (p) (write (hash-ref h 'a) p)))))",
     ],
     "lisp": [
         "(defmacro tw (x) `(* 2 ,x))\n(defstruct p x)\n(defun f (a) (let ((h (make-hash-table))) "

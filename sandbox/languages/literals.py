@@ -134,7 +134,9 @@ class _Reader:
 
     def quoted(self, quote):
         """The rest of a string after its opening quote."""
-        special = re.escape(self.table.get("interpolation", ""))
+        table = self.table
+        is_raw = quote in table.get("raw_quotes", "")
+        special = "" if is_raw else re.escape(table.get("interpolation", ""))
         parts = []
         while True:
             parts.append(self.take(rf"[^\\{quote}{special}]*"))
@@ -145,9 +147,14 @@ class _Reader:
             self.at += 1
             if mark == quote:
                 return "".join(parts)
-            if mark != "\\":  # Julia's $: "$(run(`...`))" is a program
+            if mark == "\\":
+                meant = self.take(rf"[\\{quote}]") or mark if is_raw else self.escape()
+                parts.append(meant)
+                continue
+            follows = re.compile(table.get("interpolated", ""))
+            if follows.match(self.text, self.at):  # Julia's $: "$(run(`...`))" is a program
                 self.fail("interpolation is not a literal")
-            parts.append(self.escape())
+            parts.append(mark)  # Ruby's # alone
 
     def escape(self):
         """The letter that is meant by what follows a backslash."""
@@ -205,6 +212,11 @@ class _BracketReader(_Reader):
 
     def item(self):
         """A value, or an _Item of a dictionary."""
+        symbol_key = self.table.get("symbol_key")
+        if symbol_key and (name := self.take(symbol_key)):  # Ruby: a: 1 is :a => 1
+            self.space()
+            return _Item(Symbol(name[:-1]), self.nested(self.value))
+
         key = self.key()
         self.space()
         arrow = self.table.get("arrow")
@@ -215,7 +227,10 @@ class _BracketReader(_Reader):
         return _Item(key, self.nested(self.value))
 
     def key(self):
-        """What may stand before an arrow. Lua: [1] = 2, name = 2."""
+        """What may stand before an arrow. Lua: [1] = 2, name = 2. JavaScript: name: 2, 1: 2."""
+        bare = self.table.get("bare_key")
+        if bare and (name := self.take(bare)):
+            return name
         opened = None
         if self.table.get("key"):
             opened = self.take(r"\[\s*|[A-Za-z_]\w*(?=\s*=)")

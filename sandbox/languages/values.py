@@ -222,6 +222,8 @@ def _write_brackets(value, table):
 
 def _write_item(key, value, table):
     """One entry of a dictionary: "a": 1 in Python, ["a"] = 1 in Lua, "a" => 1 in Julia."""
+    if "bare_key" in table and (not isinstance(key, str) or key == table["no_key"]):
+        _no_literal(key)  # JavaScript would make the key a string, or set the prototype
     key_text = table.get("key", "...").replace("...", _write_brackets(key, table))
     arrow = table.get("write_arrow", f" {table['arrow']} ")
     return f"{key_text}{arrow}{_write_brackets(value, table)}"
