@@ -533,7 +533,7 @@ def main(arguments=None):
         default="c",
         help="of c, cpp, rust; transcoder_gfg has the same functions in all [c]",
     )
-    add("--winners", type=int, default=4, help="look for more where the levels give fewer [4]")
+    add("--winners", type=int, default=2, help="look for more where the levels give fewer [2]")
     add("--losers", type=int, default=8, help="most of a function [8]")
     add("--data", help="folder with data sets, for what is left out (as train.py's)")
     add("--workers", type=int, help="functions at the same time [cores]")

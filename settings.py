@@ -423,8 +423,12 @@ def default_recipe(given):
     return RECIPES / "tiny.toml", "no GPU found: the built-in small run"
 
 
-def read_recipe(path):
-    """{setting: value} of a TOML file, checked by name and type."""
+def read_recipe(path, above=()):
+    """{setting: value} of a TOML file, checked by name and type.
+
+    base = "oorl.toml": the settings of that recipe beside it, where the file has none of its own.
+    above: the recipes that led here.
+    """
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -433,6 +437,9 @@ def read_recipe(path):
     except tomllib.TOMLDecodeError as problem:
         raise SystemExit(f"{path} is not valid TOML: {problem}") from None
 
+    base = values.pop("base", None)
+    if base is not None and path in above:
+        raise SystemExit(f"{path}: its base leads back to it; name a recipe that has another or none")
     types = {setting.name: setting.type for setting in fields(Settings)}
     for name, value in values.items():
         if name not in types:
@@ -442,7 +449,9 @@ def read_recipe(path):
         whole_number = types[name] is float and type(value) is int
         if type(value) is not types[name] and not whole_number:
             raise SystemExit(f"{path}: {name} must be {types[name].__name__}, not {value!r}")
-    return values
+    if base is None:
+        return values
+    return read_recipe(path.parent / str(base), (*above, path)) | values
 
 
 def read_config(folder):

@@ -5,7 +5,7 @@ problems 35 had their C function in GEPO's groups, and 13 functions that RL drop
 """
 
 from tasks import translate
-from tasks.contamination import MEANINGLESS, Overlap, defined, read_benchmark
+from tasks.contamination import Overlap, defined, read_benchmark
 from tasks.translate_data import EXERCISM, Translation, built_in, read_problems
 
 HELD_OUT = "held out by translation"
@@ -23,16 +23,16 @@ class Exclusions:
         self.held_out = Overlap()
         for problem in _problems(data, path):
             if translate.is_held_out(problem):
-                name = problem.entry or translate.family(problem)
+                name = problem.entry if _says_something(problem.entry) else ""
                 self.held_out.add(name, problem.question)
-        self.held_out.names -= {*MEANINGLESS, "fgold"}
+        self.held_out.names.discard("")
 
     def reason(self, family, entry, source):
         """Why a function is left out: HELD_OUT, BENCHMARK, or "" when it is not.
 
         family: gfg/NAME, exercism/SLUG/FILE or a file's path. The name decides for the built-in
-        sets, whether or not they are at hand; for all others a function's name, or 13 words in a
-        row.
+        sets, whether or not they are at hand; for all others a function's name of several words, or
+        13 words in a row.
         """
         if any(map(translate.is_held_out, _counterparts(family, source))):
             return HELD_OUT
@@ -45,6 +45,11 @@ class Exclusions:
     def is_complete(self):
         """Whether the benchmarks are at hand at all."""
         return bool(self.benchmark.names)
+
+
+def _says_something(name):
+    """A name of one word may be any function's: total, rows, f."""
+    return "_" in name and name != "f_gold"
 
 
 def _problems(data, path):

@@ -419,16 +419,16 @@ def test_what_translation_holds_out_is_in_no_group(groups_file, tmp_path):
     words = " ".join(f"v{n} = v{n + 1};" for n in range(10))
     problem = {
         "id": user,
-        "source": f"int g() {{ {words} }}",
+        "source": f"int sum_green() {{ {words} }}",
         "source_language": "cpp",
-        "entry": "g",
+        "entry": "sum_green",
     }
     problem["tests"] = [{"args": [n], "expected": n + 1} for n in range(3)]
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
 
     rows = [row_of(f"gfg/N{number}", "int f_gold(int x) { return x; }")]
     rows += [row_of("mine/copy", f"int copied(void) {{ {words} return 0; }}", "copied")]
-    rows += [row_of("mine/named", "int g(int x) { return x; }", "g")]
+    rows += [row_of("mine/named", "int sumGreen(int x) { return x; }", "sumGreen")]
     path = tmp_path / "groups.jsonl"
     path.write_text(Path(groups_file).read_text() + "".join(json.dumps(x) + "\n" for x in rows))
 
