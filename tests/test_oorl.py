@@ -190,3 +190,15 @@ def test_the_recipe_has_the_papers_values():
     assert recipe["warmup"] == 0.03 * recipe["steps"]
     settings, _, _ = parse_settings(["--task", "translate"], "")
     assert settings.gepo == 0.01  # the task's own recipe
+
+
+def test_the_ablations_differ_from_the_recipe_in_nothing_else():
+    """The paper's Table 3: RL, RL and DPO, RL and GEPO."""
+    whole = read_recipe(ROOT / "recipes/oorl.toml")
+    changed = {}
+    for arm in ("oorl_rl", "oorl_dpo"):
+        values = read_recipe(ROOT / f"recipes/{arm}.toml")
+        assert values.keys() == whole.keys()
+        changed[arm] = {name: values[name] for name in values if values[name] != whole[name]}
+    assert changed["oorl_rl"] == {"gepo": 0.0}
+    assert changed["oorl_dpo"] == {"gepo_winners": 1, "gepo_losers": 1, "gepo_lam": 0.0}

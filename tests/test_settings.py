@@ -12,7 +12,7 @@ import train
 from runs import ENVIRONMENT, ROOT, command, needs_prolog
 from runtime import hugging_face
 from runtime.tokenizer import train_bpe
-from settings import Settings, parse_settings
+from settings import Settings, parse_settings, read_recipe
 from test_checkpoint import small_model
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -118,6 +118,18 @@ def test_unknown_flag_and_recipe_setting_are_named(tmp_path, capsys):
     (tmp_path / "r.toml").write_text('lr = "fast"\n')
     with pytest.raises(SystemExit, match="lr must be float"):
         train.main(["--recipe", str(tmp_path / "r.toml")])
+
+
+def test_a_recipe_goes_on_top_of_its_base(tmp_path):
+    (tmp_path / "whole.toml").write_text("prompts = 5\nsamples = 6\n")
+    (tmp_path / "arm.toml").write_text('base = "whole.toml"\nsamples = 7\n')
+    assert read_recipe(tmp_path / "arm.toml") == {"prompts": 5, "samples": 7}
+    (tmp_path / "whole.toml").write_text('base = "arm.toml"\n')
+    with pytest.raises(SystemExit, match="leads back to it"):
+        read_recipe(tmp_path / "arm.toml")
+    (tmp_path / "arm.toml").write_text('base = "gone.toml"\n')
+    with pytest.raises(SystemExit, match="no recipe .*gone.toml"):
+        read_recipe(tmp_path / "arm.toml")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
