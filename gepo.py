@@ -127,15 +127,9 @@ def prepare(settings, tokenizer, model, device, folder, report=print):
 def load_groups(settings, tokenizer, report=print):
     """Groups of --gepo_data: (list to train on, list held out, every tenth family of functions).
 
-    Admitted is what has max(n, --gepo_admit_winners) winners and as many losers likewise, none of
-    them too long: arms with smaller n and m train on the same groups, and on some of the same
-    members. Left out is what translation holds out or MultiPL-E tests (tasks/ir_exclusions.py), and
-    from training what shares a winner with a held-out group.
     Says how many groups fall to what; SystemExit when none is left.
     """
-    path, limit = settings.gepo_data, settings.gepo_max_tokens
-    winners = max(settings.gepo_winners, settings.gepo_admit_winners)
-    losers = max(settings.gepo_losers, settings.gepo_admit_losers)
+    path = settings.gepo_data
     kinds = chosen_kinds(settings.gepo_kinds)
     try:
         rows = read_jsonl(path, lambda _, row: Candidates.of(row, kinds))
@@ -144,30 +138,12 @@ def load_groups(settings, tokenizer, report=print):
             f"{problem}; make groups with python gepo.py build --out {path}, or leave --gepo out"
         ) from None
 
-    exclusions = Exclusions(settings.data or None, settings.translate_data)
-    reasons = [exclusions.reason(row.family, row.entry, row.source) for row in rows]
-    fair = [row for row, reason in zip(rows, reasons) if not reason]
-    for reason, count in Counter(filter(None, reasons)).items():
-        report(f"GEPO: {count} groups left out, {reason}")
-    if not exclusions.is_complete():
-        report("GEPO: MultiPL-E is not at hand: groups that overlap it stay in")
-
-    enough_winners = [row for row in fair if len(row.winners) >= winners]
-    enough = [row for row in enough_winners if len(row.losers) >= losers]
-    groups = [make_group(row, settings, tokenizer, winners, losers) for row in enough]
-    short = [group for group in groups if max(map(len, group.members)) <= limit]
-    for group in short:
-        group.cut(settings.gepo_winners, settings.gepo_losers, winners)
-    report(
-        f"GEPO: {len(short)} of {len(rows)} groups; {len(fair) - len(enough_winners)} have fewer "
-        f"than {winners} winners, {len(enough_winners) - len(enough)} fewer than {losers} losers, "
-        f"{len(groups) - len(short)} are longer than --gepo_max_tokens {limit}"
-    )
-    counts = Counter(kind for group in short for kind in group.kinds)
+    groups = admitted(fair_rows(rows, settings, report), settings, tokenizer, report)
+    counts = Counter(kind for group in groups for kind in group.kinds)
     shares = [f"{kind} {count / counts.total():.0%}" for kind, count in counts.most_common()]
     report("GEPO's losers: " + ", ".join(shares))
 
-    train, held_out = split(short)
+    train, held_out = split(groups)
     known = {text for group in held_out for text in group.texts}
     told_apart = [group for group in train if known.isdisjoint(group.texts)]
     if len(told_apart) < len(train):
@@ -177,11 +153,43 @@ def load_groups(settings, tokenizer, report=print):
         )
     if not told_apart or not held_out:
         raise SystemExit(
-            f"{path} leaves {len(told_apart)} groups to train on and {len(held_out)} held out, of "
-            f"{len(rows)}: {len(enough)} have {winners} winners and {losers} losers; build with "
-            "--winners and --losers, from more sources, or raise --gepo_max_tokens"
+            f"{path} leaves {len(told_apart)} groups to train on and {len(held_out)} held out: "
+            "build more, with gepo.py build's --winners and --losers, or raise --gepo_max_tokens"
         )
     return told_apart, held_out[:HELD_OUT]
+
+
+def fair_rows(rows, settings, report):
+    """Rows without what translation holds out and MultiPL-E tests (tasks/ir_exclusions.py)."""
+    exclusions = Exclusions(settings.data or None, settings.translate_data)
+    if not exclusions.is_complete():
+        report("GEPO: MultiPL-E is not at hand: groups that overlap it stay in")
+    reasons = [exclusions.reason(row.family, row.entry, row.source) for row in rows]
+    for reason, count in Counter(filter(None, reasons)).items():
+        report(f"GEPO: {count} groups left out, {reason}")
+    return [row for row, reason in zip(rows, reasons) if not reason]
+
+
+def admitted(rows, settings, tokenizer, report):
+    """Groups of what has max(n, --gepo_admit_winners) winners, as many losers likewise, none long.
+
+    So arms with smaller n and m train on the same groups, and on some of the same members.
+    """
+    limit = settings.gepo_max_tokens
+    winners = max(settings.gepo_winners, settings.gepo_admit_winners)
+    losers = max(settings.gepo_losers, settings.gepo_admit_losers)
+    enough_winners = [row for row in rows if len(row.winners) >= winners]
+    enough = [row for row in enough_winners if len(row.losers) >= losers]
+    groups = [make_group(row, settings, tokenizer, winners, losers) for row in enough]
+    short = [group for group in groups if max(map(len, group.members)) <= limit]
+    for group in short:
+        group.cut(settings.gepo_winners, settings.gepo_losers, winners)
+    report(
+        f"GEPO: {len(short)} of {len(rows)} groups; {len(rows) - len(enough_winners)} have fewer "
+        f"than {winners} winners, {len(enough_winners) - len(enough)} fewer than {losers} losers, "
+        f"{len(groups) - len(short)} are longer than --gepo_max_tokens {limit}"
+    )
+    return short
 
 
 def split(groups):

@@ -439,7 +439,7 @@ def read_recipe(path, above=()):
 
     base = values.pop("base", None)
     if base is not None and path in above:
-        raise SystemExit(f"{path}: its base leads back to it; name a recipe that has another or none")
+        raise SystemExit(f"{path}: its base leads back to it; name a recipe that does not")
     types = {setting.name: setting.type for setting in fields(Settings)}
     for name, value in values.items():
         if name not in types:

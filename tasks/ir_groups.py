@@ -180,7 +180,8 @@ def _report_totals(out, skipped, seconds, report):
     report("winners per group: " + ", ".join(f"{n}: {count}" for n, count in sorted(sizes.items())))
     losers = kept.total()
     report(
-        f"{marked.total()} of {losers} losers have a mark that no winner of theirs has (ir_marks.py)"
+        f"{marked.total()} of {losers} losers have a mark that no winner of theirs has "
+        "(ir_marks.py)"
     )
     for reason, count in reasons.most_common():
         report(f"skipped, {reason}: {count}")
