@@ -29,9 +29,9 @@ def marks(ir):
     """Counter of the marks of a text: dead, unused, named, cast_back, foldable.
 
     dead: a value that nobody reads. unused: a declaration that nobody calls. named: a value that
-    has a name, which passes give to what they make. cast_back: an integer cut, then
-    widened again. foldable: an instruction whose result a reader knows without the program's input, or that
-    is one of its operands: add i32 2, 3; mul i32 %1, 1; sub i32 %1, %1; select i1 true; br i1 true.
+    has a name, which passes give to what they make. cast_back: an integer cut, then widened again.
+    foldable: an instruction whose result a reader knows without the program's input, or that is one
+    of its operands: add i32 2, 3; mul i32 %1, 1; sub i32 %1, %1; select i1 true; br i1 true.
     """
     found = Counter()
     for body in re.findall(r"^define.*?^}", ir, re.DOTALL | re.MULTILINE):

@@ -2,6 +2,8 @@
 
 import json
 import random
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -287,16 +289,43 @@ def test_groups_come_from_c_cpp_and_rust(three_languages, language):
 
 
 @needs_clang
-def test_rust_is_left_out_by_name_where_its_compiler_is_not(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "script,sentence",
+    [
+        (None, "rust is left out: RARECODE_RUSTC="),
+        ("#!/bin/sh\necho LLVM version: 99.1.0\n", "rust is left out: rustc writes LLVM 99, opt"),
+    ],
+)
+def test_rust_is_left_out_by_name_where_its_compiler_does_not_serve(monkeypatch, script, sentence):
     said = []
-    monkeypatch.setenv("RARECODE_RUSTC", str(tmp_path / "rustc"))
-    ir_groups.find_program.cache_clear()
-    try:
-        assert ir_groups._here(("c", "rust"), said.append) == ("c",)
-    finally:
-        monkeypatch.undo()
+    # Not under /root or /tmp/pytest-of-*: the sandbox's user must be able to start it.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        rustc = Path(folder) / "rustc"
+        if script:
+            rustc.write_text(script)
+            rustc.chmod(0o755)
+        monkeypatch.setenv("RARECODE_RUSTC", str(rustc))
         ir_groups.find_program.cache_clear()
-    assert said[0].startswith("rust is left out: RARECODE_RUSTC=")
+        try:
+            assert ir_groups.compilable(("c", "rust"), said.append) == ("c",)
+        finally:
+            monkeypatch.undo()
+            ir_groups.find_program.cache_clear()
+    assert said[0].startswith(sentence)
+
+
+@needs_clang
+def test_an_order_of_passes_that_llvm_does_not_know_costs_no_group(monkeypatch):
+    monkeypatch.setitem(ir_groups.ORDERS, "mem2reg", "no-such-pass")
+    unit = c_functions.Unit("loop", LOOP, "total")
+    tried = {}
+    with Pool(workers=1) as pool:
+        right = ir_groups.levels(unit)
+        runner = ir_groups.Runner(pool, c_functions.driver(unit)[0])
+        (expected,) = runner.outputs([right[0]["ir"]])
+        ir_groups.more_winners(unit, right, expected, runner, random.Random(0), 1, tried)
+    assert tried["mem2reg"] == {"invalid": 1}
 
 
 needs_data = pytest.mark.skipif(
