@@ -331,7 +331,7 @@ def test_groups_that_do_not_fit_are_counted(groups_file):
 def loaded(path, **changed):
     """{group id: its members' tokens}, on either side."""
     groups = gepo.load_groups(settings(gepo_data=path, **changed), Letters(), lambda _: None)
-    return {group.id: [x.tokens for x in group.members] for side in groups for group in side}
+    return {group.id: [list(x.tokens) for x in group.members] for side in groups for group in side}
 
 
 def test_dpo_trains_on_pairs_of_gepos_groups(groups_file):
