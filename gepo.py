@@ -7,13 +7,13 @@ The first makes the groups of one C function each (tasks/ir_groups.py), the seco
 between RL steps. Loss of one group, with r(y) = beta * log(pi(y | x) / pi_ref(y | x)) of winners w
 and losers l (eq. 9):
 
-    L = -log sigmoid(mean_i r(w_i) - mean_j r(l_j)) + lam * Var_i r(w_i)
+    L = -log sigmoid(mean_i r(w_i) - mean_j r(l_j)) + lam * relu(Var_i r(w_i) - eps)
 
-and the step's loss is 1.0 * RL + 0.01 * mean over the step's groups. What the paper leaves open is
-an
-option here: beta (0.1, DPO's), n and m (2 and 2, the size of SLTrans's groups), summed log-probs as
-in DPO (length_norm off), population variance with beta inside. pi_ref is the policy that the run
-starts from; its log-probs are computed once per member and kept.
+and the step's loss is 1.0 * RL + 0.01 * mean over the step's groups. eps 0 is the paper's eq. 9;
+its constrained form (Var <= eps) has eps 0.01 to 0.1. What the paper leaves open is an option here:
+beta (0.1, DPO's), n and m (2 and 2, the size of SLTrans's groups), summed log-probs as in DPO
+(length_norm off), population variance with beta inside. pi_ref is the policy that the run starts
+from; its log-probs are computed once per member and kept.
 """
 
 import argparse
@@ -24,41 +24,51 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from batches import Sequence, backward, micro_batches, packed_batches, score
 from runtime import distributed
 from tasks import ir_groups
+from tasks.c_functions import LANGUAGES
 from tasks.data import in_passes, read_jsonl
+from tasks.ir_exclusions import Exclusions
+from tasks.ir_mutations import CHEAP, KINDS
 
 HELD_OUT = 64  # held-out groups of an evaluation
 
 # ---- the loss ----
 
 
-def gepo_loss(rewards, winners, lam=1.0, unbiased=False):
+def gepo_loss(rewards, winners, lam=1.0, unbiased=False, eps=0.0):
     """Loss of each group, [...].
 
     rewards: [..., n + m], r = beta * log(pi / pi_ref) of whole members, the n = `winners`
-    equivalent ones first. lam: weight of the variance. unbiased: sample variance instead of
-    population variance.
+    equivalent ones first. lam: weight of the variance above eps. unbiased: sample variance instead
+    of population variance.
 
     Log-probs -10, -12 of winners and -14, -11 of losers under the policy, -10 each under the
     reference, beta 0.1: r = 0, -0.2, -0.4, -0.1; the difference of means is 0.15, -log
-    sigmoid(0.15) = 0.6210; Var(0, -0.2) = 0.01 (unbiased 0.02); lam 1: 0.6310. n = m = 1, lam 0 is
-    DPO.
+    sigmoid(0.15) = 0.6210; Var(0, -0.2) = 0.01 (unbiased 0.02); lam 1: 0.6310, with eps 0.004
+    0.6270. n = m = 1, lam 0 is DPO.
     """
     wins, losses = rewards[..., :winners], rewards[..., winners:]
     loss = -F.logsigmoid(wins.mean(-1) - losses.mean(-1))
     if winners > 1:
-        loss = loss + lam * wins.var(-1, unbiased=unbiased)
+        loss = loss + lam * F.relu(wins.var(-1, unbiased=unbiased) - eps)
     return loss
 
 
 def losses_of(rewards, settings):
     """gepo_loss with the settings of a run."""
-    return gepo_loss(rewards, settings.gepo_winners, settings.gepo_lam, settings.gepo_unbiased)
+    return gepo_loss(
+        rewards,
+        settings.gepo_winners,
+        settings.gepo_lam,
+        settings.gepo_unbiased,
+        settings.gepo_eps,
+    )
 
 
 def member_rewards(logprobs, batch, beta, length_norm):
@@ -83,9 +93,16 @@ class IRGroup:
 
     id: str
     members: list[Sequence]
+    family: str = ""
+    kinds: tuple = ()  # of edit, of the losers
+    texts: frozenset = frozenset()  # of all winners of the function
     # Log-prob of each member under the reference (per token also in Sequence.ref_logprobs).
     reference: list[float] = field(default_factory=list)
-    kinds: tuple = ()  # of edit, of the losers
+
+    def cut(self, winners, losers, had):
+        """Keep the first n of the `had` winners and the first m losers."""
+        self.members = self.members[:winners] + self.members[had : had + losers]
+        self.kinds = self.kinds[:losers]
 
     @property
     def tokens(self):
@@ -108,78 +125,142 @@ def prepare(settings, tokenizer, model, device, folder, report=print):
 
 
 def load_groups(settings, tokenizer, report=print):
-    """Groups of --gepo_data: (list to train on, list held out, every tenth function by id).
+    """Groups of --gepo_data: (list to train on, list held out, every tenth family of functions).
 
-    Says how many groups have too few winners or losers, or are too long; SystemExit when none is
-    left.
+    Says how many groups fall to what; SystemExit when none is left.
     """
-    path, limit = settings.gepo_data, settings.gepo_max_tokens
-    winners, losers = settings.gepo_winners, settings.gepo_losers
+    path = settings.gepo_data
+    kinds = chosen_kinds(settings.gepo_kinds)
     try:
-        rows = read_jsonl(path, lambda _, row: Candidates.of(row, settings.gepo_cheap))
+        rows = read_jsonl(path, lambda _, row: Candidates.of(row, kinds))
     except ValueError as problem:
         raise SystemExit(
             f"{problem}; make groups with python gepo.py build --out {path}, or leave --gepo out"
         ) from None
 
+    groups = admitted(fair_rows(rows, settings, report), settings, tokenizer, report)
+    counts = Counter(kind for group in groups for kind in group.kinds)
+    shares = [f"{kind} {count / counts.total():.0%}" for kind, count in counts.most_common()]
+    report("GEPO's losers: " + ", ".join(shares))
+
+    train, held_out = split(groups)
+    known = {text for group in held_out for text in group.texts}
+    told_apart = [group for group in train if known.isdisjoint(group.texts)]
+    if len(told_apart) < len(train):
+        report(
+            f"GEPO: {len(train) - len(told_apart)} groups not trained on, a held-out group has the "
+            "same IR"
+        )
+    if not told_apart or not held_out:
+        raise SystemExit(
+            f"{path} leaves {len(told_apart)} groups to train on and {len(held_out)} held out: "
+            "build more, with gepo.py build's --winners and --losers, or raise --gepo_max_tokens"
+        )
+    return told_apart, held_out[:HELD_OUT]
+
+
+def fair_rows(rows, settings, report):
+    """Rows without what translation holds out and MultiPL-E tests (tasks/ir_exclusions.py)."""
+    exclusions = Exclusions(settings.data or None, settings.translate_data)
+    if not exclusions.is_complete():
+        report("GEPO: MultiPL-E is not at hand: groups that overlap it stay in")
+    reasons = [exclusions.reason(row.family, row.entry, row.source) for row in rows]
+    for reason, count in Counter(filter(None, reasons)).items():
+        report(f"GEPO: {count} groups left out, {reason}")
+    return [row for row, reason in zip(rows, reasons) if not reason]
+
+
+def admitted(rows, settings, tokenizer, report):
+    """Groups of what has max(n, --gepo_admit_winners) winners, as many losers likewise, none long.
+
+    So arms with smaller n and m train on the same groups, and on some of the same members.
+    """
+    limit = settings.gepo_max_tokens
+    winners = max(settings.gepo_winners, settings.gepo_admit_winners)
+    losers = max(settings.gepo_losers, settings.gepo_admit_losers)
     enough_winners = [row for row in rows if len(row.winners) >= winners]
     enough = [row for row in enough_winners if len(row.losers) >= losers]
-    groups = [make_group(row, settings, tokenizer) for row in enough]
+    groups = [make_group(row, settings, tokenizer, winners, losers) for row in enough]
     short = [group for group in groups if max(map(len, group.members)) <= limit]
+    for group in short:
+        group.cut(settings.gepo_winners, settings.gepo_losers, winners)
     report(
         f"GEPO: {len(short)} of {len(rows)} groups; {len(rows) - len(enough_winners)} have fewer "
         f"than {winners} winners, {len(enough_winners) - len(enough)} fewer than {losers} losers, "
         f"{len(groups) - len(short)} are longer than --gepo_max_tokens {limit}"
     )
-    kinds = Counter(kind for group in short for kind in group.kinds)
-    shares = [f"{kind} {count / kinds.total():.0%}" for kind, count in kinds.most_common()]
-    report("GEPO's losers: " + ", ".join(shares))
+    return short
 
-    held_out = [group for group in short if random.Random(group.id).random() < 0.1]
-    train = [group for group in short if random.Random(group.id).random() >= 0.1]
-    if not train or not held_out:
-        raise SystemExit(
-            f"{path} leaves {len(train)} groups to train on and {len(held_out)} held out: "
-            f"build more, or raise --gepo_max_tokens"
-        )
-    return train, held_out[:HELD_OUT]
+
+def split(groups):
+    """(groups to train on, groups held out): one family, one file or function, is on one side."""
+    held_out = [group for group in groups if random.Random(group.family).random() < 0.1]
+    train = [group for group in groups if random.Random(group.family).random() >= 0.1]
+    return train, held_out
+
+
+def chosen_kinds(text):
+    """--gepo_kinds as a set: names of edits, run (all that a run confirms), cheap (the paper's)."""
+    sets = {"run": set(KINDS), "cheap": set(CHEAP)}
+    chosen = set()
+    for name in text.split(","):
+        if name not in sets and name not in KINDS and name not in CHEAP:
+            known = ", ".join([*sets, *KINDS, *CHEAP])
+            raise SystemExit(f"--gepo_kinds {text}: {name!r} is no kind of edit; choose of {known}")
+        chosen |= sets.get(name, {name})
+    return chosen
 
 
 @dataclass
 class Candidates:
-    """A row of groups.jsonl: a C function with all winners and losers that were found."""
+    """A row of groups.jsonl: a function with all winners and losers that were found."""
 
     id: str
-    c: str
+    family: str
+    language: str
+    source: str
+    entry: str
     winners: list[dict]
     losers: list[dict]
 
     @classmethod
-    def of(cls, row, cheap):
-        """cheap: with the paper's kind of losers, edits that nobody has run."""
-        return cls(
-            row["id"], row["c"], row["winners"], row["losers"] + (row["cheap"] if cheap else [])
-        )
+    def of(cls, row, kinds):
+        """kinds: of the losers to keep."""
+        losers = [loser for loser in row["losers"] + row["cheap"] if loser["kind"] in kinds]
+        names = ("id", "family", "language", "source", "entry", "winners")
+        return cls(*(row[name] for name in names), losers)
 
 
-def make_group(row, settings, tokenizer):
-    """n winners and m losers of a row, drawn by seed and id, as sequences."""
+def make_group(row, settings, tokenizer, winners, losers):
+    """`winners` and `losers` of a row, drawn by seed and id, as sequences.
+
+    Optimisation levels go before other winners: SLTrans has two of them a function. Fewer are the
+    first of more, so that DPO's pair is one of GEPO's.
+    """
     draw = random.Random(f"{settings.seed}/{row.id}")
-    prompt = tokenizer.encode_chat(ir_messages(row.c))
-    equivalent = draw.sample(row.winners, settings.gepo_winners)
-    different = draw.sample(row.losers, settings.gepo_losers)
+    prompt = tokenizer.encode_chat(ir_messages(row))
+    equivalent = draw.sample(row.winners, len(row.winners))
+    equivalent.sort(key=lambda winner: not winner["level"].startswith("O"))  # stable
+    different = draw.sample(row.losers, len(row.losers))
 
     members = []
-    for member in equivalent + different:
+    for member in equivalent[:winners] + different[:losers]:
         answer = tokenizer.encode(f"```llvm\n{member['ir']}```")
         members.append(Sequence(prompt, [*answer, tokenizer.stop_ids[0]]))
-    return IRGroup(row.id, members, kinds=tuple(member["kind"] for member in different))
+    kinds = tuple(member["kind"] for member in different[:losers])
+    texts = frozenset(winner["ir"] for winner in row.winners)
+    return IRGroup(row.id, members, row.family, kinds, texts)
 
 
-def ir_messages(c):
-    """The prompt C -> IR."""
-    request = "Compile this C code to LLVM IR. Answer with one ```llvm code block."
-    return [{"role": "user", "content": f"{request}\n\n```c\n{c.strip()}\n```"}]
+def ir_messages(row):
+    """The prompt source -> IR. It names the function: one file may have several."""
+    title = LANGUAGES[row.language]
+    request = (
+        f"Compile the function `{row.entry}` of this {title} code to LLVM IR. "
+        "Answer with one ```llvm code block."
+    )
+    fenced = f"```{row.language}\n{row.source.strip()}\n```"
+    return [{"role": "user", "content": f"{request}\n\n{fenced}"}]
 
 
 def cache_reference(groups, model, settings, device, folder):
@@ -234,28 +315,81 @@ def step_groups(gepo, settings, step):
     return in_passes(gepo.train, numbers, f"{settings.seed}/gepo")
 
 
+def in_turn(groups, sequences, settings):
+    """The groups that an update takes: none where the rollout's sequences have no signal.
+
+    AdamW divides a gradient by its own size, so a step on GEPO alone is as long whatever its weight
+    (0.01, 0.1 and 1 at lr 5e-7: 5.08e-4, 5.11e-4, 5.11e-4). The paper's sum read literally takes
+    it: --gepo_alone.
+    """
+    if not groups or settings.gepo_alone:
+        return groups
+    signal = any(np.any(sequence.advantage) for sequence in sequences)
+    return groups if distributed.largest(signal) else []
+
+
+def not_taken(settings):
+    """Metrics of a step in which no update took GEPO."""
+    return {"gepo/taken": 0.0} if settings.gepo else {}
+
+
 def add_gradient(model, groups, settings, device):
     """Add settings.gepo * mean over `groups` of their GEPO loss to the gradient; metrics of all
     ranks.
 
     groups: the same list on every rank. Packed: one forward holds all members of a group, several
-    groups as the token budget allows. When a group does not fit (on any rank), members go one by
-    one: dL/dr is taken from a pass without gradient, then each member's log-prob is weighted with
-    it. Same gradient.
+    groups as the token budget allows. Serial: members go one by one: dL/dr is taken from a pass
+    without gradient, then each member's log-prob is weighted with it. Same gradient.
+    --gepo_members auto packs where every group fits. RL's gradient is held aside meanwhile, so that
+    each part's norm is known (memory of the gradient once more).
     """
     mine = distributed.share(groups)
-    packed = max(group.tokens for group in groups) <= settings.token_budget
+    reinforced = take_gradients(model)
+    fits = max(group.tokens for group in groups) <= settings.token_budget
+    packed = settings.gepo_members == "packed" or (settings.gepo_members == "auto" and fits)
     if packed:
         rewards = packed_groups(model, mine, len(groups), settings, device)
     else:
         rewards = serial_groups(model, mine, len(groups), settings, device)
+    norms = {
+        "gepo/grad_norm": gradient_norm(model),
+        "gepo/rl_grad_norm": put_back(model, reinforced),
+    }
 
     rewards = torch.tensor(distributed.gather(rewards))
+    kinds = distributed.gather([group.kinds for group in mine])
     return {
+        "gepo/taken": 1.0,
         "gepo/loss": float(losses_of(rewards, settings).mean()),
         "gepo/packed": float(packed),
-        **spread(rewards, settings.gepo_winners),
+        **norms,
+        **spread(rewards, settings.gepo_winners, kinds),
     }
+
+
+def take_gradients(model):
+    """The gradients of all parameters, which are cleared."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return gradients
+
+
+def gradient_norm(model):
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(distributed.full(torch.nn.utils.get_total_norm(gradients)))
+
+
+def put_back(model, gradients):
+    """Add gradients that take_gradients() took; returns their norm (0.0 where there was none)."""
+    held = [gradient for gradient in gradients if gradient is not None]
+    norm = float(distributed.full(torch.nn.utils.get_total_norm(held))) if held else 0.0
+    for parameter, gradient in zip(model.parameters(), gradients):
+        if gradient is not None and parameter.grad is not None:
+            parameter.grad += gradient
+        elif gradient is not None:
+            parameter.grad = gradient
+    return norm
 
 
 def packed_groups(model, groups, total, settings, device):
@@ -327,7 +461,21 @@ def ranking(scores, winners, tie=0.0):
     return float((higher + 0.5 * tied).mean())
 
 
-def spread(rewards, winners):
+def by_kind(name, scores, winners, kinds, tie=0.0):
+    """{name/KIND: ranking of all winners against the losers of one kind of edit}.
+
+    kinds: [groups][m], of the losers. A kind that few losers have is uncertain: 16 pairs, 0.12.
+    """
+    gap = scores[:, :winners, None] - scores[:, None, winners:]
+    right = ((gap > tie).float() + 0.5 * (gap.abs() <= tie).float()).mean(1)  # [groups, m]
+    found = {}
+    for row, names in zip(right.tolist(), kinds):
+        for share, kind in zip(row, names):
+            found.setdefault(kind, []).append(share)
+    return {f"{name}/{kind}": sum(shares) / len(shares) for kind, shares in sorted(found.items())}
+
+
+def spread(rewards, winners, kinds):
     """How well winners are told from losers, and how far winners are from each other."""
     wins, losses = rewards[:, :winners], rewards[:, winners:]
     return {
@@ -335,6 +483,7 @@ def spread(rewards, winners):
         "gepo/rank_accuracy": ranking(rewards, winners, tie=1e-3),
         "gepo/margin": float((wins.mean(1) - losses.mean(1)).mean()),
         "gepo/winner_std": float(wins.std(1, unbiased=False).mean()),
+        **by_kind("gepo/rank_accuracy", rewards, winners, kinds, tie=1e-3),
     }
 
 
@@ -358,11 +507,13 @@ def held_out_metrics(gepo, model, settings, device):
 
     rewards = torch.tensor(distributed.gather(rewards))
     means = torch.tensor(distributed.gather(means))
+    kinds = distributed.gather([group.kinds for group in mine])
     winners = settings.gepo_winners
     return {
-        **spread(rewards, winners),
+        **spread(rewards, winners, kinds),
         "gepo/logprob_rank_accuracy": ranking(means, winners),
         "gepo/winner_logprob_std": float(means[:, :winners].std(1, unbiased=False).mean()),
+        **by_kind("gepo/logprob_rank_accuracy", means, winners, kinds),
     }
 
 
@@ -376,15 +527,23 @@ def main(arguments=None):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("command", choices=["build"], help="make groups of LLVM IR from C functions")
+    add("command", choices=["build"], help="make groups of LLVM IR from functions")
     add(
         "--src",
         nargs="+",
         required=True,
-        help="C files, folders of them, or JSON lines with c_unit (transcoder_gfg) or example "
-        "(Exercism)",
+        help="C files, folders of them, or JSON lines with functions (transcoder_gfg) or "
+        "example (Exercism)",
     )
     add("--out", required=True, help="groups.jsonl to write, or to continue")
+    add(
+        "--languages",
+        default="c",
+        help="of c, cpp, rust; transcoder_gfg has the same functions in all [c]",
+    )
+    add("--winners", type=int, default=2, help="look for more where the levels give fewer [2]")
+    add("--losers", type=int, default=8, help="most of a function [8]")
+    add("--data", help="folder with data sets, for what is left out (as train.py's)")
     add("--workers", type=int, help="functions at the same time [cores]")
     add("--limit", type=int, help="only the first so many functions")
     add(
@@ -394,7 +553,12 @@ def main(arguments=None):
     )
     add("--seed", type=int, default=0, help="decides the edits")
     given = parser.parse_args(arguments)
-    ir_groups.build(given.src, given.out, given.workers, given.limit, given.vectorize, given.seed)
+    languages = tuple(given.languages.split(","))
+    if unknown := set(languages) - set(LANGUAGES):
+        known = ", ".join(LANGUAGES)
+        raise SystemExit(f"--languages {given.languages}: {unknown.pop()!r} is not one of {known}")
+    how = ir_groups.Build(given.winners, given.losers, given.vectorize, given.seed)
+    ir_groups.build(given.src, given.out, how, languages, given.workers, given.limit, given.data)
 
 
 if __name__ == "__main__":

@@ -273,10 +273,30 @@ class Settings:
     )
     gepo_beta: float = setting(0.1, "factor of the log-ratio to the starting policy", least=0)
     gepo_lam: float = setting(1.0, "weight of the variance of the winners' rewards", least=0)
+    gepo_eps: float = setting(
+        0.0, "variance that costs nothing (the paper's constrained form: 0.01 to 0.1)", least=0
+    )
     gepo_length_norm: bool = setting(False, "mean log-prob per token instead of the sum")
     gepo_unbiased: bool = setting(False, "sample variance instead of population variance")
-    gepo_cheap: bool = setting(
-        False, "also draw the paper's kind of losers: edits that nobody has run, many no valid IR"
+    gepo_alone: bool = setting(
+        False,
+        "take GEPO also where RL has no signal, as the paper's sum says; AdamW makes that a whole "
+        "step, whatever the weight",
+    )
+    gepo_kinds: str = setting(
+        "run",
+        "kinds of losers, with commas: constant, predicate, operand, drop, swap, type, operation, "
+        "or run (all of them), cheap (the paper's: edits that nobody has run, many no valid IR)",
+    )
+    gepo_admit_winners: int = setting(
+        2, "groups with fewer winners are left out whatever n: arms on the same groups", least=1
+    )
+    gepo_admit_losers: int = setting(2, "groups with fewer losers, whatever m", least=1)
+    gepo_members: str = setting(
+        "auto",
+        "a group's members in one forward pass or one by one: packed, serial or auto (packed where "
+        "--token_budget allows)",
+        choices=("auto", "packed", "serial"),
     )
     gepo_max_tokens: int = setting(
         2048, "groups with a longer member (prompt and IR) are left out, and counted", least=1

@@ -101,8 +101,8 @@ def update(run, step, sequences):
 
     Sequences without advantage have no gradient and are not computed (unless KL or entropy give
     them one), but their tokens stay in the denominator. When no rank has any signal, the weights
-    stay as they are. With --gepo every update also takes its share of the step's groups of IR, at
-    weight settings.gepo beside RL's 1.
+    stay as they are. With --gepo every update with signal also takes its share of the step's groups
+    of IR, at weight settings.gepo beside RL's 1.
     """
     settings = run.settings
     groups = gepo.step_groups(run.groups, settings, step) if settings.gepo else []
@@ -113,7 +113,7 @@ def update(run, step, sequences):
     skipped = 0
     measured = []  # metrics.measure of every micro-batch
     same_weights = 0  # how many of them before the first update: the sampler's weights
-    preference_metrics = {}
+    preference_metrics = gepo.not_taken(settings)
 
     for number in range(passes):
         # Every minibatches-th group of the whole step, so that the cut does not depend on the
@@ -122,7 +122,7 @@ def update(run, step, sequences):
         part = [x for x in sequences if x.group % settings.minibatches == turn]
         set_weights(part, settings)
         active = [x for x in part if needs_gradient(x, settings)]
-        preferences = groups[number::passes]
+        preferences = gepo.in_turn(groups[number::passes], part, settings)
         if distributed.largest(len(active)) == 0 and not preferences:
             continue
 

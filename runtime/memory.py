@@ -122,7 +122,8 @@ def plan(config, settings, ranks, cuda, sharded=None):
     trained = adapter_parameters(config, settings.lora_rank) if lora else everything
     masters = everything + trained if lora else everything
     parts["masters"] = 4 * masters / ranks
-    parts["gradients"] = 4 * trained / ranks
+    copies = 2 if settings.gepo else 1  # RL's is held aside while GEPO's is computed
+    parts["gradients"] = 4 * trained / ranks * copies
     parts["optimizer"] = 8 * trained / ranks
 
     # FSDP gathers two layers and the ends at a time in 16 bits, and holds their full gradients

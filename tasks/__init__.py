@@ -7,5 +7,6 @@ multipl_e       HumanEval and MBPP               statistics      pass@k, interva
 evalplus        the same with more tests         requests        how benchmarks ask, by mode
 fences          blocks of an answer              whole_programs  an answer as a program with tests
 contamination   what must not be trained on      ir_groups       GEPO, with c_functions,
-                                                                 ir_mutations
+                                                                 ir_mutations, ir_marks and
+                                                                 ir_exclusions
 """

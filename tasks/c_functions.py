@@ -1,5 +1,6 @@
 """C functions and how to call them: read from data sets or files, and a main that tries each one.
 
+TransCoder's set has the same functions in C++ and Rust; there they get C's calling convention.
 A function is usable when its parameters are numbers or arrays of numbers, and it returns a number
 or changes an array. Skip says why one is not.
 """
@@ -29,17 +30,39 @@ INTEGERS = {
 FLOATS = ("float", "double")
 QUALIFIERS = ("const", "inline", "register", "extern", "restrict")
 
+# C's names of Rust's types.
+RUST = {
+    "bool": "bool", "char": "char", "usize": "size_t", "f32": "float", "f64": "double",
+    "i8": "int8_t", "i16": "int16_t", "i32": "int", "i64": "long",
+    "u8": "uint8_t", "u16": "uint16_t", "u32": "unsigned", "u64": "unsigned long",
+}  # fmt: skip
+
+LANGUAGES = {"c": "C", "cpp": "C++", "rust": "Rust"}
+CPP_HEAD = """#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+using namespace std;
+"""
+
 WHAT_TO_GIVE = "give C files, folders of them, or JSON lines with c_unit or example"
 
 
 @dataclass
 class Unit:
-    """One C function."""
+    """One function."""
 
-    id: str
-    c: str  # its self-contained file
+    # What belongs on one side of a split: functions of a file, one function in three languages.
+    family: str
+    source: str  # its self-contained file
     entry: str  # its name
-    tests: list | None  # arguments to call it with; None: they are made up from its types
+    tests: list | None = None  # arguments to call it with; None: they are made up from its types
+    language: str = "c"
+
+    @property
+    def id(self):
+        return f"{self.family}:{self.entry}:{self.language}"
 
 
 class Parameter(NamedTuple):
@@ -59,9 +82,10 @@ class Skip(Exception):
 # ---- reading ----
 
 
-def read_units(sources):
+def read_units(sources, languages=("c",)):
     """list[Unit] from transcoder_gfg's or Exercism's JSON lines, .c files and folders of them.
 
+    languages: of LANGUAGES; only transcoder_gfg has others than C.
     ValueError names a source that has none.
     """
     units = []
@@ -71,7 +95,7 @@ def read_units(sources):
         elif source.suffix == ".c":
             files = [source]
         else:
-            for found in read_jsonl(source, lambda _, row: _row_units(row)):
+            for found in read_jsonl(source, lambda _, row: _row_units(row, languages)):
                 units += found
             continue
         for file in files:
@@ -89,17 +113,40 @@ def _file_units(file):
     return _functions(str(file), text)
 
 
-def _row_units(row):
-    if row.get("c_unit"):
-        tests = [test["args"] for test in row["io_tests"] or []]
-        return [Unit(f"gfg/{row['name']}", row["c_unit"], "f_gold", tests or None)]
+def _row_units(row, languages):
+    if "functions" in row:
+        return _gfg_units(row, languages)
     if "example" in row:
-        return _exercism_units(row)
-    if "functions" not in row and "c_unit" not in row:
-        raise ValueError(
-            "a row needs c_unit (a C file that defines f_gold), or example ({path: C text})"
-        )
-    return []
+        return _exercism_units(row) if "c" in languages else []
+    raise ValueError(
+        "a row needs functions and c_unit (TransCoder's f_gold by language), or example "
+        "({path: C text})"
+    )
+
+
+def _gfg_units(row, languages):
+    """The function of a row of transcoder_gfg in each language that has it."""
+    sources = {"c": row.get("c_unit")}
+    if "cpp" in row["functions"]:
+        # On a line of its own: signature() reads the next.
+        sources["cpp"] = f'{CPP_HEAD}\nextern "C"\n{row["functions"]["cpp"].strip()}\n'
+    if "rust" in row["functions"]:
+        sources["rust"] = _callable_rust(row["files"]["rust"])
+
+    tests = [test["args"] for test in row.get("io_tests") or []]
+    return [
+        Unit(f"gfg/{row['name']}", sources[language], "f_gold", tests or None, language)
+        for language in languages
+        if sources.get(language)
+    ]
+
+
+def _callable_rust(text):
+    """A Rust file up to its tests, in which C can call f_gold."""
+    code = text.partition("//TOFILL")[0]
+    lines = [line for line in code.splitlines() if not line.startswith(("//", "#![feature"))]
+    code = "\n".join(lines).strip() + "\n"
+    return re.sub(r"pub unsafe fn f_gold", '#[no_mangle]\npub unsafe extern "C" fn f_gold', code)
 
 
 def _exercism_units(row):
@@ -115,7 +162,9 @@ def _exercism_units(row):
     units = []
     for path, text in row["example"].items():
         if path.endswith(".c"):
-            units += _functions(f"exercism/{row['slug']}", _inline_headers(text, headers))
+            name = path.rpartition("/")[2].removesuffix(".c")
+            family = f"exercism/{row['slug']}/{name}"
+            units += _functions(family, _inline_headers(text, headers))
     return units
 
 
@@ -130,12 +179,12 @@ def _inline_headers(text, headers):
     return text
 
 
-def _functions(name, text):
+def _functions(family, text):
     """One Unit for each function that a C file makes visible, but main."""
     definition = r"^(?!static)[A-Za-z_][\w \t]*[ \t*]+(\w+)\s*\([^();{}]*\)\s*\{"
     found = re.findall(definition, text, re.MULTILINE)
     return [
-        Unit(f"{name}:{entry}", text, entry, None)
+        Unit(family, text, entry)
         for entry in dict.fromkeys(found)
         if entry not in ("main", "if", "while", "for", "switch")
     ]
@@ -143,19 +192,38 @@ def _functions(name, text):
 
 def signature(unit):
     """Signature of the entry function. Skip when it has types that a driver cannot make up."""
+    found = _rust_signature(unit) if unit.language == "rust" else _c_signature(unit)
+    fills_array = found.result == "void" and any(p.is_array for p in found.parameters)
+    if not (found.result in INTEGERS or found.result in FLOATS or fills_array):
+        raise Skip("unsupported signature")
+    return found
+
+
+def _c_signature(unit):
     definition = rf"^([\w \t]+?[\s*]+){unit.entry}\s*\(([^()]*)\)\s*\{{"
-    found = re.search(definition, unit.c, re.MULTILINE)
+    found = re.search(definition, unit.source, re.MULTILINE)
     if not found:
         raise Skip("unsupported signature")
     parameters = []
     if found[2].strip() not in ("", "void"):
         parameters = [_parameter(text) for text in found[2].split(",")]
+    return Signature(_type(found[1]), parameters)
 
-    result = _type(found[1])
-    fills_array = result == "void" and any(parameter.is_array for parameter in parameters)
-    if not (result in INTEGERS or result in FLOATS or fills_array):
+
+def _rust_signature(unit):
+    definition = rf"fn {unit.entry}\s*\(([^()]*)\)\s*(?:->\s*(\w+))?\s*\{{"
+    found = re.search(definition, unit.source)
+    if not found:
         raise Skip("unsupported signature")
-    return Signature(result, parameters)
+    parameters = []
+    for text in filter(str.strip, found[1].split(",")):
+        kind = text.partition(":")[2].strip()
+        pointer = re.fullmatch(r"\*mut (\w+)", kind)
+        name = RUST.get(pointer[1] if pointer else kind)
+        if name is None:
+            raise Skip("unsupported signature")
+        parameters.append(Parameter(name, bool(pointer)))
+    return Signature(RUST.get(found[2], "void") if found[2] else "void", parameters)
 
 
 def _parameter(text):
@@ -187,7 +255,7 @@ def driver(unit, seed=0):
     calls: how many, at most TESTS of those that fit. Skip when fewer than two do.
     """
     form = signature(unit)
-    rng = random.Random(f"{seed}/{unit.id}")
+    rng = random.Random(f"{seed}/{unit.family}:{unit.entry}")  # the same in every language
     inputs = unit.tests or [made_up(form.parameters, rng) for _ in range(TESTS)]
     calls = []
     for values in inputs:

@@ -20,23 +20,40 @@ def read_benchmark(data=None):
     return Benchmark(data)
 
 
-class Benchmark:
+class Overlap:
+    """Names and texts that something must not share.
+
+    names: of functions, without _ and capitals. grams: every 13 words in a row of the texts.
+    """
+
+    def __init__(self):
+        self.names, self.grams = set(), set()
+
+    def add(self, name, text):
+        self.names.add(_bare(name))
+        self.grams |= grams(text, WORDS)
+
+    def shares(self, names, text):
+        """Whether one of some names, or 13 words in a row of a text, are among them."""
+        if not self.names.isdisjoint(map(_bare, names)):
+            return True
+        return not self.grams.isdisjoint(grams(text, WORDS))
+
+
+class Benchmark(Overlap):
     """What MultiPL-E and MBPP+ test, as far as they are at hand.
 
-    names: of its functions, without _ and capitals.
-    grams: every 13 words in a row of its prompts and of the canonical solutions.
+    names: of its functions. grams: of its prompts and of the canonical solutions.
     """
 
     def __init__(self, data=None):
-        self.names, self.grams = set(), set()
+        super().__init__()
         for family in ("humaneval", "mbpp"):
             file = f"multipl_e/v3/{family}-py-reworded.jsonl"
             for name, prompt in read_if_here(file, _name_and_prompt, data):
-                self.names.add(_bare(name.split("_", 2)[2]))
-                self.grams |= grams(prompt, WORDS)
+                self.add(name.split("_", 2)[2], prompt)
         for name, solved in read_if_here("evalplus/MbppPlus.jsonl", _name_and_solved, data):
-            self.names.add(_bare(name))
-            self.grams |= grams(solved, WORDS)
+            self.add(name, solved)
         self.names -= MEANINGLESS
 
         codes = ("cpp", "go", "java", "js", "rust")
@@ -49,12 +66,13 @@ class Benchmark:
         """Whether a Translation overlaps: a name that it defines, or 13 words in a row."""
         parts = problem.id.split("/")  # translate/SET/TITLE/... or user/TITLE/...
         title = parts[2] if parts[0] == "translate" else parts[1]
-        # Helpers too: is_palindrome is a problem of its own.
-        defined = re.findall(r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{", problem.question)
-        names = [problem.entry, title, *map("".join, defined)]
-        if not self.names.isdisjoint(map(_bare, names)):
-            return True
-        return not self.grams.isdisjoint(grams(problem.question, WORDS))
+        return self.shares([problem.entry, title, *defined(problem.question)], problem.question)
+
+
+def defined(source):
+    """Names of the functions that a source defines: is_palindrome is a problem of its own."""
+    found = re.findall(r"\bdef (\w+)|(\w+) ?\([^()]*\) ?\{|\bfn (\w+)", source)
+    return ["".join(names) for names in found]
 
 
 def _name_and_prompt(_, row):

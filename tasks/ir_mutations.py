@@ -2,7 +2,8 @@
 
 strip() takes out what names the optimisation level; renumber() gives values and blocks the numbers
 LLVM itself would, so that an edit leaves no gap that gives it away. KINDS are edits meant to stay
-valid (a run decides whether they differ); CHEAP are the paper's kind, which may be invalid.
+valid (a run decides whether they differ); CHEAP are the paper's kind, which may be invalid; KEEPING
+are edits that keep the meaning (a run confirms it), for more winners.
 """
 
 import re
@@ -32,7 +33,7 @@ SIGNED = {
     "slt": "s", "sle": "s", "sgt": "s", "sge": "s",
     "ult": "u", "ule": "u", "ugt": "u", "uge": "u",
 }  # fmt: skip
-UNSIGNED_TWINS = {
+TWINS = {
     "sext": "zext", "zext": "sext",
     "sdiv": "udiv", "udiv": "sdiv", "srem": "urem", "urem": "srem",
     "ashr": "lshr", "lshr": "ashr",
@@ -40,7 +41,19 @@ UNSIGNED_TWINS = {
     "icmp slt": "icmp ult", "icmp sle": "icmp ule", "icmp sgt": "icmp ugt", "icmp sge": "icmp uge",
     "icmp ult": "icmp slt", "icmp ule": "icmp sle", "icmp ugt": "icmp sgt", "icmp uge": "icmp sge",
 }  # fmt: skip
-TWIN = re.compile("(?<== )(" + "|".join(UNSIGNED_TWINS) + r")\b")
+TWIN = re.compile("(?<== )(" + "|".join(TWINS) + r")\b")
+
+OPERATIONS = (("add", "sub", "mul"), ("and", "or", "xor"), ("fadd", "fsub", "fmul", "fdiv"))
+NAMES = "|".join(name for names in OPERATIONS for name in names)
+OPERATION = re.compile(rf"(\s*{LOCAL} = )({NAMES}) {FLAGS}(.*)$")
+
+# For edits that keep the meaning.
+COMMUTES = re.compile(
+    rf"(\s*{LOCAL} = (?:add|mul|and|or|xor|fadd|fmul) {FLAGS}{TYPE}) ([^,]+), ([^,]+)$"
+)
+COMPARED = re.compile(rf"(\s*{LOCAL} = [if]cmp )(\w+) ({TYPE}) ([^,]+), ([^,]+)$")
+PHI = re.compile(r"(\s*%\w+ = phi .*?)(\[[^\]]*\]), (\[[^\]]*\])(.*)$")
+MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
 
 
 def mutate(rng, ir, edit):
@@ -77,6 +90,23 @@ def strip(ir):
         line = re.sub(marks, "", line)
         kept.append(line.rstrip())
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip() + "\n"
+
+
+def without_names(ir):
+    """IR text whose local names are %n1, %n2 ...: a pass calls what it makes %.not or %spec.select.
+
+    Names of types and globals stay.
+    """
+    named = r"[-\w.$]*[-A-Za-z.$_][-\w.$]*"
+    found = re.findall(rf"^ +%({named}) = |^({named}):", ir, re.MULTILINE)
+    names = dict.fromkeys(value or label for value, label in found)
+    numbers = {name: f"n{number}" for number, name in enumerate(names, 1)}
+
+    def numbered(match):
+        return match[1] + numbers.get(match[2], match[2])
+
+    ir = re.sub(rf"(%)({named})", numbered, ir)
+    return re.sub(rf"^()({named})(?=:)", numbered, ir, flags=re.MULTILINE)
 
 
 def renumber(ir):
@@ -250,25 +280,23 @@ def _arms(line):
 
 
 def type_(rng, lines):
-    """Treat signed as unsigned or the reverse, or cut an integer to eight bits and widen it again.
-
-    sext -> zext, sdiv -> udiv, slt -> ult.
-    """
-    if rng.random() < 0.5:
-        index = _pick(rng, lines, TWIN.search)
-        if index is not None:
-            twin = TWIN.sub(lambda found: UNSIGNED_TWINS[found[1]], lines[index])
-            return _exchange(lines, index, twin)
-
-    types = value_types(lines)
-    index = _pick(rng, lines, lambda line: _defined_type(line, types) in ("i16", "i32", "i64"))
+    """Treat signed as unsigned or the reverse: sext -> zext, sdiv -> udiv, slt -> ult."""
+    index = _pick(rng, lines, TWIN.search)
     if index is None:
         return None
-    name = DEFINED.match(lines[index])[1]
-    kind = types[name]
-    cut = f"  %n1 = trunc {kind} {name} to i8"
-    widened = f"  %n2 = {rng.choice(['sext', 'zext'])} i8 %n1 to {kind}"
-    return [*lines[: index + 1], cut, widened, *_substitute(lines[index + 1 :], name, "%n2")]
+    twin = TWIN.sub(lambda found: TWINS[found[1]], lines[index])
+    return _exchange(lines, index, twin)
+
+
+def operation(rng, lines):
+    """Another operation on the same operands: add -> sub, and -> or, fmul -> fdiv."""
+    index = _pick(rng, lines, OPERATION.match)
+    if index is None:
+        return None
+    head, old, rest = OPERATION.match(lines[index]).groups()
+    others = [new for names in OPERATIONS if old in names for new in names if new != old]
+    # No flag: what it promises of the old operation the new one may not keep.
+    return _exchange(lines, index, f"{head}{rng.choice(others)} {rest}")
 
 
 def cheap_drop_cast(rng, lines):
@@ -306,11 +334,92 @@ KINDS = {
     "drop": drop,
     "swap": swap,
     "type": type_,
+    "operation": operation,
 }
 CHEAP = {
     "cheap_drop_cast": cheap_drop_cast,
     "cheap_dangling": cheap_dangling,
     "cheap_operand": cheap_operand,
+}
+
+
+# ---- edits that keep the meaning: more winners ----
+
+
+def commute(rng, lines):
+    """Exchange the operands of an addition, product, and, or, xor: add %1, %2 -> add %2, %1."""
+    index = _pick(rng, lines, COMMUTES.match)
+    if index is None:
+        return None
+    head, left, right = COMMUTES.match(lines[index]).groups()
+    return _exchange(lines, index, f"{head} {right}, {left}")
+
+
+def mirror(rng, lines):
+    """Compare from the other side: slt %1, %2 -> sgt %2, %1."""
+    index = _pick(rng, lines, COMPARED.match)
+    if index is None:
+        return None
+    head, old, kind, left, right = COMPARED.match(lines[index]).groups()
+    new = old[:-2] + MIRRORED.get(old[-2:], old[-2:])
+    return _exchange(lines, index, f"{head}{new} {kind} {right}, {left}")
+
+
+def turn_phi(rng, lines):
+    """Name a phi's first two ways in the other order."""
+    index = _pick(rng, lines, PHI.match)
+    if index is None:
+        return None
+    head, first, second, rest = PHI.match(lines[index]).groups()
+    return _exchange(lines, index, f"{head}{second}, {first}{rest}")
+
+
+def reorder(rng, lines):
+    """Exchange two neighbouring lines that neither read each other nor touch memory."""
+
+    def is_free(line):
+        return _is_movable(line) and DEFINED.match(line) and not TOUCHES.search(line)
+
+    def pairs(line):
+        return is_free(line[0]) and is_free(line[1]) and not _reads(line[1], line[0])
+
+    neighbours = [index for index in range(1, len(lines) - 1) if pairs(lines[index : index + 2])]
+    if not neighbours:
+        return None
+    index = rng.choice(neighbours)
+    return [*lines[:index], lines[index + 1], lines[index], *lines[index + 2 :]]
+
+
+TOUCHES = re.compile(r"= (?:phi|alloca|load|(?:\w+ )?call|[su]div|[su]rem)\b")
+
+
+def _reads(line, other):
+    """Whether a line reads the value that another defines."""
+    name = DEFINED.match(other)[1]
+    return any(match[0] == name for match in uses(line))
+
+
+def reorder_blocks(rng, lines):
+    """Exchange two neighbouring blocks; the first stays first."""
+    starts = [index for index, line in enumerate(lines) if LABEL.match(line)]
+    if len(starts) < 2:
+        return None
+    turn = rng.randrange(len(starts) - 1)
+    first, second = starts[turn], starts[turn + 1]
+    end = starts[turn + 2] if turn + 2 < len(starts) else len(lines) - 1
+    last, moved = lines[first:second], lines[second:end]
+    if end == len(lines) - 1:  # an empty line stands before each label
+        moved = [*moved, ""]
+        last = last[:-1]
+    return [*lines[:first], *moved, *last, *lines[end:]]
+
+
+KEEPING = {
+    "commute": commute,
+    "mirror": mirror,
+    "turn_phi": turn_phi,
+    "reorder": reorder,
+    "reorder_blocks": reorder_blocks,
 }
 
 

@@ -29,7 +29,9 @@ def group(number):
 
     return {
         "id": f"g{number}",
-        "c": f"int f(int x) {{ return x + {number}; }}",
+        "family": f"file{number}.c",
+        "language": "c",
+        "source": f"int f(int x) {{ return x + {number}; }}",
         "entry": "f",
         "winners": [{"level": "Oz", "ir": ir(number)}, {"level": "O3", "ir": ir(number, " ")}],
         "losers": [{"kind": "constant", "ir": ir(number + n)} for n in (1, 2, 3)],
@@ -89,6 +91,10 @@ def test_oorl_runs_end_to_end_and_resumes(files, tmp_path, monkeypatch):
         assert row["gepo/loss"] > 0
         assert row["gepo/packed"] == 1.0
         assert row["grad_norm"] > 0
+        # Both parts' norms: the sum's is at most their sum.
+        assert row["gepo/rl_grad_norm"] > 0 and row["gepo/grad_norm"] > 0
+        assert row["grad_norm"] <= row["gepo/rl_grad_norm"] + row["gepo/grad_norm"] + 1e-6
+        assert row["gepo/rank_accuracy/constant"] == row["gepo/rank_accuracy"]  # the only kind
         assert row["rewards/format/mean"] == 0.0
     assert steps[-1]["eval/gepo/rank_accuracy"] != 0.5
     assert "eval/pass@1" in steps[-1]
@@ -101,17 +107,29 @@ def test_oorl_runs_end_to_end_and_resumes(files, tmp_path, monkeypatch):
     assert (whole / "gepo_reference.json").read_bytes() == reference
 
 
-def test_gepo_takes_part_even_when_rl_has_no_signal(files, tmp_path, monkeypatch):
-    """A random model earns nothing: the only gradient is GEPO's, and without it weights stay."""
+def test_gepo_takes_no_step_of_its_own_unless_told_to(files, tmp_path, monkeypatch):
+    """A random model earns nothing: the only gradient would be GEPO's.
+
+    AdamW would make it a whole step. --gepo_alone takes it, as the paper's sum says.
+    """
     monkeypatch.chdir(tmp_path)
     real = ["--reward", "correct=1", "--kl_coef", "0", "--steps", "1"]
-    train.main(arguments(files, *real, "--name", "both"))
+    train.main(arguments(files, *real, "--name", "waits"))
+    train.main(arguments(files, *real, "--name", "alone", "--gepo_alone", "true"))
     train.main(arguments(files, *real, "--name", "rl", "--gepo", "0"))
-    _, both = rows(Path("runs/both"))
-    (alone,) = rows(Path("runs/rl"))
-    assert both["grad_norm"] > 0 and both["loss"] == 0.0
-    assert alone["grad_norm"] == 0.0
-    assert not any("gepo" in name for name in alone)
+    _, waits = rows(Path("runs/waits"))
+    _, alone = rows(Path("runs/alone"))
+    (rl,) = rows(Path("runs/rl"))
+
+    assert waits["grad_norm"] == 0.0
+    assert waits["gepo/taken"] == 0.0
+    assert waits["eval/gepo/rank_accuracy"] == 0.5  # the weights are those of the reference
+    assert alone["loss"] == 0.0
+    assert alone["gepo/taken"] == 1.0
+    assert alone["gepo/rl_grad_norm"] == 0.0
+    assert alone["grad_norm"] == pytest.approx(alone["gepo/grad_norm"]) and alone["grad_norm"] > 0
+    assert rl["grad_norm"] == 0.0
+    assert not any("gepo" in name for name in rl)
 
 
 @pytest.mark.slow
@@ -137,6 +155,7 @@ def test_two_ranks_take_the_steps_of_one(files, tmp_path):
     [
         ("--gepo_data none.jsonl", "gepo.py build"),
         ("--gepo_winners 3", "leaves 0 groups"),
+        ("--gepo_kinds swap,spelling", "'spelling' is no kind of edit; choose of run, cheap, con"),
         ("--translate_data bad.jsonl", "line 1 is malformed .* at least one"),
         ("--lang lua,cobol", "unknown language 'cobol'"),
         ("--lang python", "no problem of .* can be translated to python"),
@@ -171,3 +190,15 @@ def test_the_recipe_has_the_papers_values():
     assert recipe["warmup"] == 0.03 * recipe["steps"]
     settings, _, _ = parse_settings(["--task", "translate"], "")
     assert settings.gepo == 0.01  # the task's own recipe
+
+
+def test_the_ablations_differ_from_the_recipe_in_nothing_else():
+    """The paper's Table 3: RL, RL and DPO, RL and GEPO."""
+    whole = read_recipe(ROOT / "recipes/oorl.toml")
+    changed = {}
+    for arm in ("oorl_rl", "oorl_dpo"):
+        values = read_recipe(ROOT / f"recipes/{arm}.toml")
+        assert values.keys() == whole.keys()
+        changed[arm] = {name: values[name] for name in values if values[name] != whole[name]}
+    assert changed["oorl_rl"] == {"gepo": 0.0}
+    assert changed["oorl_dpo"] == {"gepo_winners": 1, "gepo_losers": 1, "gepo_lam": 0.0}
