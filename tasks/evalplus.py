@@ -8,6 +8,7 @@ Two verdicts: base, on the inputs of HumanEval or MBPP alone, and correct, on th
 ones. Comparisons, tolerances and time limits follow EvalPlus 0.3.1.
 """
 
+import ast
 import concurrent.futures
 import json
 import math
@@ -49,6 +50,7 @@ TUPLES = {
     (0, (1,)): (75, 413, 444, 722, 753),
     (1, (0,)): (106, 750),
 }
+IMPORTS = (ast.Import, ast.ImportFrom)
 LEFT_OUT = {(255, 88)}  # (problem, input) of MBPP+: its result takes more than 1 GB
 NUMBERS = {124: (float, complex), 252: (complex,)}  # whose arguments are texts in JSON
 
@@ -203,6 +205,8 @@ class PlusJudge:
     def submit(self, row, text, sample=0):
         """Start a completion's program -> Submission, whose future is of an Outcome."""
         source = program(row, text, self.language, self.mode)
+        if self.mode != "completion":
+            source = what_is_needed(source, row.entry)
         outcome = None
         if source:
             outcome = concurrent.futures.Future()
@@ -271,6 +275,46 @@ class PlusJudge:
             program=submission.parsed.code,
             parsed=submission.parsed,
         )
+
+
+def what_is_needed(source, name):
+    """The parts of an answer that a function needs: imports, and what it uses, directly or not.
+
+    EvalPlus does so too (sanitize): a model's own examples and assertions behind its function are
+    often wrong, and would end a right program while it is loaded. An answer that Python cannot
+    read, or that does not define the function, stays as it is.
+    """
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return source
+    defined = {}  # name -> the statements that give it a value, in order
+    for statement in tree.body:
+        for given in _names_given(statement):
+            defined.setdefault(given, []).append(statement)
+    if name not in defined:
+        return source
+
+    needed = set()
+    waiting = [name]
+    while waiting:
+        for statement in defined.pop(waiting.pop(), ()):
+            needed.add(statement)
+            used = (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
+            waiting.extend(used)
+    kept = [node for node in tree.body if node in needed or isinstance(node, IMPORTS)]
+    return "\n".join(ast.unparse(node) for node in kept)
+
+
+def _names_given(statement):
+    """Names that a statement of a module defines or assigns; no import, no loop, no expression."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        return []
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    found = (node for target in targets for node in ast.walk(target))
+    return [node.id for node in found if isinstance(node, ast.Name)]
 
 
 def _then(first, outcome, use):

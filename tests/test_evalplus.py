@@ -142,7 +142,7 @@ FORGERS = {
         "import sys\nmain = sys.modules['__main__']\nmain.result = lambda value: True\n"
         "add = lambda x, y: 0"
     ),
-    "ends the results": "import sys\nsys.__stdout__.close()\nadd = lambda x, y: x + y",
+    "ends the results": "import sys\nadd = lambda x, y: sys.__stdout__.close() or x + y",
     "no data": "def add(x, y):\n    return (x + y for _ in [0])",
     "huge": "def add(x, y):\n    return [x + y] * 10**6",
     "endless data": "def add(x, y):\n    a = []\n    a.append(a)\n    return a",
@@ -150,6 +150,23 @@ FORGERS = {
     "a text": "def add(x, y):\n    return str(x + y)",
     "raises": "def add(x, y):\n    raise KeyboardInterrupt",
 }
+
+
+def test_a_models_own_examples_do_not_decide(pool, humaneval):
+    """MBPP+ asks with an assertion, and models write more of them, wrong ones too.
+
+    Of the real Qwen2.5-Coder-0.5B's 378 answers 199 ended while they were loaded.
+    """
+    row = humaneval["HumanEval_53_add"]
+    behind = ["assert add(1, 2) == 4", "print(add(1, 2)[0])", "input()", "while True: pass"]
+    right = (
+        "ONE = 1\nUNUSED = input()\ndef less(x): return x - ONE\n"
+        "def add(x, y): return less(x + y + ONE)"
+    )
+    codes = [f"{right}\n{line}" for line in behind]
+    wrong = "def add(x, y): return x - y\nassert add(1, 2) == -1"
+    unread = f"{right}\nassert add(1"
+    assert outcomes(pool, row, *codes, wrong, unread) == [(True, True)] * 4 + [(False, False)] * 2
 
 
 def test_right_programs_pass_however_they_look(pool, humaneval):
