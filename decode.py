@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import native, use_triton
-from kernels.attention import shared_prefix_attention
+from kernels.attention import paged_attention
 from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
 from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
@@ -313,10 +313,7 @@ class Decoder:
             k_pages, v_pages = self.pool.layer(index)
             if self.exact:
                 return attend_to_pages(q, k_pages, v_pages, tables, lengths)
-            mixed = shared_prefix_attention(
-                q, k_pages, v_pages, tables, lengths, state["prefix"], state["group"], scale
-            )
-            return mixed.flatten(1)
+            return paged_attention(q, k_pages, v_pages, tables, lengths, scale).flatten(1)
 
         return attend
 

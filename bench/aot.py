@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import advantage, attention, head, layers, linear, sampling, triton
+from runtime import exact
 
 ARCHITECTURES = (80, 90)
 # Bytes of shared memory a block may ask for; the compiler does not check it.
@@ -88,11 +89,11 @@ class Launch(NamedTuple):
 def launch_all(arch):
     """Call every launcher once per shape that changes its compiled code."""
     for name, shape in SHAPES.items():
-        launch_attention(shape, attention.TILE_ELEMENTS // shape.head_dim, arch)
+        launch_attention(shape, exact.page_size(shape))
         if name in ("0.5B", "1.5B"):  # the row kernels of the others are the same code
             launch_layers(shape)
     # The smallest page, where a tile is 16 tokens.
-    launch_attention(SHAPES["0.5B"], page_size=16, arch=arch)
+    launch_attention(SHAPES["0.5B"], page_size=16)
 
     width = SHAPES["1.5B"].hidden
     linear._linear(tensor(256, width), tensor(2048, width), arch)
@@ -122,7 +123,7 @@ def launch_exact(arch):
     shape = SHAPES["1.5B"]
     head_dim = shape.head_dim
     weight = tensor(VOCABULARY, shape.hidden)
-    pages = tensor(4096, shape.kv_heads, attention.TILE_ELEMENTS // head_dim, head_dim)
+    pages = tensor(4096, shape.kv_heads, exact.page_size(shape), head_dim)
 
     for rows in EXACT_ROWS:
         for first in (0, 7):
@@ -144,7 +145,7 @@ def launch_exact(arch):
         lengths = tensor(rows, dtype=torch.int32)
         for count in EXACT_PAGES:
             tables = tensor(rows, count, dtype=torch.int32)
-            attention._paged_attention(q, pages, pages, tables, lengths, 0.1, arch=arch)
+            attention._paged_attention(q, pages, pages, tables, lengths, 0.1)
 
 
 def launch_layers(shape):
@@ -169,7 +170,7 @@ def launch_layers(shape):
     layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)
 
 
-def launch_attention(shape, page_size, arch):
+def launch_attention(shape, page_size):
     rows = 256
     context = 2048
     scale = shape.head_dim**-0.5
@@ -179,9 +180,7 @@ def launch_attention(shape, page_size, arch):
     lengths = tensor(rows, dtype=torch.int32)
 
     inputs = (q, pages, pages, tables, lengths, scale)
-    attention._paged_attention(*inputs, arch=arch)
-    group_ids = integers(rows)
-    attention._paged_attention(*inputs, lengths, group_ids, arch)
+    attention._paged_attention(*inputs)
 
 
 def tensor(*shape, dtype=torch.bfloat16):

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 
 from bench import processor
 from kernels import advantage, attention, head, layers, logprob, sampling, triton
+from runtime import exact
 
 try:
     from liger_kernel.ops import fused_add_rms_norm as liger_norm
@@ -229,31 +230,28 @@ def paged_case(shape, size, target, lengths):
 
 
 def shared_prefix_case(shape, size, target, lengths, members):
-    """Half of the context is shared by neighbours, `members` at a time."""
-    batch = len(lengths)
+    """Half of the context is shared by neighbours, `members` at a time; its floor is to read it
+    once for all of them."""
+    groups = -(-len(lengths) // members)
     prefix_pages = max(lengths) // 2 // page_size_of(shape)
     prefix = prefix_pages * page_size_of(shape)
-    cache = random_cache(shape, lengths, members, prefix_pages)
+    shared = random_cache(shape, lengths, members, prefix_pages)
+    apart = random_cache(shape, lengths)
     scale = shape.head_dim**-0.5
-
-    group_ids = torch.arange(batch, device=DEVICE) // members
-    prefix_lengths = torch.full((batch,), prefix, dtype=torch.int32, device=DEVICE)
-    shared = (*cache, prefix_lengths, group_ids, scale)
-    groups = -(-batch // members)
     return Case(
         "decode attention, shared prefix",
         size,
         target,
-        ours=without_gradients(attention.shared_prefix_attention, *shared),
-        peers={"not shared": without_gradients(attention.paged_attention, *cache, scale)},
-        bytes=key_value_bytes(shape, sum(lengths) - prefix * (batch - groups)),
+        ours=without_gradients(attention.paged_attention, *shared, scale),
+        peers={"not shared": without_gradients(attention.paged_attention, *apart, scale)},
+        bytes=key_value_bytes(shape, sum(lengths) - prefix * (len(lengths) - groups)),
         graph=True,
     )
 
 
 def page_size_of(shape):
-    """One decode tile."""
-    return attention.TILE_ELEMENTS // shape.head_dim if DEVICE == "cuda" else 16
+    """The sampler's."""
+    return exact.page_size(shape) if DEVICE == "cuda" else 16
 
 
 def key_value_bytes(shape, tokens):

@@ -24,12 +24,10 @@ REGISTERS = {
     ("gradient_kernel", 90): 128,
     ("draw_kernel", 90): 168,
     ("decode_kernel", 90): 144,
-    ("prefix_kernel", 90): 232,
     ("stats_kernel", 80): 192,
     ("gradient_kernel", 80): 192,
     ("draw_kernel", 80): 240,
     ("decode_kernel", 80): 144,
-    ("prefix_kernel", 80): 240,
     ("linear_kernel", 80): 168,
 }
 ROW_KERNEL_REGISTERS = 128
@@ -61,7 +59,6 @@ TENSOR_CORES = {
     "gradient_kernel": "HGMMA",
     "draw_kernel": "HGMMA",
     "linear_kernel": "HGMMA",
-    "prefix_kernel": "HGMMA",
     "decode_kernel": "HMMA",
 }
 TMA = {"stats_kernel", "gradient_kernel", "draw_kernel", "linear_kernel"}

@@ -174,6 +174,10 @@ PAGED = [
     (6, 1, 128, 64, [513, 64]),
     (8, 1, 64, 128, [129, 17]),
     (3, 3, 64, 32, [33]),
+    # Around one split of 256 tokens, which is written as it is, and beyond four, which the merge
+    # holds at a time; a page of two splits.
+    (2, 2, 16, 64, [255, 256, 257, 0]),
+    (7, 1, 16, 512, [1023, 1025, 1300]),
 ]
 
 
@@ -186,58 +190,6 @@ def test_paged_attention(per_kv, kv_heads, head_dim, page_size, lengths, dtype):
     in_double = (q.double(), k_pages.double(), v_pages.double(), tables, counts)
     exact = attention.paged_attention_reference(*in_double, scale)
     close(attention._paged_attention(*case, scale), exact, dtype)
-
-
-def shared_case(groups, prefix_pages, page_size, dead):
-    """(paged case, prefix lengths, group ids) of adjacent groups that share their first pages.
-
-    groups: members of each. prefix_pages: pages that each shares. dead: rows of length 0.
-    """
-    members = torch.tensor(groups)
-    group_ids = torch.repeat_interleave(torch.arange(len(groups)) * 3 + 5, members)
-    shared = torch.repeat_interleave(torch.tensor(prefix_pages) * page_size, members)
-    lengths = []
-    for row in range(len(group_ids)):
-        own = 1 + row * 7 % 40
-        lengths.append(0 if row in dead else int(shared[row]) + own)
-
-    case = paged_case(lengths, 7, 1, 64, page_size, device=DEVICE)
-    tables = case[3]
-    start = 0
-    for size, pages in zip(groups, prefix_pages):
-        live = [row for row in range(start, start + size) if row not in dead]
-        tables[live, :pages] = tables[live[0], :pages]
-        start += size
-
-    prefix = torch.where(torch.tensor(lengths) > 0, shared, 0).int()
-    return case, prefix.to(DEVICE), group_ids.to(DEVICE)
-
-
-@dtypes
-@pytest.mark.parametrize(
-    "groups, prefix_pages, dead",
-    [
-        ([4, 1, 9], [3, 2, 1], [2, 5]),
-        ([18, 3], [17, 1], [0, 17]),
-    ],
-)
-@pytest.mark.parametrize("arch", [90, 80])
-def test_shared_prefix_attention(groups, prefix_pages, dead, arch, dtype):
-    case, prefix, group_ids = shared_case(groups, prefix_pages, 16, dead)
-    q, k_pages, v_pages, tables, lengths = case
-    exact = attention.paged_attention_reference(*case, 0.125)
-    got = attention._paged_attention(
-        q.to(dtype),
-        k_pages.to(dtype),
-        v_pages.to(dtype),
-        tables,
-        lengths,
-        0.125,
-        prefix,
-        group_ids,
-        arch,
-    )
-    close(got, exact, dtype)
 
 
 # ---- lm_head ----
