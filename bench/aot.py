@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import advantage, attention, head, layers, linear, sampling, triton
+from kernels.rows import Rows, _begin
 from runtime import exact
 
 ARCHITECTURES = (80, 90)
@@ -108,6 +109,7 @@ def launch_all(arch):
     for rows in (sampling.FEW_ROWS, 512):
         key = [integers(rows) for _ in range(4)]
         sampling._sample_tokens(tensor(rows, width), weight, floats(rows), *key, arch)
+        launch_step(tensor(rows, width), weight, SHAPES["1.5B"], arch)
 
     rewards = floats(ROLLOUTS)
     group_ids = integers(ROLLOUTS)
@@ -130,8 +132,7 @@ def launch_exact(arch):
             x = tensor(first + rows, shape.hidden)[first:]
             targets = integers(first + rows)[first:]
             head.stats(x, weight, targets, 1.0, arch)
-        key = [integers(rows) for _ in range(4)]
-        sampling._sample_tokens(x, weight, floats(rows), *key, arch, one_tile=True)
+        launch_step(x, weight, shape, arch, one_tile=True)
 
         linear._linear(x, tensor(shape.qkv, shape.hidden), arch)
         layers._rms_norm_forward(x, x, tensor(shape.hidden), 1e-6)
@@ -146,6 +147,16 @@ def launch_exact(arch):
         for count in EXACT_PAGES:
             tables = tensor(rows, count, dtype=torch.int32)
             attention._paged_attention(q, pages, pages, tables, lengths, 0.1)
+
+
+def launch_step(hidden, weight, shape, arch, one_tile=False):
+    """The first and the last kernels of a decode step, of rows with 8 stop ids and 16 pages."""
+    rows = Rows(slots=len(hidden), stops=8, pages=16, longest=1024, device="meta")
+    active = rows.active[: len(hidden)]
+    table = floats(2048, shape.head_dim // 2)
+    step = _begin(rows, active, table, table, exact.page_size(shape))
+    moved = (rows, active, step.column)
+    sampling.draw(hidden, weight, step.temperature, step.uniforms, arch, one_tile, moved)
 
 
 def launch_layers(shape):

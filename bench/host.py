@@ -29,6 +29,7 @@ import model as model_file
 import sampler as sampler_file
 from bench.clock import device_name
 from decode import Decoder
+from kernels import rows
 from sampler import Request, Sampler
 
 DEVICE = torch.device("cpu", 0)
@@ -79,14 +80,16 @@ class CountOperations(TorchDispatchMode):
         if to_device:
             for tensor in tensors_in(result):
                 tensor.of_device = True
-        if METER.counting and (to_device or of_device) and not function.is_view:
+        # `to` gives the tensor itself or a copy.
+        is_copy = function.overloadpacket.__name__ == "to" and result is not arguments[0]
+        if METER.counting and (to_device or of_device) and (is_copy or not function.is_view):
             count(function, tensors, of_device, to_device, arguments, options)
         return result
 
 
 def count(function, tensors, of_device, to_device, arguments, options):
     name = function.overloadpacket.__name__
-    if name == "_local_scalar_dense":
+    if name in ("item", "_local_scalar_dense"):
         METER.waits += 1
         return
 
@@ -138,18 +141,20 @@ def tensors_in(value):
 class StubDecoder(Decoder):
     """Decoder whose steps are one graph launch each, and whose tokens come from METER.lengths."""
 
-    def run(self, state, steps, truncated, temperature=None):
+    def run(self, count, steps, truncated, temperature=None):
         METER.launches += steps * METER.counting
-        METER.stub(lambda: super(StubDecoder, self).run(state, steps, truncated, temperature))
+        METER.stub(lambda: super(StubDecoder, self).run(count, steps, truncated, temperature))
 
-    def _draw(self, hidden, state, truncated, temperature):
-        drawn = (state["positions"] + 1 - state["start"]).tolist()
-        keys = zip(state["request"].tolist(), state["sample"].tolist())
+    def step(self, count, truncated, temperature=None):
+        active = self.rows.active[:count]
+        values = self.rows.values.index_select(0, active)
+        column = rows.response_column(self.rows, values)
+        identity = values[:, rows.REQUEST : rows.SAMPLE + 1].tolist()
         tokens = []
-        for key, count in zip(keys, drawn):
-            is_last = count + 1 == METER.lengths.get(key)
+        for key, drawn in zip(identity, column.tolist()):
+            is_last = drawn + 1 == METER.lengths.get(tuple(key))
             tokens.append(STOP_ID if is_last else 2)
-        return torch.tensor(tokens), torch.zeros(len(tokens))
+        rows.advance(self.rows, active, column, torch.tensor(tokens), torch.zeros(count))
 
 
 class StubModel:
@@ -167,7 +172,7 @@ class StubModel:
     embed = SimpleNamespace(weight=torch.zeros(512, 8))
     head_weight = embed.weight
 
-    def decode(self, tokens, positions, attend, linear):
+    def decode(self, tokens, rope, attend, linear):
         METER.launches += METER.counting
         return torch.zeros(len(tokens), 8)
 
@@ -177,7 +182,7 @@ def make_sampler(slots):
     sampler = Sampler(StubModel(), slots=slots, page_size=128)
     sampler.device = DEVICE
     sampler.cpu = False
-    sampler.look_every = 8
+    sampler.chunk, sampler.lag = 8, 1
     return sampler
 
 
@@ -224,7 +229,7 @@ def measure(name, slots, requests):
         METER.counting = False
 
     finished = sum(len(group) for group in groups)
-    loops = sampler.stats["steps"] // sampler.look_every
+    loops = sampler.stats["steps"] // sampler.chunk
     row = {
         "workload": name,
         "slots": slots,

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 from kernels import architecture, head, jit, tl, triton, use_triton, wide
 from kernels.head import TILE, Tile, tile_product
 
-# Up to 64 rows the bytes of the weight are the floor: a smaller tile with three programs per
-# multiprocessor keeps more of them in flight.
+# Up to 64 rows the bytes of the weight are the floor: a smaller tile with two programs of four
+# stages per multiprocessor keeps more of them in flight (1.54 of the floor at 0.5B, three programs
+# of three stages 1.78; at 1.5B 1.30 and 1.27).
 FEW_ROWS = 64
 TILES = {
-    ("few", 90): Tile(64, 64, 4, 3),
+    ("few", 90): Tile(64, 64, 4, 4),
     ("many", 90): Tile(128, 64, 8, 3, 128),
-    ("few", 80): Tile(64, 64, 4, 3),
+    ("few", 80): Tile(64, 64, 4, 4),
     ("many", 80): Tile(128, 64, 8, 3),
 }
 # The draw inside a tile has two levels, 8 groups of 16 tokens: a scan over all 128 would need twice
@@ -90,7 +91,7 @@ def sample_logits(
 
     key = (seeds, requests, samples, positions)
     uniforms = _uniforms(*key) if use_triton(logits) else uniforms_reference(*key)
-    return _sample(kept, torch.where(greedy, 0.0, 1.0), uniforms)
+    return sample_reference(kept, torch.where(greedy, 0.0, 1.0), uniforms)
 
 
 def _truncate(logits, top_p, top_k):
@@ -118,10 +119,10 @@ def sample_tokens_reference(hidden, weight, temperature, seeds, requests, sample
     """`sample_tokens` by way of the logits [B, V]."""
     logits = wide(hidden) @ wide(weight).T
     uniforms = uniforms_reference(seeds, requests, samples, positions)
-    return _sample(logits, temperature, uniforms)
+    return sample_reference(logits, temperature, uniforms)
 
 
-def _sample(logits, temperature, uniforms):
+def sample_reference(logits, temperature, uniforms):
     """(token, log-prob) of rows of logits [B, V] by uniforms [2, B].
 
     No host sync, so that a CUDA graph may hold it.
@@ -217,6 +218,16 @@ def _sample_tokens(
     arch=None,
     one_tile=False,
 ):
+    uniforms = _uniforms(seeds, requests, samples, positions)
+    return draw(hidden, weight, temperature, uniforms, arch, one_tile)
+
+
+def draw(hidden, weight, temperature, uniforms, arch=None, one_tile=False, moved=None):
+    """The two kernels of `sample_tokens` -> (tokens [B] int64, logprobs [B] fp32).
+
+    moved: (rows.Rows, active, column) of the slots that the second also moves on, as rows.advance
+        does; None: it only draws.
+    """
     arch = arch or architecture(hidden)
     rows, width = hidden.shape
     vocabulary = len(weight)
@@ -225,7 +236,6 @@ def _sample_tokens(
     tile = TILES["few" if is_few else "many", arch]
     tiles = triton.cdiv(vocabulary, TILE)
 
-    uniforms = _uniforms(seeds, requests, samples, positions)
     tile_max = head.floats(rows, tiles, device=device)
     tile_sum = head.floats(rows, tiles, device=device)
     candidate_logit = head.floats(rows, tiles, device=device)
@@ -249,6 +259,13 @@ def _sample_tokens(
 
     token = torch.empty(rows, dtype=torch.int64, device=device)
     logp = head.floats(rows, device=device)
+    if moved:
+        state, active, column = moved
+        slots = (active, column, state.values, state.out, state.values.shape[1], state.longest + 1)
+        stops = state.stops
+    else:  # the kernel takes them all the same, and does not read them
+        slots = (token, token, token, token, 0, 0)
+        stops = 0
     grid = (rows,)
     _choose_kernel[grid](
         temperature,
@@ -259,10 +276,14 @@ def _sample_tokens(
         candidate_logit,
         token,
         logp,
+        *slots,
         tiles,
+        stops,
         TILE=TILE,
         BLOCK=triton.next_power_of_2(tiles),
-        num_warps=4,
+        STOPS=triton.next_power_of_2(max(1, stops)),
+        ADVANCE=moved is not None,
+        num_warps=8,
     )
     return token, logp
 
@@ -285,21 +306,28 @@ def _uniforms_kernel(
     inside = row < B
 
     seed = tl.load(seeds + row, mask=inside, other=0)
-    state = _mix(seed - 0x61C8864680B583EB)
     request = tl.load(requests + row, mask=inside, other=0)
-    state = _mix(state - 0x61C8864680B583EB + request)
     sample = tl.load(samples + row, mask=inside, other=0)
-    state = _mix(state - 0x61C8864680B583EB + sample)
     position = tl.load(positions + row, mask=inside, other=0)
+    u0, u1 = uniforms_of(seed, request, sample, position)
+    tl.store(out + row, u0, mask=inside)
+    tl.store(out + B + row, u1, mask=inside)
+
+
+@jit
+def uniforms_of(seed, request, sample, position):
+    """`uniforms_reference` of one key."""
+    state = _mix(seed - 0x61C8864680B583EB)
+    state = _mix(state - 0x61C8864680B583EB + request)
+    state = _mix(state - 0x61C8864680B583EB + sample)
     state = _mix(state - 0x61C8864680B583EB + position)
 
     # 23 bits each, times 2^-23.
-    bits = (state >> 41) & 0x7FFFFF
-    u0 = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    tl.store(out + row, u0, mask=inside)
-    bits = (state >> 9) & 0x7FFFFF
-    u1 = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    tl.store(out + B + row, u1, mask=inside)
+    high = (state >> 41) & 0x7FFFFF
+    low = (state >> 9) & 0x7FFFFF
+    u0 = (high.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    u1 = (low.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return u0, u1
 
 
 @jit
@@ -391,7 +419,7 @@ def _pick(masses, cumulative, threshold, index, SIZE: tl.constexpr):
     return tl.minimum(first, last)
 
 
-@jit
+@jit(do_not_specialize=["columns", "longest", "stops"])
 def _choose_kernel(
     temperature,  # [M]
     uniforms,  # [2, M]
@@ -401,11 +429,20 @@ def _choose_kernel(
     candidate_logit,
     token,  # [M]
     logp,  # [M], in nats
+    active,  # [M] slots, this and what follows read only if ADVANCE
+    column,  # [M]
+    values,  # [slots + 1, columns], the state of the sampler's rows
+    out,  # [slots + 1, 2, longest]
+    columns,
+    longest,
     tiles,
+    stops,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    STOPS: tl.constexpr,
+    ADVANCE: tl.constexpr,
 ):
-    """One row: pick its tile by mass and take that tile's candidate."""
+    """One row: pick its tile by mass, take that tile's candidate, and move its slot on."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     index = tl.arange(0, BLOCK)[None, :]
     at = row[:, None] * tiles + index
@@ -428,7 +465,25 @@ def _choose_kernel(
 
     log_total = top + tl.log2(total)
     chosen = row * tiles + tile
-    inside_tile = tl.load(candidate + chosen)
-    tl.store(token + row, tile.to(tl.int64) * TILE + inside_tile)
-    logit = tl.load(candidate_logit + chosen)
-    tl.store(logp + row, (logit - log_total) * 0.6931471805599453)
+    drawn = tile.to(tl.int64) * TILE + tl.load(candidate + chosen)
+    log_probability = (tl.load(candidate_logit + chosen) - log_total) * 0.6931471805599453
+    tl.store(token + row, drawn)
+    tl.store(logp + row, log_probability)
+
+    if ADVANCE:
+        # The numbers are the columns of kernels/rows.py.
+        slot = tl.load(active + row)
+        out_at = out + slot * 2 * longest + tl.load(column + row)
+        tl.store(out_at, drawn.to(tl.int32))
+        tl.store(out_at + longest, log_probability.to(tl.int32, bitcast=True))
+
+        at = values + slot * columns
+        index = tl.arange(0, STOPS)[None, :]
+        stop_ids = tl.load(at[:, None] + 12 + index, mask=index < stops, other=-1)
+        stopped = tl.max((stop_ids == drawn[:, None]).to(tl.int32), 1) == 1
+        position = tl.load(at + 1)
+        alive = tl.load(at + 2) == 1
+        goes_on = alive & ~stopped & (position + 1 < tl.load(at + 4))
+        tl.store(at, drawn, mask=alive)
+        tl.store(at + 1, position + 1, mask=alive)
+        tl.store(at + 2, goes_on.to(tl.int64))

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 # The interpreter's own.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
 
-from kernels import advantage, attention, head, layers, logprob, sampling  # noqa: E402
+from kernels import advantage, attention, head, layers, logprob, rows, sampling  # noqa: E402
 from model import Config, make_segments, random_model  # noqa: E402
 from tests.test_kernels import chi_square, keys, paged_case  # noqa: E402
 
@@ -322,6 +322,71 @@ def test_greedy_takes_the_first_of_equal_maxima_and_large_logits_stay_finite(dty
     assert token.tolist() == [130, 0]
     expected = torch.tensor([1 / 3, 1 / 297])
     assert torch.allclose(logp.exp().cpu(), expected)
+
+
+# ---- the sampler's rows ----
+
+
+def some_rows():
+    """(Rows, slots to run): seven samples of which two have ended, and two places filled up."""
+    state = rows.Rows(slots=7, stops=3, pages=5, longest=40, device=DEVICE)
+    values = state.values[:7]
+    position = torch.tensor([0, 15, 16, 17, 63, 30, 44])
+    values[:, rows.TOKEN] = torch.arange(7) + 100
+    values[:, rows.POSITION] = position
+    values[:, rows.ALIVE] = torch.tensor([1, 1, 0, 1, 1, 1, 0])
+    values[:, rows.START] = (position - 12).clamp(min=0) + 1
+    values[:, rows.LAST] = position + torch.tensor([1, 9, 9, 9, 9, 2, 9])
+    values[:, rows.SEED : rows.TEMPERATURE] = torch.randint(-(2**62), 2**62, (7, 3))
+    temperature = torch.tensor([1.0, 0.0, 0.7, 1.3, 1.0, 0.0, 0.5], dtype=torch.float64)
+    values[:, rows.TEMPERATURE] = temperature.view(torch.int64)
+    values[:, rows.STOPS : rows.STOPS + 3] = torch.tensor([7, -1, -1])
+    values[:, rows.STOPS + 3 :] = torch.randperm(35).view(7, 5)
+    active = torch.tensor([4, 0, 6, 1, 5, 3, 2, state.nobody, state.nobody], device=DEVICE)
+    return state, active
+
+
+@dtypes
+def test_a_step_begins_with_what_its_rows_say(dtype):
+    state, active = some_rows()
+    cos, sin = layers.rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
+    expected = rows.begin_reference(state, active, cos, sin, 16)
+    for name, ours in rows._begin(state, active, cos, sin, 16)._asdict().items():
+        theirs = getattr(expected, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+    assert expected.lengths.tolist() == [64, 1, 0, 16, 31, 18, 0, 0, 0]
+    assert expected.column.tolist() == [12, 0, 40, 12, 12, 12, 40, 40, 40]
+
+
+@dtypes
+@pytest.mark.parametrize("arch", [90, 80])
+def test_a_step_ends_with_its_rows_moved_on(arch, dtype):
+    """Slot 0 draws its last token, slot 1 a stop id."""
+    hidden, weight, _ = head_case(9, 300, 64, dtype, size=3.0)
+    hidden[7:] = hidden[6]  # who fills up is one row, whatever the place
+    ours, active = some_rows()
+    theirs, _ = some_rows()
+    theirs.values.copy_(ours.values)
+    cos, sin = layers.rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
+    step = rows.begin_reference(ours, active, cos, sin, 16)
+
+    drawing = (hidden, weight, step.temperature, step.uniforms)
+    expected, logprobs = sampling.sample_reference(hidden @ weight.T, *drawing[2:])
+    for state in (ours, theirs):  # slot 1 stops
+        state.values[active[3], rows.STOPS + 1] = expected[3]
+    rows.advance(theirs, active, step.column, expected, logprobs)
+    token, logp = sampling.draw(*drawing, arch, moved=(ours, active, step.column))
+
+    assert torch.equal(token, expected)
+    alive = step.lengths > 0
+    slots = active[alive]
+    assert torch.equal(ours.values[slots], theirs.values[slots])
+    assert torch.equal(ours.values[:, rows.ALIVE], theirs.values[:, rows.ALIVE])
+    assert ours.values[slots, rows.ALIVE].tolist() == [1, 0, 0, 1, 1]  # the last token; a stop id
+    assert torch.equal(ours.out[:, 0, :40], theirs.out[:, 0, :40])
+    written = ours.out[slots, 1, step.column[alive]].view(torch.float32)
+    close(written, logprobs[alive], torch.float32)
+    assert torch.equal(written, logp[alive])
 
 
 # ---- group statistics ----
