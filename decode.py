@@ -25,7 +25,7 @@ from kernels.attention import paged_attention
 from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
 from kernels.rows import Rows
-from kernels.sampling import TILE, sample_logits, uniforms_reference
+from kernels.sampling import TILE, sample_logits
 from model import CausalAttention, make_segments
 from runtime.exact import attend_to_pages, exact_linear
 
@@ -189,9 +189,9 @@ class Decoder:
         rope = (self.cos.index_select(0, positions), self.sin.index_select(0, positions))
         self.model.decode(tokens, rope, attend, self.linear)
 
-    def join(self, values):
-        """Let slots decode new samples; values [n, columns] int64: their rows (kernels/rows.py)."""
-        new = upload(values, self.device)
+    def join(self, new_rows):
+        """Let slots decode new samples; new_rows: an array each, of Rows.new_row."""
+        new = upload(np.stack(new_rows), self.device)
         self.rows.values.index_copy_(0, new[:, rows.SLOT], new)
 
     def place(self, slots):
@@ -283,7 +283,8 @@ class Decoder:
         head = self.model.head_weight
         if truncated:
             values = self.rows.values.index_select(0, active)
-            tokens, logprobs = self._draw_truncated(self.linear(hidden, head), values)
+            logits = self.linear(hidden, head)
+            tokens, logprobs = _draw_truncated(logits, values)
             rows.advance(self.rows, active, step.column, tokens, logprobs)
             return
 
@@ -307,12 +308,6 @@ class Decoder:
 
         return attend
 
-    def _draw_truncated(self, logits, values):
-        """Tokens and log-probs of rows of which some have top_p or top_k."""
-        key = (rows.floats(values, rows.TEMPERATURE), *rows.draw_key(values))
-        limits = (rows.floats(values, rows.TOP_P), values[:, rows.TOP_K])
-        return sample_logits(logits.float(), *key, *limits)
-
     def _step_on_cpu(self, active, truncated):
         values = self.rows.values.index_select(0, active)
         alive = values[:, rows.ALIVE] == 1
@@ -327,10 +322,10 @@ class Decoder:
         hidden = self._decode_on_cpu(values[:, rows.TOKEN], positions, alive, spans)
         logits = self.linear(hidden, self.model.head_weight)
         if truncated:
-            tokens, logprobs = self._draw_truncated(logits, values)
+            tokens, logprobs = _draw_truncated(logits, values)
         else:
             temperature = rows.floats(values, rows.TEMPERATURE)
-            tokens, logprobs = draw(logits.float(), temperature, *rows.draw_key(values))
+            tokens, logprobs = draw(logits.float(), temperature, rows.uniforms(values))
         column = rows.response_column(self.rows, values)
         rows.advance(self.rows, active, column, tokens, logprobs)
 
@@ -370,10 +365,9 @@ def can_record(model):
 
 
 def rope_of_positions(count, config, device):
-    """Cosines and sines of positions 0..count-1, rope_tables' bits, [count, head_dim / 2] each.
+    """rope_tables of positions 0..count-1 and some more.
 
-    In parts of whole vectors that one thread makes, so that no element comes from another function
-    than in a batch of a step.
+    In parts of whole vectors for one thread: the rest of a vector comes from another function.
     """
     parts = []
     for start in range(0, count, 512):
@@ -393,10 +387,17 @@ def _ragged(lists):
     return np.array(padded)
 
 
-def draw(logits, temperature, *key):
+def _draw_truncated(logits, values):
+    """Tokens and log-probs of gathered rows of which some have top_p or top_k."""
+    limits = (rows.floats(values, rows.TOP_P), values[:, rows.TOP_K])
+    temperature = rows.floats(values, rows.TEMPERATURE)
+    return sample_logits(logits.float(), temperature, rows.uniforms(values), *limits)
+
+
+def draw(logits, temperature, uniforms):
     """kernels.sampling.sample_tokens from given logits, in as few passes over them as can be.
 
-    logits: [B, V], overwritten. key: seed, request id, sample and position, int64 [B] each.
+    logits: [B, V], overwritten. uniforms: [2, B].
     Returns tokens [B] and log-probs [B]. The logarithm is taken in float64: in fp32 its last bit
     would depend on a row's place in the batch.
     """
@@ -416,7 +417,7 @@ def draw(logits, temperature, *key):
     weights = F.pad(below.exp(), (0, -vocabulary % TILE))
     weights = weights.view(rows, -1, TILE)
     masses = weights.sum(-1)
-    tile_uniform, token_uniform = uniforms_reference(*key)
+    tile_uniform, token_uniform = uniforms
     tile = _first_above(masses, tile_uniform)
     weights = weights[torch.arange(rows), tile]
     token = tile * TILE + _first_above(weights, token_uniform)

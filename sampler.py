@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from decode import Decoder, Fetch, upload
-from kernels import rows
 from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
@@ -315,12 +314,7 @@ class Sampler:
         Also makes what holds them: the page pool and the decoder.
         """
         for index, request in enumerate(requests):
-            _check(index, request, self.config)
-            if request.stop_strings and not self.decode:
-                raise ValueError(
-                    f"request {index} has stop strings, which are found in text: "
-                    "give generate() the tokenizer's decode"
-                )
+            _check(index, request, self.config, self.decode)
 
         groups = self._groups(requests)
         self._reserve(groups)
@@ -498,7 +492,7 @@ class Sampler:
         if admitted:
             self._prefill([group for group in fresh if group.cached])
             self._copy_tails(admitted)
-            self.decoder.join(np.stack([self._row_values(row) for row in admitted]))
+            self.decoder.join([self._values(row) for row in admitted])
             self.running = self.running + admitted  # a new list: looks keep the old one
             self.count = 0
 
@@ -534,34 +528,11 @@ class Sampler:
                 self.pool.give(group.tail)
                 group.tail = []
 
-    def _row_values(self, row):
-        """What the device has to know of a new row (kernels/rows.py)."""
-        group, request = row.group, row.group.request
-        values = np.empty(self.decoder.rows.values.shape[1], dtype=np.int64)
-        values[rows.TOKEN] = request.prompt[-1]
-        values[rows.POSITION] = group.cached
-        values[rows.ALIVE] = 1
-        values[rows.START] = group.cached + 1
-        values[rows.LAST] = group.cached + request.max_new_tokens
-        values[rows.SEED] = request.seed
-        values[rows.REQUEST] = request.id
-        values[rows.SAMPLE] = row.sample
-        values[rows.TEMPERATURE : rows.TOP_K].view(np.float64)[:] = (
-            request.temperature,
-            request.top_p,
-        )
-        values[rows.TOP_K] = request.top_k
-        values[rows.SLOT] = row.slot
-
-        stops = values[rows.STOPS :][: self.pool.size.stops]
-        stops[:] = -1
-        stops[: len(request.stop_ids)] = request.stop_ids
-        # On a CPU the slot says where its own pages are.
-        pages = group.prefix[:1] if self.cpu else group.prefix + self.pool.run(row.slot)
-        table = values[rows.STOPS + self.pool.size.stops :]
-        table[:] = 0
-        table[: len(pages)] = pages
-        return values
+    def _values(self, row):
+        """What the device has to know of a new row; on a CPU the slot says where its own pages are."""
+        prefix = row.group.prefix
+        pages = prefix[:1] if self.cpu else prefix + self.pool.run(row.slot)
+        return self.decoder.rows.new_row(row.group.request, row.sample, row.slot, pages)
 
     def _run_chunk(self):
         """Give the device a chunk of steps, and ask what it will have done -> Awaited."""
@@ -633,7 +604,7 @@ class Sampler:
             self.pool.give(row.group.prefix)
 
 
-def _check(index, request, config):
+def _check(index, request, config, decode):
     """ValueError with a sentence for a request that no sampler of this model could run."""
     prompt, new = request.prompt, request.max_new_tokens
     if not prompt:
@@ -645,6 +616,11 @@ def _check(index, request, config):
         raise ValueError(
             f"request {index}: stop_strings {strings!r} must be a tuple of texts, none of them "
             "empty or with half a character (U+FFFD)"
+        )
+    if strings and not decode:
+        raise ValueError(
+            f"request {index} has stop strings, which are found in text: "
+            "give generate() the tokenizer's decode"
         )
     if len(prompt) + new > config.max_position_embeddings:
         raise ValueError(

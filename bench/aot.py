@@ -107,8 +107,7 @@ def launch_all(arch):
     head.gradient(hidden, weight, targets, column, column, column, column, 1.0, arch)
 
     for rows in (sampling.FEW_ROWS, 512):
-        key = [integers(rows) for _ in range(4)]
-        sampling._sample_tokens(tensor(rows, width), weight, floats(rows), *key, arch)
+        sampling.draw(tensor(rows, width), weight, floats(rows), floats(2, rows), arch)
         launch_step(tensor(rows, width), weight, SHAPES["1.5B"], arch)
 
     rewards = floats(ROLLOUTS)

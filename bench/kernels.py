@@ -179,12 +179,12 @@ def sampling_cases(shape):
     for batch in shape.batches:
         hidden = tensor(batch, shape.hidden) * 8
         ones = torch.ones(batch, device=DEVICE)
-        key = random_key(batch)
+        uniforms = torch.rand(2, batch, device=DEVICE)
         yield Case(
             "sample + log-prob",
             f"{batch} rows",
             target="1.3" if batch <= 128 else "1.5",
-            ours=without_gradients(sampling.sample_tokens, hidden, weight, ones, *key),
+            ours=without_gradients(sampling.sample_tokens, hidden, weight, ones, uniforms),
             peers={"eager": without_gradients(eager_sample, hidden, weight)},
             bytes=weight.numel() * ITEM,
             flops=2 * batch * weight.numel(),
@@ -546,11 +546,6 @@ def positive(count):
     return torch.rand(count, device=DEVICE) + 0.5
 
 
-def random_key(count):
-    """Seeds, requests, samples and positions of a draw."""
-    return [torch.randint(0, 1 << 40, (count,), device=DEVICE) for _ in range(4)]
-
-
 def with_gradients(function, inputs):
     """function(*inputs) and the gradient of the sum of its outputs."""
 
@@ -702,8 +697,8 @@ def sweep(shape, ceilings):
 
     for batch in shape.batches:
         kernel = "few" if batch <= sampling.FEW_ROWS else "many"
-        arguments = (hidden[:batch], weight, positive(batch), *random_key(batch))
-        run = without_gradients(sampling._sample_tokens, *arguments)
+        uniforms = torch.rand(2, batch, device=DEVICE)
+        run = without_gradients(sampling.draw, hidden[:batch], weight, positive(batch), uniforms)
         yield from sweep_tiles(sampling.TILES, kernel, run, batch, weight, ceilings)
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from kernels import head, jit, sampling, tl, triton, use_triton, wide
+from kernels import head, jit, sampling, tl, triton, use_triton
 from kernels.sampling import uniforms_of
 
 # Columns of a row, int64 each. The stop ids and then the row's pages follow them.
@@ -48,6 +49,28 @@ class Rows:
         # write to a column of their own at the end.
         self.out = torch.zeros(slots + 1, 2, longest + 1, dtype=torch.int32, device=device)
         self.active = torch.full((slots + 64,), slots, dtype=torch.int64, device=device)
+
+    def new_row(self, request, sample, slot, pages):
+        """Row of a sample (sampler.Request) that starts with its prompt's last token, [columns]."""
+        values = np.zeros(self.values.shape[1], dtype=np.int64)
+        length = len(request.prompt)
+        values[TOKEN] = request.prompt[-1]
+        values[POSITION] = length - 1
+        values[ALIVE] = 1
+        values[START] = length
+        values[LAST] = length - 1 + request.max_new_tokens
+        values[SEED] = request.seed
+        values[REQUEST] = request.id
+        values[SAMPLE] = sample
+        values[TEMPERATURE:TOP_K].view(np.float64)[:] = request.temperature, request.top_p
+        values[TOP_K] = request.top_k
+        values[SLOT] = slot
+
+        table = STOPS + self.stops
+        values[STOPS:table] = -1
+        values[STOPS : STOPS + len(request.stop_ids)] = request.stop_ids
+        values[table : table + len(pages)] = pages
+        return values
 
 
 class Step(NamedTuple):
@@ -90,7 +113,7 @@ def begin_reference(rows, active, cos, sin, page_size):
         cos=cos.index_select(0, position),
         sin=sin.index_select(0, position),
         temperature=floats(values, TEMPERATURE),
-        uniforms=sampling.uniforms_reference(*draw_key(values)),
+        uniforms=uniforms(values),
     )
 
 
@@ -99,14 +122,11 @@ def draw_and_advance(rows, active, step, hidden, weight, one_tile=False):
 
     hidden [B, D], weight [V, D]; one_tile: of sample_tokens.
     """
+    drawing = (hidden, weight, step.temperature, step.uniforms)
     if head.fits(hidden):
         moved = (rows, active, step.column)
-        tokens, _ = sampling.draw(
-            hidden, weight, step.temperature, step.uniforms, one_tile=one_tile, moved=moved
-        )
-        return tokens
-    logits = wide(hidden) @ wide(weight).T
-    tokens, logprobs = sampling.sample_reference(logits, step.temperature, step.uniforms)
+        return sampling.draw(*drawing, one_tile=one_tile, moved=moved)[0]
+    tokens, logprobs = sampling.sample_tokens_reference(*drawing)
     advance(rows, active, step.column, tokens, logprobs)
     return tokens
 
@@ -135,9 +155,10 @@ def response_column(rows, values):
     return torch.where(values[:, ALIVE] == 1, drawn, rows.longest)
 
 
-def draw_key(values):
-    """Seed, request, sample and position of what each of the gathered rows draws next."""
-    return *values[:, SEED : SAMPLE + 1].unbind(1), values[:, POSITION] + 1
+def uniforms(values):
+    """The two numbers with which each of the gathered rows draws next, [2, B]."""
+    key = values[:, SEED : SAMPLE + 1].unbind(1)
+    return sampling.uniforms_reference(*key, values[:, POSITION] + 1)
 
 
 def floats(values, column):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from kernels import architecture, head, jit, tl, triton, use_triton, wide
+from kernels import architecture, head, jit, tl, triton, wide
 from kernels.head import TILE, Tile, tile_product
 
 # Up to 64 rows the bytes of the weight are the floor: a smaller tile with two programs of four
@@ -31,7 +31,6 @@ TILES = {
 # The draw inside a tile has two levels, 8 groups of 16 tokens: a scan over all 128 would need twice
 # the registers (251 against 127).
 GROUPS = 8
-KEY_BLOCK = 128  # rows per program of the hash, one a thread
 
 # splitmix64's constants as signed 64-bit integers
 GOLDEN = -0x61C8864680B583EB
@@ -42,42 +41,23 @@ MIX_2 = -0x6B2FB644ECCEEE15
 # ---- public functions ----
 
 
-def sample_tokens(
-    hidden,
-    weight,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    one_tile=False,
-):
+def sample_tokens(hidden, weight, temperature, uniforms, one_tile=False):
     """Draw one token per row from softmax(hidden @ weight.T / temperature).
 
     hidden [B, D], weight [V, D]
     temperature [B] fp32: 0 is greedy, the first maximum with its untempered log-prob
-    seeds, requests, samples, positions [B] int64: the key of the draw
+    uniforms [2, B] fp32: of uniforms_reference
     one_tile: the same tile for every number of rows, so that a row's last bits do not depend on it
     Returns (tokens [B] int64, logprobs [B] fp32). Two equal logits: log-prob -0.693.
 
     On CUDA no logits reach memory (bf16 or fp16, D a multiple of 64).
     """
-    key = (seeds, requests, samples, positions)
     if not head.fits(hidden):
-        return sample_tokens_reference(hidden, weight, temperature, *key)
-    return _sample_tokens(hidden, weight, temperature, *key, one_tile=one_tile)
+        return sample_tokens_reference(hidden, weight, temperature, uniforms)
+    return draw(hidden, weight, temperature, uniforms, one_tile=one_tile)
 
 
-def sample_logits(
-    logits,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    top_p,
-    top_k,
-):
+def sample_logits(logits, temperature, uniforms, top_p, top_k):
     """`sample_tokens` from given logits [B, V] with truncation, for evaluation.
 
     top_p [B] fp32: nucleus, 1 is all. top_k [B] int64: 0 is all.
@@ -88,9 +68,6 @@ def sample_logits(
     divisor = torch.where(greedy, 1.0, temperature)
     tempered = logits.float() / divisor[:, None]
     kept = torch.where(greedy[:, None], tempered, _truncate(tempered, top_p, top_k))
-
-    key = (seeds, requests, samples, positions)
-    uniforms = _uniforms(*key) if use_triton(logits) else uniforms_reference(*key)
     return sample_reference(kept, torch.where(greedy, 0.0, 1.0), uniforms)
 
 
@@ -115,10 +92,9 @@ def _truncate(logits, top_p, top_k):
 # ---- torch references ----
 
 
-def sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions):
+def sample_tokens_reference(hidden, weight, temperature, uniforms):
     """`sample_tokens` by way of the logits [B, V]."""
     logits = wide(hidden) @ wide(weight).T
-    uniforms = uniforms_reference(seeds, requests, samples, positions)
     return sample_reference(logits, temperature, uniforms)
 
 
@@ -187,39 +163,7 @@ def _mix_reference(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-# ---- launchers ----
-
-
-def _uniforms(seeds, requests, samples, positions):
-    rows = len(seeds)
-    out = torch.empty(2, rows, dtype=torch.float32, device=seeds.device)
-    grid = (triton.cdiv(rows, KEY_BLOCK),)
-    _uniforms_kernel[grid](
-        seeds,
-        requests,
-        samples,
-        positions,
-        out,
-        rows,
-        BLOCK=KEY_BLOCK,
-        num_warps=4,
-    )
-    return out
-
-
-def _sample_tokens(
-    hidden,
-    weight,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    arch=None,
-    one_tile=False,
-):
-    uniforms = _uniforms(seeds, requests, samples, positions)
-    return draw(hidden, weight, temperature, uniforms, arch, one_tile)
+# ---- launcher ----
 
 
 def draw(hidden, weight, temperature, uniforms, arch=None, one_tile=False, moved=None):
@@ -290,28 +234,6 @@ def draw(hidden, weight, temperature, uniforms, arch=None, one_tile=False, moved
 
 # ---- Triton kernels ----
 # The constants are the references': a kernel sees no plain globals.
-
-
-@jit(do_not_specialize=["B"])
-def _uniforms_kernel(
-    seeds,  # [B], as the next three
-    requests,
-    samples,
-    positions,
-    out,  # [2, B]
-    B,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < B
-
-    seed = tl.load(seeds + row, mask=inside, other=0)
-    request = tl.load(requests + row, mask=inside, other=0)
-    sample = tl.load(samples + row, mask=inside, other=0)
-    position = tl.load(positions + row, mask=inside, other=0)
-    u0, u1 = uniforms_of(seed, request, sample, position)
-    tl.store(out + row, u0, mask=inside)
-    tl.store(out + B + row, u1, mask=inside)
 
 
 @jit

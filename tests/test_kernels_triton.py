@@ -284,11 +284,9 @@ def test_sample_tokens(rows, vocabulary, arch, dtype):
     hidden, weight, _ = head_case(rows, vocabulary, 64, dtype, size=3.0)
     temperature = torch.rand(rows, device=DEVICE) + 0.5
     temperature[::4] = 0
-    key = [torch.randint(-(2**62), 2**62, (rows,), device=DEVICE) for _ in range(4)]
-    assert torch.equal(sampling._uniforms(*key), sampling.uniforms_reference(*key))
-
-    token, logp = sampling._sample_tokens(hidden, weight, temperature, *key, arch)
-    expected = sampling.sample_tokens_reference(hidden, weight, temperature, *key)
+    uniforms = torch.rand(2, rows, device=DEVICE)
+    token, logp = sampling.draw(hidden, weight, temperature, uniforms, arch)
+    expected = sampling.sample_tokens_reference(hidden, weight, temperature, uniforms)
     assert torch.equal(token, expected[0])
     close(logp, expected[1], torch.float32)
 
@@ -298,9 +296,9 @@ def test_sample_tokens(rows, vocabulary, arch, dtype):
 def test_sampled_tokens_follow_the_softmax(dtype):
     draws, vocabulary = 1000, 150
     hidden, weight, _ = head_case(1, vocabulary, 64, dtype, size=2.0)
-    key = [x.to(DEVICE) for x in keys(draws)]
+    uniforms = sampling.uniforms_reference(*keys(draws)).to(DEVICE)
     ones = torch.ones(draws, device=DEVICE)
-    token, _ = sampling._sample_tokens(hidden.expand(draws, -1), weight, ones, *key)
+    token, _ = sampling.draw(hidden.expand(draws, -1), weight, ones, uniforms)
     logits = hidden.double() @ weight.double().T
     probabilities = logits.softmax(-1)[0]
     assert abs(chi_square(token.cpu(), probabilities.cpu())) < 4
@@ -316,9 +314,9 @@ def test_greedy_takes_the_first_of_equal_maxima_and_large_logits_stay_finite(dty
     hidden[:, 0] = torch.tensor([1.0, -1.0])
     hidden[1, 1] = 80.0
 
-    key = [x.to(DEVICE) for x in keys(2)]
+    uniforms = sampling.uniforms_reference(*keys(2)).to(DEVICE)
     greedy = torch.zeros(2, device=DEVICE)
-    token, logp = sampling._sample_tokens(hidden, weight, greedy, *key)
+    token, logp = sampling.draw(hidden, weight, greedy, uniforms)
     assert token.tolist() == [130, 0]
     expected = torch.tensor([1 / 3, 1 / 297])
     assert torch.allclose(logp.exp().cpu(), expected)
@@ -480,10 +478,9 @@ def test_two_runs_of_the_head_agree_bit_for_bit_and_rows_do_not_see_each_other()
 def test_rows_of_a_draw_do_not_see_each_other():
     hidden, weight, _ = head_case(300, 5000, 896, torch.bfloat16)
     ones = torch.ones(300, device="cuda")
-    key = [x.cuda() for x in keys(300)]
-    together = sampling.sample_tokens(hidden, weight, ones, *key)
-    four = [x[5:9] for x in key]
-    few = sampling.sample_tokens(hidden[5:9], weight, ones[:4], *four)
+    uniforms = sampling.uniforms_reference(*keys(300)).cuda()
+    together = sampling.sample_tokens(hidden, weight, ones, uniforms)
+    few = sampling.sample_tokens(hidden[5:9], weight, ones[:4], uniforms[:, 5:9].contiguous())
     assert all(torch.equal(a, b[5:9]) for a, b in zip(few, together))
 
 
@@ -491,11 +488,11 @@ def test_rows_of_a_draw_do_not_see_each_other():
 def test_sampling_and_attention_replay_in_a_cuda_graph():
     hidden, weight, _ = head_case(40, 5000, 64, torch.bfloat16)
     case = paged_case([5, 300, 0, 64], 7, 2, 64, 64, torch.bfloat16, "cuda")
-    key = [x.cuda() for x in keys(40)]
+    uniforms = sampling.uniforms_reference(*keys(40)).cuda()
     ones = torch.ones(40, device="cuda")
 
     def run():
-        drawn = sampling.sample_tokens(hidden, weight, ones, *key)
+        drawn = sampling.sample_tokens(hidden, weight, ones, uniforms)
         return *drawn, attention.paged_attention(*case, 0.125)
 
     eager = [x.clone() for x in run()]

@@ -14,7 +14,7 @@ import torch
 import decode
 from kernels import native
 from kernels.logprob import token_logprobs
-from kernels.sampling import sample_tokens
+from kernels.sampling import sample_tokens, uniforms_reference
 from model import Config, make_segments, random_model
 from pages import StalePageError
 from runtime.tokenizer import train_bpe
@@ -268,9 +268,9 @@ def test_cpu_draw_is_the_kernels_draw():
     temperature = torch.tensor([0.0, 0.7, 1.0, 1.3]).repeat(16)
     row = torch.arange(64)
     seed = torch.full((64,), 5)
-    key = (temperature, seed, row, row % 4, row + 1000)  # request, sample, position
-    tokens, logprobs = sample_tokens(hidden, weight, *key)
-    our_tokens, our_logprobs = decode.draw(hidden @ weight.T, *key)
+    uniforms = uniforms_reference(seed, row, row % 4, row + 1000)  # request, sample, position
+    tokens, logprobs = sample_tokens(hidden, weight, temperature, uniforms)
+    our_tokens, our_logprobs = decode.draw(hidden @ weight.T, temperature, uniforms)
     assert torch.equal(tokens, our_tokens)
     assert (logprobs - our_logprobs).abs().max() < 1e-6
 
