@@ -203,15 +203,15 @@ class Decoder:
         return count
 
     def look(self, count, newest):
-        """Position and life of every slot and, of the first `count` that run, the `newest` tokens.
+        """Position and life of the first `count` slots that run, and their `newest` tokens.
 
-        -> Fetch of [slots, 2] and, unless `newest` is 0, [count, newest], the last one last.
+        -> Fetch of [count, 2] and, unless `newest` is 0, [count, newest], the last one last.
         """
-        places = self.rows.values[:, rows.POSITION : rows.ALIVE + 1]
-        if not newest:
-            return Fetch(places)
         active = self.rows.active[:count]
         values = self.rows.values.index_select(0, active)
+        places = values[:, rows.POSITION : rows.ALIVE + 1]
+        if not newest:
+            return Fetch(places)
         drawn = values[:, rows.POSITION] + 1 - values[:, rows.START]
         before = torch.arange(-newest, 0, device=self.device)
         columns = (drawn[:, None] + before).clamp(min=0)
@@ -285,7 +285,7 @@ class Decoder:
             values = self.rows.values.index_select(0, active)
             logits = self.linear(hidden, head)
             tokens, logprobs = _draw_truncated(logits, values)
-            rows.advance(self.rows, active, step.column, tokens, logprobs)
+            rows.advance(self.rows, active, values, tokens, logprobs)
             return
 
         tokens = rows.draw_and_advance(self.rows, active, step, hidden, head, one_tile=self.exact)
@@ -326,8 +326,7 @@ class Decoder:
         else:
             temperature = rows.floats(values, rows.TEMPERATURE)
             tokens, logprobs = draw(logits.float(), temperature, rows.uniforms(values))
-        column = rows.response_column(self.rows, values)
-        rows.advance(self.rows, active, column, tokens, logprobs)
+        rows.advance(self.rows, active, values, tokens, logprobs)
 
     def _decode_on_cpu(self, tokens, positions, alive, spans):
         """Model.decode in as few calls as can be, with attention over the pool.

@@ -158,7 +158,7 @@ class Row:
     sample: int
     slot: int
     search: StopSearch | None = None  # for its request's stop strings
-    drawn: int = 0  # tokens, by the last look
+    drawn: int = 0  # tokens, by the last look that had to know
     ended: bool = False
 
 
@@ -283,6 +283,7 @@ class Sampler:
 
         queue = self._plan(requests)
         self.truncated = any(request.top_p < 1 or request.top_k > 0 for request in requests)
+        self.searched = any(request.stop_strings for request in requests)
         self.temperature = self._one_temperature(requests)
         self.done = [[] for _ in requests]
         self.running = []
@@ -429,13 +430,13 @@ class Sampler:
     def _is_held(self, needed):
         """Does what there is hold rows of this size?
 
-        With fewer slots or pieces samples wait for others; only for a quarter more slots is it
+        With fewer slots or pieces samples wait for others; only for a quarter more of them is it
         worth to record all graphs again.
         """
         held = self.pool.size
         prompt_pages = needed.piece_pages if self.cpu else needed.table - needed.run_pages
         has_pieces = prompt_pages <= held.pieces * held.piece_pages
-        least = needed._replace(runs=needed.runs * 4 // 5, pieces=0)
+        least = needed._replace(runs=needed.runs * 4 // 5, pieces=needed.pieces * 4 // 5)
         return has_pieces and all(new <= old for new, old in zip(least, held))
 
     def _affordable_pages(self):
@@ -547,23 +548,23 @@ class Sampler:
         self.decoder.run(self.count, self.chunk, self.truncated, self.temperature)
         self.stats["steps"] += self.chunk
         self.stats["row_steps"] += self.chunk * len(self.running)
-        is_searched = any(row.search for row in self.running)
-        fetch = self.decoder.look(self.count, self.chunk if is_searched else 0)
+        fetch = self.decoder.look(self.count, self.chunk if self.searched else 0)
         return Awaited(self.running, fetch)
 
     def _collect(self, ran, fetch):
         """Find the rows that have ended by then, and ask for their outputs."""
         places, *newest = fetch.wait()
-        places = places[[row.slot for row in ran]].tolist()
+        positions, lives = places[: len(ran)].T
         ended = []
-        for i, (row, (position, alive)) in enumerate(zip(ran, places)):
+        for i in range(len(ran)) if newest else np.flatnonzero(lives == 0):
+            row = ran[i]
             if row.ended:  # by the look before, when this chunk was on its way already
                 continue
-            drawn = position - row.group.cached
+            drawn = int(positions[i]) - row.group.cached
             if row.search and drawn > row.drawn:
                 row.search.add(newest[0][i, row.drawn - drawn :].tolist())
             row.drawn = drawn
-            row.ended = not alive or bool(row.search and row.search.end)
+            row.ended = not lives[i] or bool(row.search and row.search.end)
             if row.ended:
                 ended.append(row)
 

@@ -154,7 +154,7 @@ class StubDecoder(Decoder):
         for key, drawn in zip(identity, column.tolist()):
             is_last = drawn + 1 == METER.lengths.get(tuple(key))
             tokens.append(STOP_ID if is_last else 2)
-        rows.advance(self.rows, active, column, torch.tensor(tokens), torch.zeros(count))
+        rows.advance(self.rows, active, values, torch.tensor(tokens), torch.zeros(count))
 
 
 class StubModel:

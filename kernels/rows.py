@@ -127,19 +127,19 @@ def draw_and_advance(rows, active, step, hidden, weight, one_tile=False):
         moved = (rows, active, step.column)
         return sampling.draw(*drawing, one_tile=one_tile, moved=moved)[0]
     tokens, logprobs = sampling.sample_tokens_reference(*drawing)
-    advance(rows, active, step.column, tokens, logprobs)
+    advance(rows, active, rows.values.index_select(0, active), tokens, logprobs)
     return tokens
 
 
-def advance(rows, active, column, tokens, logprobs):
+def advance(rows, active, values, tokens, logprobs):
     """Store what the slots drew and move them on; a stop token or the last position ends one.
 
-    column: of `Step`. tokens [B] int64, logprobs [B] fp32.
+    values: their rows, overwritten. tokens [B] int64, logprobs [B] fp32.
     """
+    column = response_column(rows, values)
     rows.out[:, 0].index_put_((active, column), tokens.int())
     rows.out[:, 1].index_put_((active, column), logprobs.view(torch.int32))
 
-    values = rows.values.index_select(0, active)
     alive = values[:, ALIVE]
     stopped = (tokens[:, None] == values[:, STOPS : STOPS + rows.stops]).any(1)
     has_room = values[:, POSITION] + 1 < values[:, LAST]

@@ -372,7 +372,8 @@ def test_a_step_ends_with_its_rows_moved_on(arch, dtype):
     expected, logprobs = sampling.sample_reference(hidden @ weight.T, *drawing[2:])
     for state in (ours, theirs):  # slot 1 stops
         state.values[active[3], rows.STOPS + 1] = expected[3]
-    rows.advance(theirs, active, step.column, expected, logprobs)
+    values = theirs.values.index_select(0, active)
+    rows.advance(theirs, active, values, expected, logprobs)
     token, logp = sampling.draw(*drawing, arch, moved=(ours, active, step.column))
 
     assert torch.equal(token, expected)

@@ -75,14 +75,18 @@ def test_what_is_expected_is_made_once(model, way):
 
 
 def test_prompts_wait_for_pages_of_others(model):
-    """Made for two prompts of 6 pages and 8 rows: of eight such prompts two are there at a time."""
+    """Made for four prompts and eight rows: a fifth prompt waits, eight are worth a new pool."""
     sampler = Sampler(model, slots=8)
-    sampler.generate(make_requests(n=4, lengths=(90, 91)))
-    assert sampler.pool.size.pieces == 2
+    sampler.generate(make_requests(n=2, lengths=(90, 91, 92, 93)))
+    assert sampler.pool.size.pieces == 4
     before = addresses(sampler)
-    requests = make_requests(n=1, lengths=(90, 80, 70, 60, 50, 40, 30, 20))
-    assert sampler.generate(requests) == sample(model, requests)
+    five = make_requests(n=1, lengths=(90, 80, 70, 60, 50))
+    assert sampler.generate(five) == sample(model, five)
     assert addresses(sampler) == before and is_whole(sampler)
+
+    eight = make_requests(n=1, lengths=(90, 80, 70, 60, 50, 40, 30, 20))
+    assert sampler.generate(eight) == sample(model, eight)
+    assert sampler.pool.size.pieces == 8 and is_whole(sampler)
 
 
 def test_no_slot_is_given_out_before_its_outputs_are_copied(model, monkeypatch):
