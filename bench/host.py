@@ -10,7 +10,7 @@ its steps a stub that draws responses of a given length. The device is the CPU u
 launches   operations on tensors of the device, and graph replays; a prefill's layers count as one
 uploads    tensors copied from the host
 waits      the host needs a value of the device, or copies without non_blocking
-us         the host's time, with neither the stub's nor the counting's
+us         CPU time of the host, with neither the stub's nor the counting's
 """
 
 import argparse
@@ -50,11 +50,11 @@ class Meter:
 
     def stub(self, run):
         """Call run() outside of all counts and times."""
-        started = time.perf_counter()
+        started = time.process_time()
         counting, self.counting = self.counting, False
         result = run()
         self.counting = counting
-        self.stub_seconds += time.perf_counter() - started
+        self.stub_seconds += time.process_time() - started
         return result
 
 
@@ -215,9 +215,9 @@ def measure(name, slots, requests):
     seconds = []
     for _ in range(1 + ROUNDS):
         METER.stub_seconds = 0.0
-        started = time.perf_counter()
+        started = time.process_time()
         groups = sampler.generate(requests)
-        seconds.append(time.perf_counter() - started - METER.stub_seconds)
+        seconds.append(time.process_time() - started - METER.stub_seconds)
     host = statistics.median(seconds[1:])
 
     METER.launches = METER.uploads = METER.waits = 0
