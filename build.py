@@ -310,9 +310,7 @@ def make_sampler(settings, model, tokenizer, memory):
             stop_ids=tokenizer.stop_ids,
         )
         expected = [largest] * -(-settings.prompts // distributed.world_size())
-    return Sampler(
-        model, settings.slots, memory=memory, exact=settings.exact, expected=expected
-    )
+    return Sampler(model, settings.slots, memory=memory, exact=settings.exact, expected=expected)
 
 
 # ---- folders ----

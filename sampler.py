@@ -28,12 +28,10 @@ from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
 from runtime.machine import free_bytes
-from runtime.memory import PREFILL_TOKENS
+from runtime.memory import MOST_ROWS, PREFILL_TOKENS
 
-# Slots at most, unless the caller says: on a GPU the largest that was measured, on a CPU a step
-# takes hardly less per row beyond a few dozen.
-MOST_SLOTS = 1024
-MOST_SLOTS_ON_CPU = 256
+# Slots on a CPU, unless the caller says: beyond a few dozen a step takes hardly less per row.
+ROWS_ON_CPU = 256
 # Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
 # training.
 MEMORY = 0.5
@@ -198,7 +196,7 @@ class Sampler:
         self.device = weight.device
         self.dtype = weight.dtype
         self.cpu = weight.device.type == "cpu"
-        self.slots = slots or (MOST_SLOTS_ON_CPU if self.cpu else MOST_SLOTS)
+        self.slots = slots or (ROWS_ON_CPU if self.cpu else MOST_ROWS)
         self.memory = memory
         self.share_prefix = share_prefix
         self.exact = exact
