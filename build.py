@@ -20,7 +20,7 @@ from rewards import Judge
 from runtime import distributed, hugging_face, lora, memory
 from runtime.exact import make_exact
 from runtime.tokenizer import ChatTokenizer
-from sampler import Sampler
+from sampler import Request, Sampler
 from selfplay import loop as selfplay
 from settings import Settings, loss_in_words, read_table
 from tasks import translate
@@ -108,7 +108,7 @@ def build(settings, folder, language, pool, device, report):
         tokenizer_folder=source,
         model=model,
         optimizer=make_optimizer(model, settings.weight_decay, settings.beta2),
-        sampler=Sampler(sampler_model, settings.slots, memory=pages, exact=settings.exact),
+        sampler=make_sampler(settings, sampler_model, tokenizer, pages),
         judge=task.judge,
         problems=task.problems,
         held_out=task.held_out,
@@ -297,6 +297,20 @@ def policy_copy(settings, model, source, device):
         return model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return hugging_face.load_model(source, dtype, device).requires_grad_(False)
+
+
+def make_sampler(settings, model, tokenizer, memory):
+    """The run's sampler; on a GPU its pages and graphs are made once, for the largest step."""
+    expected = []
+    if model.embed.weight.is_cuda:
+        largest = Request(
+            prompt=[0] * settings.max_prompt_tokens,
+            n=settings.samples,
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+        )
+        expected = [largest] * -(-settings.prompts // distributed.world_size())
+    return Sampler(model, settings.slots, memory=memory, exact=settings.exact, expected=expected)
 
 
 # ---- folders ----

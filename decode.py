@@ -14,16 +14,18 @@ threads):
 - attention reads a prompt's keys and then the row's own, whether or not the prompt is shared.
 """
 
-from typing import NamedTuple
+from itertools import chain
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import native, use_triton
-from kernels.attention import shared_prefix_attention
+from kernels import native, rows, use_triton
+from kernels.attention import paged_attention
 from kernels.layers import qkv_rope_write, rope_tables
 from kernels.logprob import token_logprobs
-from kernels.sampling import TILE, sample_logits, sample_tokens, uniforms_reference
+from kernels.rows import Rows
+from kernels.sampling import TILE, sample_logits
 from model import CausalAttention, make_segments
 from runtime.exact import attend_to_pages, exact_linear
 
@@ -34,58 +36,41 @@ SIZES = (1, 2, 4, 8, 16, 32)
 # the 135M model, not 28.
 CPU_SIZES = (4, 8)
 
-# One row per running sample: column -> dtype.
-COLUMNS = {
-    "tokens": torch.int64,  # fed next
-    "positions": torch.int64,  # of `tokens`
-    "start": torch.int64,  # prompt length = position of the first response token
-    "last": torch.int64,  # position of the last token that may be drawn
-    "group": torch.int64,  # samples of one prompt are neighbours
-    "slot": torch.int64,  # number of its run of pages
-    "prefix": torch.int32,  # tokens in pages shared with the rest of the group
-    "temperature": torch.float32,
-    "top_p": torch.float32,
-    "top_k": torch.int64,
-    "seed": torch.int64,
-    "request": torch.int64,
-    "sample": torch.int64,
-    "alive": torch.bool,
-}
-# The two-dimensional ones; new_state() is told how wide they are.
-WIDE_COLUMNS = {
-    "stop_ids": torch.int64,  # filled up with -1
-    "tables": torch.int32,  # pages: the prompt's and, on CUDA, the row's own
-    "out_tokens": torch.int64,  # what was drawn, from the first response token on
-    "out_logprobs": torch.float32,
-}
+
+class Fetch:
+    """Tensors on their way to the host, behind the work that the device has been given so far."""
+
+    def __init__(self, *tensors):
+        # To pinned memory where non_blocking and from a GPU; a copy on a CPU as well.
+        self.copies = [x.to("cpu", non_blocking=True, copy=True) for x in tensors]
+        self.event = None
+        if tensors[0].is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def is_here(self):
+        return self.event is None or self.event.query()
+
+    def wait(self):
+        """The tensors' values -> numpy arrays."""
+        if self.event:
+            self.event.synchronize()
+        return [copy.numpy() for copy in self.copies]
 
 
-def new_state(rows, widths, device):
-    """Tensors for `rows` samples: column -> [rows] or [rows, width]; widths: column -> width."""
-    state = {}
-    for name, dtype in COLUMNS.items():
-        state[name] = torch.zeros(rows, dtype=dtype, device=device)
-    for name, dtype in WIDE_COLUMNS.items():
-        state[name] = torch.zeros(rows, widths[name], dtype=dtype, device=device)
-    return state
-
-
-class Spans(NamedTuple):
-    """The two stretches of the pool that a row reads on CPU: what it shares, then its own.
-
-    First token in the pool and number of tokens, int64 [rows] each (kernels/native.py).
-    """
-
-    shared: torch.Tensor
-    shared_length: torch.Tensor
-    own: torch.Tensor
-    own_length: torch.Tensor
+def upload(array, device):
+    """A numpy array as a tensor of the device; to a GPU from pinned memory, without waiting."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Decoder:
-    """Model and page pool as two functions.
+    """Model and page pool as functions.
 
-    `prefill` writes prompts to pages, `run` draws the next tokens of every row.
+    `prefill` writes prompts to pages, `join` says what a slot is to decode and `place` which slots
+    run, `run` draws their next tokens, `look` and `outputs` tell the host about them.
     """
 
     def __init__(self, model, pool, cpu, exact=False):
@@ -95,16 +80,17 @@ class Decoder:
         self.cpu = cpu
         self.exact = exact
         self.plain_linear = exact_linear if exact else F.linear
+        size = pool.size
+        self.device = pool.device
+        self.rows = Rows(size.runs, size.stops, size.table, size.response, self.device)
+        self.cos, self.sin = rope_of_positions(size.positions, self.config, self.device)
 
         # CPU: address of a weight -> its packed copy, and of which weights these are.
         self.packed = {}
         self.stamp = None
 
-        # (rows, temperature) -> CUDA graph of a step, or None where a step cannot be recorded: the
-        # torch references look at lengths on the host, the Triton kernels do not.
-        uses_kernels = use_triton(model.embed.weight)
-        has_kernel = self.config.head_dim in (64, 128)
-        self.graphs = {} if uses_kernels and has_kernel else None
+        # (rows, temperature) -> CUDA graph of a step, or None where steps cannot be recorded.
+        self.graphs = {} if can_record(model) else None
 
     def pad(self, count):
         """Rows to run for `count` living ones."""
@@ -156,9 +142,10 @@ class Decoder:
 
         prompts: lists of ids, longest first. pages: a list of page ids each.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
+        lengths = np.array([len(prompt) for prompt in prompts])
+        tokens = np.fromiter(chain.from_iterable(prompts), np.int64, lengths.sum())
+        starts = lengths.cumsum() - lengths
+        positions = np.arange(len(tokens)) - starts.repeat(lengths)
         if self.cpu:
             self._prefill_on_cpu(tokens, positions, lengths, pages)
         else:
@@ -166,33 +153,31 @@ class Decoder:
 
     def _prefill_on_cpu(self, tokens, positions, lengths, pages):
         """Every token is a row, with the prompt up to itself as its own tokens."""
-        first_pages = torch.tensor([taken[0] for taken in pages])
-        first = first_pages * self.pool.page_size
-        own = first.repeat_interleave(lengths)
-        alive = torch.ones_like(tokens, dtype=torch.bool)
-        nothing = torch.zeros_like(own)
+        first_pages = np.array([taken[0] for taken in pages])
+        own = (first_pages * self.pool.page_size).repeat(lengths)
+        alive = np.ones_like(tokens, dtype=bool)
+        nothing = np.zeros_like(own)
 
         # Up to a multiple of 16 rows; those that fill up are not alive.
         missing = -len(tokens) % 16
         columns = (tokens, positions, alive, own, nothing, own, positions + 1)
-        tokens, positions, alive, *spans = [F.pad(x, (0, missing)) for x in columns]
-        self._decode_on_cpu(tokens, positions, alive, Spans(*spans))
+        padded = [torch.from_numpy(np.pad(column, (0, missing))) for column in columns]
+        tokens, positions, alive, *spans = padded
+        self._decode_on_cpu(tokens, positions, alive, spans)
 
     def _prefill_packed(self, tokens, positions, lengths, pages):
         """One packed pass: pages are written on the way, attention is the training's."""
-        device = self.model.embed.weight.device
         page_size = self.pool.page_size
         page_table = _ragged(pages)
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+        sequence = np.arange(len(lengths)).repeat(lengths)
         page = page_table[sequence, positions // page_size]
-        slots = (page * page_size + positions % page_size).to(device)
-        positions = positions.to(device)
-
-        # The exact mode: every token is a query of the decode kernel, over what it wrote.
-        tables = page_table.int().to(device)
-        tables = tables[sequence.to(device)]
-        seen = (positions + 1).int()
-        causal = CausalAttention(self.config, make_segments(lengths).to(device))
+        slots = page * page_size + positions % page_size
+        packed = np.stack([tokens, positions, slots])
+        tokens, positions, slots = upload(packed, self.device).unbind(0)
+        causal = CausalAttention(self.config, make_segments(lengths).to(self.device))
+        if self.exact:  # every token is a query of the decode kernel, over what it wrote
+            tables = upload(page_table[sequence].astype(np.int32), self.device)
+            seen = (positions + 1).int()
 
         def attend(index, qkv, bias, cos, sin):
             q = self._write(index, qkv, bias, cos, sin, slots)
@@ -201,8 +186,42 @@ class Decoder:
                 return attend_to_pages(q, k_pages, v_pages, tables, seen)
             return causal(index, qkv, bias, cos, sin)
 
-        tokens = tokens.to(device)
-        self.model.decode(tokens, positions, attend, self.linear)
+        rope = (self.cos.index_select(0, positions), self.sin.index_select(0, positions))
+        self.model.decode(tokens, rope, attend, self.linear)
+
+    def join(self, new_rows):
+        """Let slots decode new samples; new_rows: an array each, of Rows.new_row."""
+        new = upload(np.stack(new_rows), self.device)
+        self.rows.values.index_copy_(0, new[:, rows.SLOT], new)
+
+    def place(self, slots):
+        """Decode these slots from now on -> rows to run, some of them to fill up with."""
+        count = self.pad(len(slots))
+        active = np.full(count, self.rows.nobody)
+        active[: len(slots)] = slots
+        self.rows.active[:count].copy_(upload(active, self.device), non_blocking=True)
+        return count
+
+    def look(self, count, newest):
+        """Position and life of the first `count` slots that run, and their `newest` tokens.
+
+        -> Fetch of [count, 2] and, unless `newest` is 0, [count, newest], the last one last.
+        """
+        active = self.rows.active[:count]
+        values = self.rows.values.index_select(0, active)
+        places = values[:, rows.POSITION : rows.ALIVE + 1]
+        if not newest:
+            return Fetch(places)
+        drawn = values[:, rows.POSITION] + 1 - values[:, rows.START]
+        before = torch.arange(-newest, 0, device=self.device)
+        columns = (drawn[:, None] + before).clamp(min=0)
+        tokens = self.rows.out[:, 0].index_select(0, active).gather(1, columns)
+        return Fetch(places, tokens)
+
+    def outputs(self, slots, longest):
+        """What slots have drawn -> Fetch of [slots, 2, longest] int32: tokens, bits of log-probs."""
+        index = upload(np.array(slots), self.device)
+        return Fetch(self.rows.out[:, :, :longest].index_select(0, index))
 
     def _write(self, index, qkv, bias, cos, sin, slots):
         """Rotate q and k and write k and v of layer `index` to the pool -> q."""
@@ -210,42 +229,36 @@ class Decoder:
         k_pages, v_pages = self.pool.layer(index)
         return qkv_rope_write(qkv, bias, cos, sin, k_pages, v_pages, slots, heads)
 
-    def run(self, state, steps, truncated, temperature=None):
-        """`steps` steps; on CUDA each is one graph launch.
+    def run(self, count, steps, truncated, temperature=None):
+        """`steps` steps of the first `count` slots of `place`; on CUDA each is one graph launch.
 
-        state: column -> tensor; the same tensors at the same addresses for a number of rows.
         truncated: some row has top_p or top_k.
         temperature: of all rows, in the exact mode.
         """
         if self.graphs is None or truncated:
             for _ in range(steps):
-                self.step(state, truncated, temperature)
+                self.step(count, truncated, temperature)
             return
 
-        key = len(state["alive"]), temperature
+        key = count, temperature
         if key not in self.graphs:
-            self.graphs[key] = self._record(state, temperature)
+            self.graphs[key] = self._record(count, temperature)
         for _ in range(steps):
             self.graphs[key].replay()
 
-    def forget_graphs(self):
-        """Rows have new addresses."""
-        if self.graphs is not None:
-            self.graphs = {}
-
-    def _record(self, state, temperature):
+    def _record(self, count, temperature):
         """Record a step as a CUDA graph.
 
-        All rows are dead while it warms up (kernels compile, libraries allocate), so nothing
-        changes.
+        Nobody runs while it warms up (kernels compile, libraries allocate), so nothing changes.
         """
-        alive = state["alive"].clone()
-        state["alive"].zero_()
+        active = self.rows.active[:count]
+        placed = active.clone()
+        active.fill_(self.rows.nobody)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(state, False, temperature)
-            self.step(state, False, temperature)
+            self.step(count, False, temperature)
+            self.step(count, False, temperature)
         torch.cuda.current_stream().wait_stream(stream)
 
         # One memory pool for all graphs: they never run together.
@@ -253,85 +266,84 @@ class Decoder:
         memory = known.pool() if known else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory):
-            self.step(state, False, temperature)
-        state["alive"].copy_(alive)
+            self.step(count, False, temperature)
+        active.copy_(placed)
         return graph
 
-    def step(self, state, truncated, temperature=None):
-        """Decode one token of every living row, in place.
-
-        `alive` turns False on a stop token or at the last position.
-        """
-        alive = state["alive"]
-        positions = state["positions"]
-        fed = state["tokens"]
+    def step(self, count, truncated, temperature=None):
+        """Decode one token of every living row of the first `count` that run."""
+        active = self.rows.active[:count]
         if self.cpu:
-            hidden = self._decode_on_cpu(fed, positions, alive, self._spans(state))
-        else:
-            attend = self._paged_attention(state)
-            hidden = self.model.decode(fed, positions, attend, self.linear)
-        tokens, logprobs = self._draw(hidden, state, truncated, temperature)
+            self._step_on_cpu(active, truncated)
+            return
 
-        column = positions + 1 - state["start"]
-        _write_column(state["out_tokens"], column, tokens, alive)
-        _write_column(state["out_logprobs"], column, logprobs, alive)
+        step = rows.begin(self.rows, active, self.cos, self.sin, self.pool.page_size)
+        rope = (step.cos, step.sin)
+        hidden = self.model.decode(step.tokens, rope, self._paged_attention(step), self.linear)
+        head = self.model.head_weight
+        if truncated:
+            values = self.rows.values.index_select(0, active)
+            logits = self.linear(hidden, head)
+            tokens, logprobs = _draw_truncated(logits, values)
+            rows.advance(self.rows, active, values, tokens, logprobs)
+            return
 
-        stopped = (tokens[:, None] == state["stop_ids"]).any(1)
-        has_room = positions + 1 < state["last"]
-        goes_on = alive & ~stopped & has_room
-        fed.copy_(torch.where(goes_on, tokens, fed))
-        positions.add_(goes_on)
-        alive.copy_(goes_on)
+        tokens = rows.draw_and_advance(self.rows, active, step, hidden, head, one_tile=self.exact)
+        if self.exact:  # the trainer's own kernel has the last word on the log-prob
+            logprobs, _ = token_logprobs(hidden, head, tokens, temperature or 1.0)
+            bits = logprobs.view(torch.int32)
+            self.rows.out[:, 1].index_put_((active, step.column), bits)
 
-    def _spans(self, state):
-        """The prompt, but its last token, lies in one piece; the run begins with the last token."""
-        page_size = self.pool.page_size
-        run = self.pool.size.run_pages * page_size
-        first_page = state["tables"][:, 0].long()
-        return Spans(
-            shared=first_page * page_size,
-            shared_length=state["start"] - 1,
-            own=state["slot"] * run,
-            own_length=state["positions"] - state["start"] + 2,
-        )
-
-    def _paged_attention(self, state):
+    def _paged_attention(self, step):
         """The `attend` of a decode step: what dead rows would write is dropped."""
-        alive = state["alive"]
-        positions = state["positions"]
-        tables = state["tables"]
-        page_size = self.pool.page_size
-        column = positions // page_size
-        page = tables.gather(1, column[:, None]).squeeze(1)
-        slots = page * page_size + positions % page_size
-        slots = torch.where(alive, slots, -1)
-        lengths = torch.where(alive, positions + 1, 0).int()
         scale = self.config.head_dim**-0.5
 
         def attend(index, qkv, bias, cos, sin):
-            q = self._write(index, qkv, bias, cos, sin, slots)
+            q = self._write(index, qkv, bias, cos, sin, step.slots)
             k_pages, v_pages = self.pool.layer(index)
+            pages = (k_pages, v_pages, step.tables, step.lengths)
             if self.exact:
-                return attend_to_pages(q, k_pages, v_pages, tables, lengths)
-            mixed = shared_prefix_attention(
-                q, k_pages, v_pages, tables, lengths, state["prefix"], state["group"], scale
-            )
-            return mixed.flatten(1)
+                return attend_to_pages(q, *pages)
+            return paged_attention(q, *pages, scale).flatten(1)
 
         return attend
 
+    def _step_on_cpu(self, active, truncated):
+        values = self.rows.values.index_select(0, active)
+        alive = values[:, rows.ALIVE] == 1
+        positions = torch.where(alive, values[:, rows.POSITION], 0)
+        start = values[:, rows.START]
+
+        # The prompt, but its last token, lies in one piece; the run begins with the last token.
+        page_size = self.pool.page_size
+        shared = values[:, rows.STOPS + self.rows.stops] * page_size
+        own = values[:, rows.SLOT] * (self.pool.size.run_pages * page_size)
+        spans = (shared, start - 1, own, positions - start + 2)
+        hidden = self._decode_on_cpu(values[:, rows.TOKEN], positions, alive, spans)
+        logits = self.linear(hidden, self.model.head_weight)
+        if truncated:
+            tokens, logprobs = _draw_truncated(logits, values)
+        else:
+            temperature = rows.floats(values, rows.TEMPERATURE)
+            tokens, logprobs = draw(logits.float(), temperature, rows.uniforms(values))
+        rows.advance(self.rows, active, values, tokens, logprobs)
+
     def _decode_on_cpu(self, tokens, positions, alive, spans):
-        """Model.decode in as few calls as can be, with attention over the pool."""
+        """Model.decode in as few calls as can be, with attention over the pool.
+
+        spans: what a row shares and what is its own, as native.attention takes them.
+        """
         config = self.config
         eps = config.rms_norm_eps
-        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
+        cos = self.cos.index_select(0, positions)
+        sin = self.sin.index_select(0, positions)
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         attend = native.attention(heads, cos, sin, *spans, alive)
 
         total = self.model.embed(tokens)
         width = config.num_attention_heads * config.head_dim
         mixed = total.new_zeros(len(tokens), width)  # stays 0 where a row is not alive
-        for layer, cache in zip(self.model.layers, self.pool.joint):
+        for layer, cache in zip(self.model.layers, self.pool.kv):
             normed = native.rms_norm(total, layer.input_norm, eps)
             qkv = self.linear(normed, layer.qkv.weight, layer.qkv.bias)
             if layer.qkv.bias is None:  # Qwen3
@@ -345,48 +357,46 @@ class Decoder:
             total = self._linear_plus(inner, layer.down.weight, total)
         return native.rms_norm(total, self.model.norm, eps)
 
-    def _draw(self, hidden, state, truncated, temperature):
-        """hidden [rows, D] -> drawn tokens [rows] and their log-probs [rows]."""
-        head = self.model.head_weight
-        position = state["positions"] + 1
-        identity = (state["seed"], state["request"], state["sample"], position)
-        key = (state["temperature"], *identity)
-        if truncated:
-            logits = self.linear(hidden, head).float()
-            limits = (state["top_p"], state["top_k"])
-            return sample_logits(logits, *key, *limits)
-        if self.cpu:
-            logits = self.linear(hidden, head).float()
-            return draw(logits, *key)
 
-        tokens, logprobs = sample_tokens(hidden, head, *key, one_tile=self.exact)
-        if self.exact:  # the trainer's own kernel has the last word on the log-prob
-            logprobs, _ = token_logprobs(hidden, head, tokens, temperature or 1.0)
-        return tokens, logprobs
+def can_record(model):
+    """Can steps be CUDA graphs? The torch references look at lengths on the host, Triton does not."""
+    return use_triton(model.embed.weight) and model.config.head_dim in (64, 128)
 
 
-def _write_column(table, column, values, alive):
-    """table[row, column[row]] = values[row] where a row is alive; dead rows keep what they have."""
-    column = column[:, None]
-    kept = table.gather(1, column).squeeze(1)
-    written = torch.where(alive, values, kept)
-    table.scatter_(1, column, written[:, None])
+def rope_of_positions(count, config, device):
+    """rope_tables of positions 0..count-1 and some more.
+
+    In parts of whole vectors for one thread: the rest of a vector comes from another function.
+    """
+    parts = []
+    for start in range(0, count, 512):
+        positions = torch.arange(start, start + 512, device=device)
+        parts.append(rope_tables(positions, config.head_dim, config.rope_theta))
+    cos, sin = zip(*parts)
+    return torch.cat(cos), torch.cat(sin)
 
 
 def _ragged(lists):
-    """Lists of ints -> [len(lists), longest] int64; a short list repeats its last entry."""
+    """Lists of ints -> array [len(lists), longest]; a short list repeats its last entry."""
     width = max(len(values) for values in lists)
-    rows = []
+    padded = []
     for values in lists:
         missing = width - len(values)
-        rows.append(values + values[-1:] * missing)
-    return torch.tensor(rows)
+        padded.append(values + values[-1:] * missing)
+    return np.array(padded)
 
 
-def draw(logits, temperature, *key):
+def _draw_truncated(logits, values):
+    """Tokens and log-probs of gathered rows of which some have top_p or top_k."""
+    limits = (rows.floats(values, rows.TOP_P), values[:, rows.TOP_K])
+    temperature = rows.floats(values, rows.TEMPERATURE)
+    return sample_logits(logits.float(), temperature, rows.uniforms(values), *limits)
+
+
+def draw(logits, temperature, uniforms):
     """kernels.sampling.sample_tokens from given logits, in as few passes over them as can be.
 
-    logits: [B, V], overwritten. key: seed, request id, sample and position, int64 [B] each.
+    logits: [B, V], overwritten. uniforms: [2, B].
     Returns tokens [B] and log-probs [B]. The logarithm is taken in float64: in fp32 its last bit
     would depend on a row's place in the batch.
     """
@@ -406,7 +416,7 @@ def draw(logits, temperature, *key):
     weights = F.pad(below.exp(), (0, -vocabulary % TILE))
     weights = weights.view(rows, -1, TILE)
     masses = weights.sum(-1)
-    tile_uniform, token_uniform = uniforms_reference(*key)
+    tile_uniform, token_uniform = uniforms
     tile = _first_above(masses, tile_uniform)
     weights = weights[torch.arange(rows), tile]
     token = tile * TILE + _first_above(weights, token_uniform)

@@ -132,7 +132,7 @@ class EvalSettings:
     version: str = setting("v3", "MultiPL-E's data: v3 or v0.4")
 
     seed: int = setting(0, "decides every sampled token, and the subset", section="the run")
-    slots: int = setting(256, "sequences sampled at once")
+    slots: int = setting(0, "sequences sampled at once; 0 = as many as memory holds")
     sandbox: str = setting(
         "kernel", "weakest sandbox level that is accepted: portable, kernel or namespaces"
     )

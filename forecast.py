@@ -76,7 +76,7 @@ def measure_sampling(sampler, prompt, rows, new_tokens, temperature):
 
     def measure(prompt, rows):
         """The statistics of the shortest call that is long enough; its first step is cold."""
-        tokens = 2 * sampler.look_every
+        tokens = 2 * sampler.chunk
         while True:
             tokens = min(tokens, new_tokens)
             request = Request(prompt, n=rows, max_new_tokens=tokens, temperature=temperature)
@@ -156,14 +156,14 @@ def announce(run, report):
     prompt = typical_prompt(run)
     ranks = distributed.world_size()
     prompts, drawn, trained = (-(-count // ranks) for count in step_counts(settings))
-    rows = min(drawn, settings.slots)
+    rows = min(drawn, run.sampler.slots)
     longest = settings.max_new_tokens
     sampling = measure_sampling(run.sampler, prompt, rows, longest, settings.temperature)
     training = measure_training(run, prompt)
 
     def step_seconds(new_tokens):
         read = prompts * len(prompt)
-        seconds = sampling.seconds(read, drawn * new_tokens, longest, settings.slots)
+        seconds = sampling.seconds(read, drawn * new_tokens, longest, run.sampler.slots)
 
         # What is cut into micro-batches computes some prompts more than once.
         group = max(1, trained // prompts)
@@ -174,7 +174,7 @@ def announce(run, report):
     def evaluation_seconds(new_tokens):
         count = -(-len(run.held_out) // ranks)
         samples = count * settings.eval_samples * new_tokens
-        return sampling.seconds(count * len(prompt), samples, longest, settings.slots)
+        return sampling.seconds(count * len(prompt), samples, longest, run.sampler.slots)
 
     few = quarter(settings)
     times = [step_seconds(few), step_seconds(longest)]
@@ -195,7 +195,7 @@ def announce_evaluation(sampler, prompts, settings, report):
     """
     if not prompts:
         return
-    rows = min(len(prompts) * settings.samples, settings.slots)
+    rows = min(len(prompts) * settings.samples, sampler.slots)
     longest = settings.max_new_tokens
     prompt = middle(prompts)
     sampling = measure_sampling(sampler, prompt, rows, longest, settings.temperature)
@@ -205,7 +205,7 @@ def announce_evaluation(sampler, prompts, settings, report):
     times = []
     for new_tokens in (few, longest):
         drawn = len(prompts) * settings.samples * new_tokens
-        times.append(sampling.seconds(read, drawn, longest, settings.slots))
+        times.append(sampling.seconds(read, drawn, longest, sampler.slots))
     report(
         f"what comes: {len(prompts)} problems, {settings.samples} completions each of {few} to "
         f"{longest} tokens: sampling about {span(times)}. Less time: --problems, --max_new_tokens, "

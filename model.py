@@ -221,22 +221,23 @@ class Model(nn.Module):
     def hidden(self, tokens, positions, segments):
         """Hidden states [T, D] after the final norm; tokens, positions: [T] int64."""
         attend = self.attention(self.config, segments)
-        return self.decode(tokens, positions, attend, self.linear)
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        return self.decode(tokens, rope, attend, self.linear)
 
-    def decode(self, tokens, positions, attend, linear):
+    def decode(self, tokens, rope, attend, linear):
         """The decoder with attention left open -> hidden states [T, D] after the final norm.
 
+        rope: cosines and sines of the tokens' positions (kernels.layers.rope_tables).
         attend: (layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].
         linear: (x, weight) -> their product; the sampler gives one whose rows do not depend on the
             batch (decode.py).
         """
         config = self.config
-        cos, sin = rope_tables(positions, config.head_dim, config.rope_theta)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         x = self.embed(tokens)
         residual = None
         for index, layer in enumerate(self.layers):
-            inputs = (x, residual, attend, index, cos, sin, linear)
+            inputs = (x, residual, attend, index, *rope, linear)
             if recompute:
                 x, residual = checkpoint(layer, *inputs, use_reentrant=False)
             else:

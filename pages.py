@@ -4,18 +4,28 @@ from typing import NamedTuple
 
 import torch
 
+# Pages copied at a time, through memory of their size: 0.1 GB of the 0.5B model's.
+COPIED_PAGES = 64
+
 
 class StalePageError(RuntimeError):
     """A page written under other weights was about to be read."""
 
 
 class PoolSize(NamedTuple):
-    """How the pages of a pool are cut: runs for the rows' own tokens, then pieces for prompts."""
+    """What is made once for many calls: how pages are cut, and how wide the rows' state is.
+
+    The runs hold the rows' own tokens, the pieces prompts.
+    """
 
     runs: int
     run_pages: int  # pages of each run
     pieces: int
     piece_pages: int  # pages of each piece
+    stops: int  # stop ids of a row
+    table: int  # pages of a row
+    response: int  # tokens of a response
+    positions: int  # tokens of a prompt with its response
 
     @property
     def pages(self):
@@ -23,33 +33,32 @@ class PoolSize(NamedTuple):
 
 
 class PagePool:
-    """Keys and values of every layer as pages [pages, kv heads, page_size, head_dim].
+    """Keys and values of every layer as pages [pages, kv heads, page_size, head_dim], one tensor.
 
     Each page is stamped with the weight version that wrote it. The runs come first, one for each
     row's own tokens; then the pieces, of which a prompt takes as many as it needs.
 
     On CPU the tensors lie in memory heads first and a prompt is one piece, so that a row's tokens
     are two stretches of memory for each head; keys lie there in units of 16 tokens
-    (kernels/native.py), and `k` shows them in the wrong order.
+    (kernels/native.py), and `layer` shows them in the wrong order.
     """
 
     def __init__(self, config, size, page_size, dtype, device, heads_first):
         """size: PoolSize. page_size: tokens per page."""
         self.size = size
         self.page_size = page_size
+        self.device = device
         heads = config.num_key_value_heads
-        layers = range(config.num_hidden_layers)
+        layers = config.num_hidden_layers
         page = (page_size, config.head_dim)
         kind = {"dtype": dtype, "device": device}
 
+        self.heads_first = heads_first
         if heads_first:
-            # Keys and values of a layer are one tensor, so that one call writes both.
-            self.joint = [torch.zeros(2 * heads, size.pages, *page, **kind) for _ in layers]
-            self.k = [joint[:heads].transpose(0, 1) for joint in self.joint]
-            self.v = [joint[heads:].transpose(0, 1) for joint in self.joint]
+            # Keys and values of a layer together, so that one call writes both.
+            self.kv = torch.zeros(layers, 2 * heads, size.pages, *page, **kind)
         else:
-            self.k = [torch.zeros(size.pages, heads, *page, **kind) for _ in layers]
-            self.v = [torch.zeros(size.pages, heads, *page, **kind) for _ in layers]
+            self.kv = torch.zeros(layers, 2, size.pages, heads, *page, **kind)
         self.clear()
 
     def __len__(self):
@@ -64,8 +73,11 @@ class PagePool:
         self.free_pieces = list(range(first, len(self), self.size.piece_pages))
 
     def layer(self, index):
-        """Keys and values of a layer."""
-        return self.k[index], self.v[index]
+        """Keys and values of a layer, each [pages, kv heads, page_size, head_dim]."""
+        if not self.heads_first:
+            return self.kv[index].unbind(0)
+        k, v = self.kv[index].chunk(2)
+        return k.transpose(0, 1), v.transpose(0, 1)
 
     def run(self, slot):
         """Pages of a run."""
@@ -81,6 +93,10 @@ class PagePool:
         """Hand a run back: what it holds may not be read any more."""
         self.free_runs.append(slot)
         self._stamp(self.run(slot), None)
+
+    def has(self, count):
+        """Are `count` pages free for a prompt?"""
+        return count <= len(self.free_pieces) * self.size.piece_pages
 
     def take(self, count, version):
         """Reserve `count` pages for a prompt -> the pages, in order."""
@@ -111,9 +127,8 @@ class PagePool:
                     "call load() between two generate() calls, not during one"
                 )
 
-    def copy(self, copies):
-        """Copy whole pages in every layer; copies: [(from, to)], at least one."""
-        pairs = torch.tensor(copies, dtype=torch.int64, device=self.k[0].device)
-        sources, targets = pairs.T
-        for pages in self.k + self.v:
-            pages[targets] = pages[sources]
+    def copy(self, pairs):
+        """Copy whole pages in every layer; pairs [n, 2] int64, from and to, on the device."""
+        for part in pairs.split(COPIED_PAGES):
+            sources, targets = part.unbind(1)
+            self.kv.index_copy_(2, targets, self.kv.index_select(2, sources))

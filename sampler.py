@@ -6,23 +6,32 @@
 
 The life of a request: all pages that its rollout can ever need are reserved (so nothing is
 preempted and nothing runs out of memory half way), its prompt but the last token is prefilled once,
-its n samples start by decoding that last token, and each leaves its row when it draws a stop token,
-when its text has a stop string, or when it reaches max_new_tokens. Rows that leave are refilled
-from the queue. Every draw depends only on (seed, request id, sample, position).
+its n samples start by decoding that last token, each in a slot: a row of the device's state that
+never moves, with a run of pages. A sample ends when it draws a stop token, when its text has a stop
+string, or when it reaches max_new_tokens; its slot is free for the next when its outputs are copied.
+Every draw depends only on (seed, request id, sample, position).
+
+On a GPU the host is a chunk of steps behind: it queues the next chunk before it looks at what the
+last one did, so neither waits for the other, and a sample that ended idles for a chunk.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from decode import COLUMNS, Decoder, new_state
+from decode import Decoder, Fetch, upload
 from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
 from runtime.machine import free_bytes
-from runtime.memory import PREFILL_TOKENS
+from runtime.memory import MOST_ROWS, PREFILL_TOKENS
 
+# Slots on a CPU, unless the caller says: beyond a few dozen a step takes hardly less per row.
+ROWS_ON_CPU = 256
 # Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
 # training.
 MEMORY = 0.5
@@ -141,30 +150,45 @@ class StopSearch:
 
 @dataclass
 class Row:
-    """A running sample; `slot` is its run of pages."""
+    """A sample in a slot, until its outputs are copied."""
 
     group: Group
     sample: int
     slot: int
     search: StopSearch | None = None  # for its request's stop strings
+    drawn: int = 0  # tokens, by the last look that had to know
+    ended: bool = False
+
+
+class Awaited(NamedTuple):
+    """Rows, and what the device has been asked about them."""
+
+    rows: list[Row]
+    fetch: Fetch  # of Decoder.look, or of Decoder.outputs where they have ended
 
 
 class Sampler:
-    """Samples from `model`, reading its weights in place. Call load() after every weight update.
-
-    The host knows the running samples as a list of Row; the device has row i of `state` for each.
-    """
+    """Samples from `model`, reading its weights in place. Call load() after every weight update."""
 
     def __init__(
-        self, model, slots=256, page_size=None, memory=None, share_prefix=True, exact=False
+        self,
+        model,
+        slots=0,
+        page_size=None,
+        memory=None,
+        share_prefix=True,
+        exact=False,
+        expected=(),
     ):
-        """slots: samples decoded together.
+        """slots: samples decoded together; 0: all that memory holds, at most 1,024 (CPU: 256).
         page_size: tokens per page, a multiple of 16.
         memory: most bytes of keys and values; None = half of what is free when they are first
             needed. Never more than the requests need; with less, fewer samples run together.
         share_prefix: False prefills every sample alone, to measure what sharing gains.
         exact: the GPU's mode with the trainer's arithmetic (runtime/exact.py); all requests of a
             call then have one temperature.
+        expected: requests as large as any call's; what is made once is sized for them, where
+            memory allows it, so that no later call has to make it (and its graphs) anew.
         """
         weight = model.embed.weight
         self.model = model
@@ -172,10 +196,11 @@ class Sampler:
         self.device = weight.device
         self.dtype = weight.dtype
         self.cpu = weight.device.type == "cpu"
-        self.slots = slots
+        self.slots = slots or (ROWS_ON_CPU if self.cpu else MOST_ROWS)
         self.memory = memory
         self.share_prefix = share_prefix
         self.exact = exact
+        self.expected = expected
 
         default = UNIT if self.cpu else 8192 // self.config.head_dim
         self.page_size = page_size or default
@@ -188,12 +213,12 @@ class Sampler:
         # Made when first needed; release() gives them back.
         self.pool = None
         self.decoder = None
-        self.state = None
 
-        self.capacity = 0  # rows at a time for which there are pages
         self.version = 0  # of the weights
         self.checked_version = 0  # the one under which all running rows were checked
-        self.look_every = 1 if self.cpu else 8  # steps between two looks at the rows that ended
+        # Steps between two looks at the rows, and looks that the host is behind. A sample that has
+        # ended idles for 12 steps in the mean; 8 steps take the GPU 10 ms or more, the host 2.
+        self.chunk, self.lag = (1, 0) if self.cpu else (8, 1)
         self.decode = None  # ids -> text, of the call that runs
         self.stats = {}
 
@@ -220,7 +245,6 @@ class Sampler:
         is_large = self.cpu and self.held_bytes() + self.model.embed.weight.nbytes > LARGE
         self.pool = None
         self.decoder = None
-        self.state = None
         if is_large:
             give_back()
 
@@ -256,34 +280,27 @@ class Sampler:
             return []
 
         queue = self._plan(requests)
-        truncated = any(request.top_p < 1 or request.top_k > 0 for request in requests)
-        temperature = self._one_temperature(requests)
+        self.truncated = any(request.top_p < 1 or request.top_k > 0 for request in requests)
+        self.searched = any(request.stop_strings for request in requests)
+        self.temperature = self._one_temperature(requests)
         self.done = [[] for _ in requests]
+        self.running = []
+        self.count = 0  # rows of a step, `running` and some to fill up; 0: not placed yet
+        looks = deque()
+        self.leaving = deque()
 
-        rows = []
-        ended = False
-        while queue or rows:
-            # Refill the rows that are free.
-            admitted = self._admit(queue, self.capacity - len(rows))
-            if admitted:
-                rows = self._join(rows, admitted)
-            if admitted or ended:
-                state = self._pad(len(rows))
-            self._check_versions(rows, admitted)
-
-            # Decode a few tokens of every row, then look which rows are still alive.
+        while queue or self.running or looks or self.leaving:
+            self._admit(queue)
             before = time.perf_counter()
-            self.decoder.run(state, self.look_every, truncated, temperature)
-            alive = state["alive"][: len(rows)].tolist()
+            if self.running:
+                looks.append(self._run_chunk())
+            if len(looks) > self.lag or (looks and not self.running):
+                self._collect(*looks.popleft())
             self.stats["decode_seconds"] += time.perf_counter() - before
-            self.stats["steps"] += self.look_every
-            self.stats["row_steps"] += self.look_every * len(rows)
-            if any(row.search for row in rows):
-                alive = self._without_stopped(rows, alive)
 
-            ended = not all(alive)
-            if ended:
-                rows = self._finish(rows, alive, on_done)
+            # Outputs arrive behind the chunk that was under way when they were asked for.
+            while self.leaving and (self.leaving[0].fetch.is_here() or not self.running):
+                self._finish(*self.leaving.popleft(), on_done)
 
         self.stats["seconds"] = time.perf_counter() - started
         return [_in_sample_order(completions) for completions in self.done]
@@ -293,16 +310,17 @@ class Sampler:
     def _plan(self, requests):
         """Requests -> queue of groups, the next one last; refuses what can never fit.
 
-        Also makes what holds them: the page pool, the decoder and the row buffers.
+        Also makes what holds them: the page pool and the decoder.
         """
         for index, request in enumerate(requests):
-            _check(index, request, self.config)
-            if request.stop_strings and not self.decode:
-                raise ValueError(
-                    f"request {index} has stop strings, which are found in text: "
-                    "give generate() the tokenizer's decode"
-                )
+            _check(index, request, self.config, self.decode)
 
+        groups = self._groups(requests)
+        self._reserve(groups)
+        self.decoder.refresh()
+        return sorted(groups, key=_urgency)
+
+    def _groups(self, requests):
         groups = []
         for index, request in enumerate(requests):
             samples = list(range(request.n))
@@ -311,11 +329,7 @@ class Sampler:
                 shares = [[sample] for sample in samples]
             for share in shares:
                 groups.append(Group(len(groups), index, request, share))
-
-        self._reserve(groups)
-        self.decoder.refresh()
-        self._make_buffers(groups)
-        return sorted(groups, key=_urgency)
+        return groups
 
     def _one_temperature(self, requests):
         """The temperature of all requests, which the exact mode needs; elsewhere None.
@@ -338,48 +352,36 @@ class Sampler:
         """Pages of a sample's run.
 
         They hold its tokens from the last prompt token on (the very last is drawn but never fed)
-        and, where pages are read by a table, a copy of what the prompt wrote in its last page.
+        and, where pages are read by a table, a copy of what the prompt wrote in its last page:
+        up to a page, whatever the prompt, so that another prompt needs no larger runs.
         """
-        copied = 0 if self.cpu else group.cached % self.page_size
+        copied = 0 if self.cpu else self.page_size - 1
         return _ceil(group.request.max_new_tokens + copied, self.page_size)
 
     def _reserve(self, groups):
-        """Pages for the whole rollout of as many rows at a time as memory surely has room for.
+        """Make what holds these groups, or keep what there is.
 
-        Sets self.capacity to that number of rows. The pool is kept while it is large enough.
+        That is pages for the whole rollout of as many rows at a time as memory surely has room for.
         """
-        own_pages = max(self._own_pages(group) for group in groups)
-        longest_first = sorted((self._prompt_pages(group) for group in groups), reverse=True)
-        # CPU attention wants a prompt in one piece, and all pieces have one size.
-        piece_pages = max(1, longest_first[0]) if self.cpu else 1
-        prompts = [_ceil(pages, piece_pages) * piece_pages for pages in longest_first]
-
-        # At worst every row is of another prompt, of the longest ones.
         room = self._affordable_pages()
-        samples = sum(len(group.samples) for group in groups)
-        self.capacity = 0
-        prompt_pages = 0
-        for rows in range(1, 1 + min(self.slots, samples)):
-            more = prompts[rows - 1] if rows <= len(prompts) else 0
-            if rows * own_pages + prompt_pages + more > room:
-                break
-            self.capacity = rows
-            prompt_pages += more
-        if not self.capacity:
-            self._refuse(groups, own_pages + prompts[0], room)
-
-        needed = PoolSize(self.capacity, own_pages, prompt_pages // piece_pages, piece_pages)
-        held = self.pool.size if self.pool else needed
-        if not self.pool or any(new > old for new, old in zip(needed, held)):
-            # At least what it was, where there is room, so that two kinds of calls share a pool.
-            larger = PoolSize(*map(max, needed, held))
-            size = larger if larger.pages <= room else needed
-            # The old pool is freed before the new one is made; packed weights are kept.
-            before = self.decoder
-            self.pool = None
-            self.decoder = None
-            packed = (before.packed, before.stamp) if before else ({}, None)
-            before = None
+        samples = _samples(groups)
+        needed = self._size(groups, samples, room)
+        if not needed.runs:
+            self._refuse(groups, needed.run_pages + needed.pieces * needed.piece_pages, room)
+        if not self.pool or not self._is_held(needed):
+            # For what is expected too, where that leaves room for rows, and at least what it was,
+            # so that all kinds of calls share a pool and its graphs.
+            expected = self._groups(self.expected)
+            samples = max(samples, _samples(expected))
+            size = self._size(groups + expected, samples, room)
+            size = size if size.runs else needed
+            if self.pool:
+                larger = PoolSize(*map(max, size, self.pool.size))
+                size = larger if larger.pages <= room else size
+            # The old ones are freed before the new ones are made; packed weights are kept.
+            old = self.decoder
+            packed = (old.packed, old.stamp) if old else ({}, None)
+            self.pool = self.decoder = old = None
             self.pool = PagePool(
                 self.config, size, self.page_size, self.dtype, self.device, heads_first=self.cpu
             )
@@ -388,6 +390,52 @@ class Sampler:
 
         # No page survives a call, and a rollout that was interrupted leaves none behind.
         self.pool.clear()
+        self.refill = 1 if self.cpu else max(1, self.pool.size.runs // 16)
+
+    def _size(self, groups, samples, room):
+        """PoolSize for groups of so many samples; 0 runs where not even one row has room.
+
+        room: pages at most.
+        """
+        own_pages = max(self._own_pages(group) for group in groups)
+        longest_first = sorted((self._prompt_pages(group) for group in groups), reverse=True)
+        # CPU attention wants a prompt in one piece, and all pieces have one size.
+        piece_pages = max(1, longest_first[0]) if self.cpu else 1
+        prompts = [_ceil(pages, piece_pages) * piece_pages for pages in longest_first]
+
+        # At worst every row is of another prompt, of the longest ones.
+        asked = [group.request for group in groups]
+        runs = 0
+        prompt_pages = 0
+        for count in range(1, 1 + min(self.slots, samples)):
+            more = prompts[count - 1] if count <= len(prompts) else 0
+            if count * own_pages + prompt_pages + more > room:
+                break
+            runs = count
+            prompt_pages += more
+
+        return PoolSize(
+            runs=runs,
+            run_pages=own_pages,
+            pieces=max(prompt_pages, prompts[0]) // piece_pages,
+            piece_pages=piece_pages,
+            stops=max(len(request.stop_ids) for request in asked),
+            table=1 if self.cpu else longest_first[0] + own_pages,
+            response=max(request.max_new_tokens for request in asked),
+            positions=max(len(request.prompt) + request.max_new_tokens for request in asked),
+        )
+
+    def _is_held(self, needed):
+        """Does what there is hold rows of this size?
+
+        With fewer slots or pieces samples wait for others; only for a quarter more of them is it
+        worth to record all graphs again.
+        """
+        held = self.pool.size
+        prompt_pages = needed.piece_pages if self.cpu else needed.table - needed.run_pages
+        has_pieces = prompt_pages <= held.pieces * held.piece_pages
+        least = needed._replace(runs=needed.runs * 4 // 5, pieces=needed.pieces * 4 // 5)
+        return has_pieces and all(new <= old for new, old in zip(least, held))
 
     def _affordable_pages(self):
         """Pages in the memory that the sampler may take; the pool in use counts as free."""
@@ -405,39 +453,23 @@ class Sampler:
             "shorten it, or give the sampler more memory"
         )
 
-    def _make_buffers(self, groups):
-        """Row buffers, kept from call to call while they are wide enough.
+    # ---- between two chunks of steps: who runs, and what the device has done ----
 
-        CUDA graphs hold their addresses, so new buffers mean new graphs.
+    def _admit(self, queue):
+        """Start samples from the end of the queue while there are slots and pages for prompts.
+
+        On a GPU by 1/16 of the slots at least: a prefill pass takes 15 ms for 1 to 16 prompts.
         """
-        longest = max(group.request.max_new_tokens for group in groups)
-        prompt_pages = max(self._prompt_pages(group) for group in groups)
-        own_pages = 1 if self.cpu else self.pool.size.run_pages
-        widths = {
-            "stop_ids": max(len(group.request.stop_ids) for group in groups),
-            "tables": prompt_pages + own_pages,
-            "out_tokens": longest,
-            "out_logprobs": longest,
-        }
-        if self.state:
-            held = {name: self.state[name].shape[1] for name in widths}
-            if all(held[name] >= width for name, width in widths.items()):
-                return
-            widths = {name: max(width, held[name]) for name, width in widths.items()}
+        if self.running and len(self.pool.free_runs) < min(self.refill, _samples(queue)):
+            return
 
-        self.state = None  # freed before the new ones are made
-        self.state = new_state(self.decoder.pad(self.slots), widths, self.device)
-        self.decoder.forget_graphs()
-
-    # ---- between two chunks of steps: who runs, and what the device knows of it ----
-
-    def _admit(self, queue, free_rows):
-        """Start samples from the end of the queue while rows last -> [Row]; prefills new prompts."""
         admitted = []
         fresh = []
-        while queue and free_rows > 0:
+        while queue and self.pool.free_runs:
             group = queue[-1]
             if group.fresh:
+                if not self.pool.has(self._prompt_pages(group)):
+                    break
                 pages = self.pool.take(self._prompt_pages(group), self.version)
                 full = len(pages) if self.cpu else group.cached // self.page_size
                 group.prefix = pages[:full]
@@ -445,21 +477,23 @@ class Sampler:
                 group.fresh = False
                 fresh.append(group)
 
-            started = group.samples[:free_rows]
-            group.samples = group.samples[free_rows:]
+            free = len(self.pool.free_runs)
             strings = group.request.stop_strings
-            for sample in started:
+            for sample in group.samples[:free]:
                 slot = self.pool.take_run(self.version)
                 search = StopSearch(strings, self.decode) if strings else None
                 admitted.append(Row(group, sample, slot, search))
-            group.running += len(started)
-            free_rows -= len(started)
+                group.running += 1
+            group.samples = group.samples[free:]
             if not group.samples:
                 queue.pop()
 
-        self._prefill([group for group in fresh if group.cached])
-        self._copy_tails(admitted)
-        return admitted
+        if admitted:
+            self._prefill([group for group in fresh if group.cached])
+            self._copy_tails(admitted)
+            self.decoder.join([self._values(row) for row in admitted])
+            self.running = self.running + admitted  # a new list: looks keep the old one
+            self.count = 0
 
     def _prefill(self, groups):
         """Run prompts, but their last token, through the model in packed passes of like lengths."""
@@ -484,7 +518,7 @@ class Sampler:
                 first = self.pool.run(row.slot)[0]
                 copies.append((page, first))
         if copies:
-            self.pool.copy(copies)
+            self.pool.copy(upload(np.array(copies), self.device))
 
         # When all samples of a group have theirs, the page itself is not needed any more.
         for row in admitted:
@@ -493,102 +527,65 @@ class Sampler:
                 self.pool.give(group.tail)
                 group.tail = []
 
-    def _join(self, rows, admitted):
-        """Add new rows, sorted by group, so that the samples of a group are neighbours -> [Row]."""
-        first = len(rows)
-        rows = rows + admitted
-        for name, values in self._columns(admitted).items():
-            self.state[name][first : len(rows)] = values.to(self.device)
+    def _values(self, row):
+        """What the device has to know of a new row; on a CPU the slot says where its own pages are."""
+        prefix = row.group.prefix
+        pages = prefix[:1] if self.cpu else prefix + self.pool.run(row.slot)
+        return self.decoder.rows.new_row(row.group.request, row.sample, row.slot, pages)
 
-        order = sorted(range(len(rows)), key=lambda i: rows[i].group.number)
-        return self._keep(rows, order)
+    def _run_chunk(self):
+        """Give the device a chunk of steps, and ask what it will have done -> Awaited."""
+        # Every page about to be read is of the present weights; new ones are when they are taken.
+        if self.version != self.checked_version:
+            for row in self.running:
+                self.pool.check(row.group.prefix + self.pool.run(row.slot), self.version)
+            self.checked_version = self.version
 
-    def _columns(self, rows):
-        """What the device has to know of new rows, on the host: column -> [rows, ...]."""
-        values = [_row_values(row, self.page_size) for row in rows]
-        columns = {}
-        for name, dtype in COLUMNS.items():
-            columns[name] = torch.tensor([value[name] for value in values], dtype=dtype)
+        if not self.count:
+            self.count = self.decoder.place([row.slot for row in self.running])
+        self.decoder.run(self.count, self.chunk, self.truncated, self.temperature)
+        self.stats["steps"] += self.chunk
+        self.stats["row_steps"] += self.chunk * len(self.running)
+        fetch = self.decoder.look(self.count, self.chunk if self.searched else 0)
+        return Awaited(self.running, fetch)
 
-        stop_ids = []
-        tables = []
-        for row in rows:
-            stop_ids.append(list(row.group.request.stop_ids))
-            own = [] if self.cpu else self.pool.run(row.slot)  # on CPU the slot says where
-            tables.append(row.group.prefix + own)
-        columns["stop_ids"] = _filled(stop_ids, like=self.state["stop_ids"], filler=-1)
-        columns["tables"] = _filled(tables, like=self.state["tables"], filler=0)
-        return columns
+    def _collect(self, ran, fetch):
+        """Find the rows that have ended by then, and ask for their outputs."""
+        places, *newest = fetch.wait()
+        positions, lives = places[: len(ran)].T
+        ended = []
+        for i in range(len(ran)) if newest else np.flatnonzero(lives == 0):
+            row = ran[i]
+            if row.ended:  # by the look before, when this chunk was on its way already
+                continue
+            drawn = int(positions[i]) - row.group.cached
+            if row.search and drawn > row.drawn:
+                row.search.add(newest[0][i, row.drawn - drawn :].tolist())
+            row.drawn = drawn
+            row.ended = not lives[i] or bool(row.search and row.search.end)
+            if row.ended:
+                ended.append(row)
 
-    def _keep(self, rows, chosen):
-        """Only the chosen rows, in that order, on the host and on the device -> [Row]."""
-        index = torch.tensor(chosen, dtype=torch.int64, device=self.device)
-        for buffer in self.state.values():
-            buffer[: len(chosen)] = buffer.index_select(0, index)
-        return [rows[i] for i in chosen]
+        if ended:
+            self.running = [row for row in self.running if not row.ended]
+            self.count = 0
+            longest = max(row.drawn for row in ended)
+            fetch = self.decoder.outputs([row.slot for row in ended], longest)
+            self.leaving.append(Awaited(ended, fetch))
 
-    def _pad(self, count):
-        """The state to run: `count` living rows, filled up with dead copies of the last one."""
-        size = self.decoder.pad(count)
-        for buffer in self.state.values():
-            buffer[count:size] = buffer[count - 1]
-        self.state["alive"][count:size] = False
-        return {name: buffer[:size] for name, buffer in self.state.items()}
-
-    def _check_versions(self, rows, admitted):
-        """Every page about to be read is of the present weights.
-
-        New rows are looked at always, the others when the version has changed.
-        """
-        suspects = admitted if self.version == self.checked_version else rows
-        for row in suspects:
-            pages = row.group.prefix + self.pool.run(row.slot)
-            self.pool.check(pages, self.version)
-        self.checked_version = self.version
-
-    def _without_stopped(self, rows, alive):
-        """`alive` with False for the rows whose text has a stop string.
-
-        What they drew behind it since the host last looked is cut off in _finish.
-        """
-        count = len(rows)
-        state = {name: buffer[:count] for name, buffer in self.state.items()}
-        # A living row's last token is at `positions`, an ended one's was never fed.
-        drawn = state["positions"] + 1 - state["start"] + ~state["alive"]
-        last_columns = torch.arange(-self.look_every, 0, device=self.device)
-        columns = (drawn[:, None] + last_columns).clamp(min=0)
-        newest = state["out_tokens"].gather(1, columns).tolist()
-
-        lives = []
-        for row, total, tokens, is_alive in zip(rows, drawn.tolist(), newest, alive):
-            if row.search:
-                new = total - len(row.search.tokens)
-                row.search.add(tokens[-new:])
-                is_alive = is_alive and not row.search.end
-            lives.append(is_alive)
-        return lives
-
-    def _finish(self, rows, alive, on_done):
-        """Rows that ended become completions and leave -> the rows that go on.
+    def _finish(self, ended, fetch, on_done):
+        """Rows whose outputs are here become completions, and their slots free.
 
         Hands over the requests that are complete.
         """
-        ended = [i for i, lives in enumerate(alive) if not lives]
-        index = torch.tensor(ended, device=self.device)
-        # `positions` is that of the last token fed; one more was drawn.
-        counts = self.state["positions"] + 2 - self.state["start"]
-        counts = counts[index].tolist()
-        all_tokens = self.state["out_tokens"][index].tolist()
-        all_logprobs = self.state["out_logprobs"][index].tolist()
-
-        for i, count, tokens, logprobs in zip(ended, counts, all_tokens, all_logprobs):
-            row = rows[i]
+        (outputs,) = fetch.wait()
+        for row, (tokens, logprobs) in zip(ended, outputs):
             number, request = row.group.index, row.group.request
             found_stop = row.search and row.search.end
-            if found_stop:
-                count = row.search.end
-            tokens = tokens[:count]
-            logprobs = logprobs[:count]
+            # Cut off what was drawn behind a stop string before the host knew.
+            count = row.search.end if found_stop else row.drawn
+            tokens = tokens[:count].tolist()
+            logprobs = logprobs[:count].view(np.float32).tolist()
             stopped = found_stop or tokens[-1] in request.stop_ids
             reason = "stop" if stopped else "length"
             done = self.done[number]
@@ -598,9 +595,6 @@ class Sampler:
             if on_done and len(done) == request.n:
                 on_done(number, _in_sample_order(done))
 
-        living = [i for i, lives in enumerate(alive) if lives]
-        return self._keep(rows, living)
-
     def _leave(self, row):
         """Give back the row's pages and, after the last sample of a group, those of its prompt."""
         self.pool.give_run(row.slot)
@@ -609,7 +603,7 @@ class Sampler:
             self.pool.give(row.group.prefix)
 
 
-def _check(index, request, config):
+def _check(index, request, config, decode):
     """ValueError with a sentence for a request that no sampler of this model could run."""
     prompt, new = request.prompt, request.max_new_tokens
     if not prompt:
@@ -621,6 +615,11 @@ def _check(index, request, config):
         raise ValueError(
             f"request {index}: stop_strings {strings!r} must be a tuple of texts, none of them "
             "empty or with half a character (U+FFFD)"
+        )
+    if strings and not decode:
+        raise ValueError(
+            f"request {index} has stop strings, which are found in text: "
+            "give generate() the tokenizer's decode"
         )
     if len(prompt) + new > config.max_position_embeddings:
         raise ValueError(
@@ -634,6 +633,11 @@ def _check(index, request, config):
         )
 
 
+def _samples(groups):
+    """How many have not started."""
+    return sum(len(group.samples) for group in groups)
+
+
 def _urgency(group):
     """Longest expected first: what starts last should be short.
 
@@ -641,34 +645,6 @@ def _urgency(group):
     """
     expected = group.request.expected_tokens or group.request.max_new_tokens
     return expected, group.cached, -group.number
-
-
-def _row_values(row, page_size):
-    """The one-number columns of a new row (decode.COLUMNS)."""
-    group, request = row.group, row.group.request
-    return {
-        "tokens": request.prompt[-1],
-        "positions": group.cached,
-        "start": group.cached + 1,
-        "last": group.cached + request.max_new_tokens,
-        "group": group.number,
-        "slot": row.slot,
-        "prefix": len(group.prefix) * page_size,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "seed": request.seed,
-        "request": request.id,
-        "sample": row.sample,
-        "alive": True,
-    }
-
-
-def _filled(lists, like, filler):
-    """Lists of ints as rows as wide as `like`, filled up."""
-    width = like.shape[1]
-    filled = [values + [filler] * (width - len(values)) for values in lists]
-    return torch.tensor(filled, dtype=like.dtype).view(len(lists), width)
 
 
 def _in_sample_order(completions):

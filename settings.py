@@ -125,7 +125,12 @@ class Settings:
         "most rounds of new prompts in place of groups whose rewards are all equal (DAPO); 0 = off",
         least=0,
     )
-    slots: int = setting(256, "sequences sampled at the same time on one rank", least=1)
+    slots: int = setting(
+        0,
+        "sequences sampled at the same time on one rank; 0 = as many as memory holds, at most 1024 "
+        "(256 on a CPU)",
+        least=0,
+    )
 
     reward: str = setting(
         "correct=1",

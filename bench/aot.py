@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import advantage, attention, head, layers, linear, sampling, triton
+from kernels.rows import Rows, _begin
+from runtime import exact
 
 ARCHITECTURES = (80, 90)
 # Bytes of shared memory a block may ask for; the compiler does not check it.
@@ -88,11 +90,11 @@ class Launch(NamedTuple):
 def launch_all(arch):
     """Call every launcher once per shape that changes its compiled code."""
     for name, shape in SHAPES.items():
-        launch_attention(shape, attention.TILE_ELEMENTS // shape.head_dim, arch)
+        launch_attention(shape, exact.page_size(shape))
         if name in ("0.5B", "1.5B"):  # the row kernels of the others are the same code
             launch_layers(shape)
     # The smallest page, where a tile is 16 tokens.
-    launch_attention(SHAPES["0.5B"], page_size=16, arch=arch)
+    launch_attention(SHAPES["0.5B"], page_size=16)
 
     width = SHAPES["1.5B"].hidden
     linear._linear(tensor(256, width), tensor(2048, width), arch)
@@ -105,8 +107,8 @@ def launch_all(arch):
     head.gradient(hidden, weight, targets, column, column, column, column, 1.0, arch)
 
     for rows in (sampling.FEW_ROWS, 512):
-        key = [integers(rows) for _ in range(4)]
-        sampling._sample_tokens(tensor(rows, width), weight, floats(rows), *key, arch)
+        sampling.draw(tensor(rows, width), weight, floats(rows), floats(2, rows), arch)
+        launch_step(tensor(rows, width), weight, SHAPES["1.5B"], arch)
 
     rewards = floats(ROLLOUTS)
     group_ids = integers(ROLLOUTS)
@@ -122,15 +124,14 @@ def launch_exact(arch):
     shape = SHAPES["1.5B"]
     head_dim = shape.head_dim
     weight = tensor(VOCABULARY, shape.hidden)
-    pages = tensor(4096, shape.kv_heads, attention.TILE_ELEMENTS // head_dim, head_dim)
+    pages = tensor(4096, shape.kv_heads, exact.page_size(shape), head_dim)
 
     for rows in EXACT_ROWS:
         for first in (0, 7):
             x = tensor(first + rows, shape.hidden)[first:]
             targets = integers(first + rows)[first:]
             head.stats(x, weight, targets, 1.0, arch)
-        key = [integers(rows) for _ in range(4)]
-        sampling._sample_tokens(x, weight, floats(rows), *key, arch, one_tile=True)
+        launch_step(x, weight, shape, arch, one_tile=True)
 
         linear._linear(x, tensor(shape.qkv, shape.hidden), arch)
         layers._rms_norm_forward(x, x, tensor(shape.hidden), 1e-6)
@@ -144,7 +145,17 @@ def launch_exact(arch):
         lengths = tensor(rows, dtype=torch.int32)
         for count in EXACT_PAGES:
             tables = tensor(rows, count, dtype=torch.int32)
-            attention._paged_attention(q, pages, pages, tables, lengths, 0.1, arch=arch)
+            attention._paged_attention(q, pages, pages, tables, lengths, 0.1)
+
+
+def launch_step(hidden, weight, shape, arch, one_tile=False):
+    """The first and the last kernels of a decode step, of rows with 8 stop ids and 16 pages."""
+    rows = Rows(slots=len(hidden), stops=8, pages=16, longest=1024, device="meta")
+    active = rows.active[: len(hidden)]
+    table = floats(2048, shape.head_dim // 2)
+    step = _begin(rows, active, table, table, exact.page_size(shape))
+    moved = (rows, active, step.column)
+    sampling.draw(hidden, weight, step.temperature, step.uniforms, arch, one_tile, moved)
 
 
 def launch_layers(shape):
@@ -169,7 +180,7 @@ def launch_layers(shape):
     layers._qkv_rope_write(qkv, qkv[0], table, table, pages, pages, slots, shape.heads)
 
 
-def launch_attention(shape, page_size, arch):
+def launch_attention(shape, page_size):
     rows = 256
     context = 2048
     scale = shape.head_dim**-0.5
@@ -179,9 +190,7 @@ def launch_attention(shape, page_size, arch):
     lengths = tensor(rows, dtype=torch.int32)
 
     inputs = (q, pages, pages, tables, lengths, scale)
-    attention._paged_attention(*inputs, arch=arch)
-    group_ids = integers(rows)
-    attention._paged_attention(*inputs, lengths, group_ids, arch)
+    attention._paged_attention(*inputs)
 
 
 def tensor(*shape, dtype=torch.bfloat16):

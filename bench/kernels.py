@@ -41,6 +41,7 @@ import torch.nn.functional as F
 
 from bench import processor
 from kernels import advantage, attention, head, layers, logprob, sampling, triton
+from runtime import exact
 
 try:
     from liger_kernel.ops import fused_add_rms_norm as liger_norm
@@ -178,12 +179,12 @@ def sampling_cases(shape):
     for batch in shape.batches:
         hidden = tensor(batch, shape.hidden) * 8
         ones = torch.ones(batch, device=DEVICE)
-        key = random_key(batch)
+        uniforms = torch.rand(2, batch, device=DEVICE)
         yield Case(
             "sample + log-prob",
             f"{batch} rows",
             target="1.3" if batch <= 128 else "1.5",
-            ours=without_gradients(sampling.sample_tokens, hidden, weight, ones, *key),
+            ours=without_gradients(sampling.sample_tokens, hidden, weight, ones, uniforms),
             peers={"eager": without_gradients(eager_sample, hidden, weight)},
             bytes=weight.numel() * ITEM,
             flops=2 * batch * weight.numel(),
@@ -229,31 +230,28 @@ def paged_case(shape, size, target, lengths):
 
 
 def shared_prefix_case(shape, size, target, lengths, members):
-    """Half of the context is shared by neighbours, `members` at a time."""
-    batch = len(lengths)
+    """Half of the context is shared by neighbours, `members` at a time; its floor is to read it
+    once for all of them."""
+    groups = -(-len(lengths) // members)
     prefix_pages = max(lengths) // 2 // page_size_of(shape)
     prefix = prefix_pages * page_size_of(shape)
-    cache = random_cache(shape, lengths, members, prefix_pages)
+    shared = random_cache(shape, lengths, members, prefix_pages)
+    apart = random_cache(shape, lengths)
     scale = shape.head_dim**-0.5
-
-    group_ids = torch.arange(batch, device=DEVICE) // members
-    prefix_lengths = torch.full((batch,), prefix, dtype=torch.int32, device=DEVICE)
-    shared = (*cache, prefix_lengths, group_ids, scale)
-    groups = -(-batch // members)
     return Case(
         "decode attention, shared prefix",
         size,
         target,
-        ours=without_gradients(attention.shared_prefix_attention, *shared),
-        peers={"not shared": without_gradients(attention.paged_attention, *cache, scale)},
-        bytes=key_value_bytes(shape, sum(lengths) - prefix * (batch - groups)),
+        ours=without_gradients(attention.paged_attention, *shared, scale),
+        peers={"not shared": without_gradients(attention.paged_attention, *apart, scale)},
+        bytes=key_value_bytes(shape, sum(lengths) - prefix * (len(lengths) - groups)),
         graph=True,
     )
 
 
 def page_size_of(shape):
-    """One decode tile."""
-    return attention.TILE_ELEMENTS // shape.head_dim if DEVICE == "cuda" else 16
+    """The sampler's."""
+    return exact.page_size(shape) if DEVICE == "cuda" else 16
 
 
 def key_value_bytes(shape, tokens):
@@ -548,11 +546,6 @@ def positive(count):
     return torch.rand(count, device=DEVICE) + 0.5
 
 
-def random_key(count):
-    """Seeds, requests, samples and positions of a draw."""
-    return [torch.randint(0, 1 << 40, (count,), device=DEVICE) for _ in range(4)]
-
-
 def with_gradients(function, inputs):
     """function(*inputs) and the gradient of the sum of its outputs."""
 
@@ -704,8 +697,8 @@ def sweep(shape, ceilings):
 
     for batch in shape.batches:
         kernel = "few" if batch <= sampling.FEW_ROWS else "many"
-        arguments = (hidden[:batch], weight, positive(batch), *random_key(batch))
-        run = without_gradients(sampling._sample_tokens, *arguments)
+        uniforms = torch.rand(2, batch, device=DEVICE)
+        run = without_gradients(sampling.draw, hidden[:batch], weight, positive(batch), uniforms)
         yield from sweep_tiles(sampling.TILES, kernel, run, batch, weight, ceilings)
 
 

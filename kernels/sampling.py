@@ -15,22 +15,22 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from kernels import architecture, head, jit, tl, triton, use_triton, wide
+from kernels import architecture, head, jit, tl, triton, wide
 from kernels.head import TILE, Tile, tile_product
 
-# Up to 64 rows the bytes of the weight are the floor: a smaller tile with three programs per
-# multiprocessor keeps more of them in flight.
+# Up to 64 rows the bytes of the weight are the floor: a smaller tile with two programs of four
+# stages per multiprocessor keeps more of them in flight (1.54 of the floor at 0.5B, three programs
+# of three stages 1.78; at 1.5B 1.30 and 1.27).
 FEW_ROWS = 64
 TILES = {
-    ("few", 90): Tile(64, 64, 4, 3),
+    ("few", 90): Tile(64, 64, 4, 4),
     ("many", 90): Tile(128, 64, 8, 3, 128),
-    ("few", 80): Tile(64, 64, 4, 3),
+    ("few", 80): Tile(64, 64, 4, 4),
     ("many", 80): Tile(128, 64, 8, 3),
 }
 # The draw inside a tile has two levels, 8 groups of 16 tokens: a scan over all 128 would need twice
 # the registers (251 against 127).
 GROUPS = 8
-KEY_BLOCK = 128  # rows per program of the hash, one a thread
 
 # splitmix64's constants as signed 64-bit integers
 GOLDEN = -0x61C8864680B583EB
@@ -41,42 +41,23 @@ MIX_2 = -0x6B2FB644ECCEEE15
 # ---- public functions ----
 
 
-def sample_tokens(
-    hidden,
-    weight,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    one_tile=False,
-):
+def sample_tokens(hidden, weight, temperature, uniforms, one_tile=False):
     """Draw one token per row from softmax(hidden @ weight.T / temperature).
 
     hidden [B, D], weight [V, D]
     temperature [B] fp32: 0 is greedy, the first maximum with its untempered log-prob
-    seeds, requests, samples, positions [B] int64: the key of the draw
+    uniforms [2, B] fp32: of uniforms_reference
     one_tile: the same tile for every number of rows, so that a row's last bits do not depend on it
     Returns (tokens [B] int64, logprobs [B] fp32). Two equal logits: log-prob -0.693.
 
     On CUDA no logits reach memory (bf16 or fp16, D a multiple of 64).
     """
-    key = (seeds, requests, samples, positions)
     if not head.fits(hidden):
-        return sample_tokens_reference(hidden, weight, temperature, *key)
-    return _sample_tokens(hidden, weight, temperature, *key, one_tile=one_tile)
+        return sample_tokens_reference(hidden, weight, temperature, uniforms)
+    return draw(hidden, weight, temperature, uniforms, one_tile=one_tile)
 
 
-def sample_logits(
-    logits,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    top_p,
-    top_k,
-):
+def sample_logits(logits, temperature, uniforms, top_p, top_k):
     """`sample_tokens` from given logits [B, V] with truncation, for evaluation.
 
     top_p [B] fp32: nucleus, 1 is all. top_k [B] int64: 0 is all.
@@ -87,10 +68,7 @@ def sample_logits(
     divisor = torch.where(greedy, 1.0, temperature)
     tempered = logits.float() / divisor[:, None]
     kept = torch.where(greedy[:, None], tempered, _truncate(tempered, top_p, top_k))
-
-    key = (seeds, requests, samples, positions)
-    uniforms = _uniforms(*key) if use_triton(logits) else uniforms_reference(*key)
-    return _sample(kept, torch.where(greedy, 0.0, 1.0), uniforms)
+    return sample_reference(kept, torch.where(greedy, 0.0, 1.0), uniforms)
 
 
 def _truncate(logits, top_p, top_k):
@@ -114,14 +92,13 @@ def _truncate(logits, top_p, top_k):
 # ---- torch references ----
 
 
-def sample_tokens_reference(hidden, weight, temperature, seeds, requests, samples, positions):
+def sample_tokens_reference(hidden, weight, temperature, uniforms):
     """`sample_tokens` by way of the logits [B, V]."""
     logits = wide(hidden) @ wide(weight).T
-    uniforms = uniforms_reference(seeds, requests, samples, positions)
-    return _sample(logits, temperature, uniforms)
+    return sample_reference(logits, temperature, uniforms)
 
 
-def _sample(logits, temperature, uniforms):
+def sample_reference(logits, temperature, uniforms):
     """(token, log-prob) of rows of logits [B, V] by uniforms [2, B].
 
     No host sync, so that a CUDA graph may hold it.
@@ -186,37 +163,15 @@ def _mix_reference(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-# ---- launchers ----
+# ---- launcher ----
 
 
-def _uniforms(seeds, requests, samples, positions):
-    rows = len(seeds)
-    out = torch.empty(2, rows, dtype=torch.float32, device=seeds.device)
-    grid = (triton.cdiv(rows, KEY_BLOCK),)
-    _uniforms_kernel[grid](
-        seeds,
-        requests,
-        samples,
-        positions,
-        out,
-        rows,
-        BLOCK=KEY_BLOCK,
-        num_warps=4,
-    )
-    return out
+def draw(hidden, weight, temperature, uniforms, arch=None, one_tile=False, moved=None):
+    """The two kernels of `sample_tokens` -> (tokens [B] int64, logprobs [B] fp32).
 
-
-def _sample_tokens(
-    hidden,
-    weight,
-    temperature,
-    seeds,
-    requests,
-    samples,
-    positions,
-    arch=None,
-    one_tile=False,
-):
+    moved: (rows.Rows, active, column) of the slots that the second also moves on, as rows.advance
+        does; None: it only draws.
+    """
     arch = arch or architecture(hidden)
     rows, width = hidden.shape
     vocabulary = len(weight)
@@ -225,7 +180,6 @@ def _sample_tokens(
     tile = TILES["few" if is_few else "many", arch]
     tiles = triton.cdiv(vocabulary, TILE)
 
-    uniforms = _uniforms(seeds, requests, samples, positions)
     tile_max = head.floats(rows, tiles, device=device)
     tile_sum = head.floats(rows, tiles, device=device)
     candidate_logit = head.floats(rows, tiles, device=device)
@@ -249,6 +203,13 @@ def _sample_tokens(
 
     token = torch.empty(rows, dtype=torch.int64, device=device)
     logp = head.floats(rows, device=device)
+    if moved:
+        state, active, column = moved
+        slots = (active, column, state.values, state.out, state.values.shape[1], state.longest + 1)
+        stops = state.stops
+    else:  # the kernel takes them all the same, and does not read them
+        slots = (token, token, token, token, 0, 0)
+        stops = 0
     grid = (rows,)
     _choose_kernel[grid](
         temperature,
@@ -259,10 +220,14 @@ def _sample_tokens(
         candidate_logit,
         token,
         logp,
+        *slots,
         tiles,
+        stops,
         TILE=TILE,
         BLOCK=triton.next_power_of_2(tiles),
-        num_warps=4,
+        STOPS=triton.next_power_of_2(max(1, stops)),
+        ADVANCE=moved is not None,
+        num_warps=8,
     )
     return token, logp
 
@@ -271,35 +236,20 @@ def _sample_tokens(
 # The constants are the references': a kernel sees no plain globals.
 
 
-@jit(do_not_specialize=["B"])
-def _uniforms_kernel(
-    seeds,  # [B], as the next three
-    requests,
-    samples,
-    positions,
-    out,  # [2, B]
-    B,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < B
-
-    seed = tl.load(seeds + row, mask=inside, other=0)
+@jit
+def uniforms_of(seed, request, sample, position):
+    """`uniforms_reference` of one key."""
     state = _mix(seed - 0x61C8864680B583EB)
-    request = tl.load(requests + row, mask=inside, other=0)
     state = _mix(state - 0x61C8864680B583EB + request)
-    sample = tl.load(samples + row, mask=inside, other=0)
     state = _mix(state - 0x61C8864680B583EB + sample)
-    position = tl.load(positions + row, mask=inside, other=0)
     state = _mix(state - 0x61C8864680B583EB + position)
 
     # 23 bits each, times 2^-23.
-    bits = (state >> 41) & 0x7FFFFF
-    u0 = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    tl.store(out + row, u0, mask=inside)
-    bits = (state >> 9) & 0x7FFFFF
-    u1 = (bits.to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    tl.store(out + B + row, u1, mask=inside)
+    high = (state >> 41) & 0x7FFFFF
+    low = (state >> 9) & 0x7FFFFF
+    u0 = (high.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    u1 = (low.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    return u0, u1
 
 
 @jit
@@ -391,7 +341,7 @@ def _pick(masses, cumulative, threshold, index, SIZE: tl.constexpr):
     return tl.minimum(first, last)
 
 
-@jit
+@jit(do_not_specialize=["columns", "longest", "stops"])
 def _choose_kernel(
     temperature,  # [M]
     uniforms,  # [2, M]
@@ -401,11 +351,20 @@ def _choose_kernel(
     candidate_logit,
     token,  # [M]
     logp,  # [M], in nats
+    active,  # [M] slots, this and what follows read only if ADVANCE
+    column,  # [M]
+    values,  # [slots + 1, columns], the state of the sampler's rows
+    out,  # [slots + 1, 2, longest]
+    columns,
+    longest,
     tiles,
+    stops,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    STOPS: tl.constexpr,
+    ADVANCE: tl.constexpr,
 ):
-    """One row: pick its tile by mass and take that tile's candidate."""
+    """One row: pick its tile by mass, take that tile's candidate, and move its slot on."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     index = tl.arange(0, BLOCK)[None, :]
     at = row[:, None] * tiles + index
@@ -428,7 +387,25 @@ def _choose_kernel(
 
     log_total = top + tl.log2(total)
     chosen = row * tiles + tile
-    inside_tile = tl.load(candidate + chosen)
-    tl.store(token + row, tile.to(tl.int64) * TILE + inside_tile)
-    logit = tl.load(candidate_logit + chosen)
-    tl.store(logp + row, (logit - log_total) * 0.6931471805599453)
+    drawn = tile.to(tl.int64) * TILE + tl.load(candidate + chosen)
+    log_probability = (tl.load(candidate_logit + chosen) - log_total) * 0.6931471805599453
+    tl.store(token + row, drawn)
+    tl.store(logp + row, log_probability)
+
+    if ADVANCE:
+        # The numbers are the columns of kernels/rows.py.
+        slot = tl.load(active + row)
+        out_at = out + slot * 2 * longest + tl.load(column + row)
+        tl.store(out_at, drawn.to(tl.int32))
+        tl.store(out_at + longest, log_probability.to(tl.int32, bitcast=True))
+
+        at = values + slot * columns
+        index = tl.arange(0, STOPS)[None, :]
+        stop_ids = tl.load(at[:, None] + 12 + index, mask=index < stops, other=-1)
+        stopped = tl.max((stop_ids == drawn[:, None]).to(tl.int32), 1) == 1
+        position = tl.load(at + 1)
+        alive = tl.load(at + 2) == 1
+        goes_on = alive & ~stopped & (position + 1 < tl.load(at + 4))
+        tl.store(at, drawn, mask=alive)
+        tl.store(at + 1, position + 1, mask=alive)
+        tl.store(at + 2, goes_on.to(tl.int64))

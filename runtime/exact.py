@@ -5,9 +5,9 @@ its batch, and what this mode does instead, in the trainer's forward, in prefill
 
 - matrix products: cuBLAS picks tile and split by shape -> one Triton tile for every shape
   (kernels/linear.py);
-- attention: training's flash kernel, and the shared prefix in decode, cut the keys differently ->
-  every token is a query of the paged decode kernel, which reads its keys in splits of 256 from the
-  first on and merges them in order;
+- attention: training's flash kernel cuts the keys differently -> every token is a query of the
+  paged decode kernel, which reads its keys in splits of 256 from the first on and merges them in
+  order;
 - the head: the draw's tile depends on the batch -> one tile, and log-probs always from
   kernels.logprob.token_logprobs;
 - compilation: Triton makes other code for 1 row, for multiples of 16 and for the rest -> none of
@@ -48,7 +48,7 @@ def make_exact(model):
 
 
 def page_size(config):
-    """Tokens per page, the decode kernel's tile; the trainer's pages must be the sampler's."""
+    """Tokens per page, 16 KB of keys in 16 bits; the trainer's pages must be the sampler's."""
     return 8192 // config.head_dim
 
 

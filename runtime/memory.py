@@ -29,7 +29,8 @@ FEWEST_TOKENS = 4096
 # at 16,384 tokens and at 65,536 with checkpointing (0.5B, H200), of which 0.2 s were waits.
 ENOUGH_TOKENS = 16_384
 TOKENS_ON_CPU = 16_384
-MOST_ROWS = 1024  # that are sampled at a time where --slots does not say
+# Sampled at a time on a GPU where --slots does not say: the most that were measured.
+MOST_ROWS = 1024
 # hidden, intermediate, layers, heads, key-value heads, tied: config.json of Qwen2.5-Coder.
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, True),

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import kernels.attention
 import kernels.head
 import kernels.layers
+import kernels.rows
 from batches import Sequence, score
 from kernels.linear import _linear
 from model import Config, make_segments, random_model
@@ -69,7 +70,7 @@ def ordered(monkeypatch):
 @pytest.fixture
 def model(monkeypatch):
     if not ON_GPU:
-        for module in (kernels.layers, kernels.attention):
+        for module in (kernels.layers, kernels.attention, kernels.rows):
             monkeypatch.setattr(module, "use_triton", lambda x: True)
         monkeypatch.setattr(kernels.head, "fits", lambda hidden: True)
         # Short sequences have several splits and pages: the interpreter is slow.

@@ -275,7 +275,7 @@ def test_samples_follow_the_softmax(temperature):
         hidden.expand(draws, -1),
         weight,
         torch.full((draws,), temperature),
-        *keys(draws),
+        sampling.uniforms_reference(*keys(draws)),
     )
     logits = hidden.double() @ weight.double().T
     probabilities = (logits / temperature).softmax(-1)[0]
@@ -299,7 +299,8 @@ def test_a_draw_depends_on_its_key_alone():
     def draw(rows, key):
         """Tokens of some rows, with the given key of each."""
         temperature = ones[: len(key[0])]
-        return sampling.sample_tokens(hidden[rows], weight, temperature, *key)[0]
+        uniforms = sampling.uniforms_reference(*key)
+        return sampling.sample_tokens(hidden[rows], weight, temperature, uniforms)[0]
 
     everything = torch.arange(40)
     together = draw(everything, key)
@@ -329,7 +330,8 @@ def test_uniforms_are_uniform_and_independent():
 def test_greedy_is_the_argmax_with_the_untempered_logprob():
     hidden = torch.randn(30, 8)
     weight = torch.randn(300, 8)
-    tokens, logp = sampling.sample_tokens(hidden, weight, torch.zeros(30), *keys(30))
+    uniforms = sampling.uniforms_reference(*keys(30))
+    tokens, logp = sampling.sample_tokens(hidden, weight, torch.zeros(30), uniforms)
     expected = (hidden @ weight.T).log_softmax(-1)
     assert torch.equal(tokens, expected.argmax(-1))
     assert torch.allclose(logp, expected.amax(-1), atol=1e-5)
@@ -352,7 +354,7 @@ def test_truncated_sampling_draws_from_the_nucleus_and_says_its_logprob(top_p, t
     tokens, logp = sampling.sample_logits(
         probabilities.log().expand(draws, -1),
         torch.ones(draws),
-        *keys(draws),
+        sampling.uniforms_reference(*keys(draws)),
         torch.full((draws,), top_p),
         torch.full((draws,), top_k),
     )
@@ -367,7 +369,8 @@ def test_truncated_sampling_draws_from_the_nucleus_and_says_its_logprob(top_p, t
 def test_greedy_rows_are_not_truncated():
     logits = torch.tensor([[0.4, 0.05, 0.3, 0.15, 0.1]]).log()
     zero = torch.zeros(1)
-    tokens, logp = sampling.sample_logits(logits, zero, *keys(1), zero + 0.1, zero.long())
+    uniforms = sampling.uniforms_reference(*keys(1))
+    tokens, logp = sampling.sample_logits(logits, zero, uniforms, zero + 0.1, zero.long())
     assert tokens.item() == 0
     assert logp.exp().item() == pytest.approx(0.4)
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 # The interpreter's own.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
 
-from kernels import advantage, attention, head, layers, logprob, sampling  # noqa: E402
+from kernels import advantage, attention, head, layers, logprob, rows, sampling  # noqa: E402
 from model import Config, make_segments, random_model  # noqa: E402
 from tests.test_kernels import chi_square, keys, paged_case  # noqa: E402
 
@@ -174,6 +174,10 @@ PAGED = [
     (6, 1, 128, 64, [513, 64]),
     (8, 1, 64, 128, [129, 17]),
     (3, 3, 64, 32, [33]),
+    # Around one split of 256 tokens, which is written as it is, and beyond four, which the merge
+    # holds at a time; a page of two splits.
+    (2, 2, 16, 64, [255, 256, 257, 0]),
+    (7, 1, 16, 512, [1023, 1025, 1300]),
 ]
 
 
@@ -186,58 +190,6 @@ def test_paged_attention(per_kv, kv_heads, head_dim, page_size, lengths, dtype):
     in_double = (q.double(), k_pages.double(), v_pages.double(), tables, counts)
     exact = attention.paged_attention_reference(*in_double, scale)
     close(attention._paged_attention(*case, scale), exact, dtype)
-
-
-def shared_case(groups, prefix_pages, page_size, dead):
-    """(paged case, prefix lengths, group ids) of adjacent groups that share their first pages.
-
-    groups: members of each. prefix_pages: pages that each shares. dead: rows of length 0.
-    """
-    members = torch.tensor(groups)
-    group_ids = torch.repeat_interleave(torch.arange(len(groups)) * 3 + 5, members)
-    shared = torch.repeat_interleave(torch.tensor(prefix_pages) * page_size, members)
-    lengths = []
-    for row in range(len(group_ids)):
-        own = 1 + row * 7 % 40
-        lengths.append(0 if row in dead else int(shared[row]) + own)
-
-    case = paged_case(lengths, 7, 1, 64, page_size, device=DEVICE)
-    tables = case[3]
-    start = 0
-    for size, pages in zip(groups, prefix_pages):
-        live = [row for row in range(start, start + size) if row not in dead]
-        tables[live, :pages] = tables[live[0], :pages]
-        start += size
-
-    prefix = torch.where(torch.tensor(lengths) > 0, shared, 0).int()
-    return case, prefix.to(DEVICE), group_ids.to(DEVICE)
-
-
-@dtypes
-@pytest.mark.parametrize(
-    "groups, prefix_pages, dead",
-    [
-        ([4, 1, 9], [3, 2, 1], [2, 5]),
-        ([18, 3], [17, 1], [0, 17]),
-    ],
-)
-@pytest.mark.parametrize("arch", [90, 80])
-def test_shared_prefix_attention(groups, prefix_pages, dead, arch, dtype):
-    case, prefix, group_ids = shared_case(groups, prefix_pages, 16, dead)
-    q, k_pages, v_pages, tables, lengths = case
-    exact = attention.paged_attention_reference(*case, 0.125)
-    got = attention._paged_attention(
-        q.to(dtype),
-        k_pages.to(dtype),
-        v_pages.to(dtype),
-        tables,
-        lengths,
-        0.125,
-        prefix,
-        group_ids,
-        arch,
-    )
-    close(got, exact, dtype)
 
 
 # ---- lm_head ----
@@ -332,11 +284,9 @@ def test_sample_tokens(rows, vocabulary, arch, dtype):
     hidden, weight, _ = head_case(rows, vocabulary, 64, dtype, size=3.0)
     temperature = torch.rand(rows, device=DEVICE) + 0.5
     temperature[::4] = 0
-    key = [torch.randint(-(2**62), 2**62, (rows,), device=DEVICE) for _ in range(4)]
-    assert torch.equal(sampling._uniforms(*key), sampling.uniforms_reference(*key))
-
-    token, logp = sampling._sample_tokens(hidden, weight, temperature, *key, arch)
-    expected = sampling.sample_tokens_reference(hidden, weight, temperature, *key)
+    uniforms = torch.rand(2, rows, device=DEVICE)
+    token, logp = sampling.draw(hidden, weight, temperature, uniforms, arch)
+    expected = sampling.sample_tokens_reference(hidden, weight, temperature, uniforms)
     assert torch.equal(token, expected[0])
     close(logp, expected[1], torch.float32)
 
@@ -346,9 +296,9 @@ def test_sample_tokens(rows, vocabulary, arch, dtype):
 def test_sampled_tokens_follow_the_softmax(dtype):
     draws, vocabulary = 1000, 150
     hidden, weight, _ = head_case(1, vocabulary, 64, dtype, size=2.0)
-    key = [x.to(DEVICE) for x in keys(draws)]
+    uniforms = sampling.uniforms_reference(*keys(draws)).to(DEVICE)
     ones = torch.ones(draws, device=DEVICE)
-    token, _ = sampling._sample_tokens(hidden.expand(draws, -1), weight, ones, *key)
+    token, _ = sampling.draw(hidden.expand(draws, -1), weight, ones, uniforms)
     logits = hidden.double() @ weight.double().T
     probabilities = logits.softmax(-1)[0]
     assert abs(chi_square(token.cpu(), probabilities.cpu())) < 4
@@ -364,12 +314,78 @@ def test_greedy_takes_the_first_of_equal_maxima_and_large_logits_stay_finite(dty
     hidden[:, 0] = torch.tensor([1.0, -1.0])
     hidden[1, 1] = 80.0
 
-    key = [x.to(DEVICE) for x in keys(2)]
+    uniforms = sampling.uniforms_reference(*keys(2)).to(DEVICE)
     greedy = torch.zeros(2, device=DEVICE)
-    token, logp = sampling._sample_tokens(hidden, weight, greedy, *key)
+    token, logp = sampling.draw(hidden, weight, greedy, uniforms)
     assert token.tolist() == [130, 0]
     expected = torch.tensor([1 / 3, 1 / 297])
     assert torch.allclose(logp.exp().cpu(), expected)
+
+
+# ---- the sampler's rows ----
+
+
+def some_rows():
+    """(Rows, slots to run): seven samples of which two have ended, and two places filled up."""
+    state = rows.Rows(slots=7, stops=3, pages=5, longest=40, device=DEVICE)
+    values = state.values[:7]
+    position = torch.tensor([0, 15, 16, 17, 63, 30, 44])
+    values[:, rows.TOKEN] = torch.arange(7) + 100
+    values[:, rows.POSITION] = position
+    values[:, rows.ALIVE] = torch.tensor([1, 1, 0, 1, 1, 1, 0])
+    values[:, rows.START] = (position - 12).clamp(min=0) + 1
+    values[:, rows.LAST] = position + torch.tensor([1, 9, 9, 9, 9, 2, 9])
+    values[:, rows.SEED : rows.TEMPERATURE] = torch.randint(-(2**62), 2**62, (7, 3))
+    temperature = torch.tensor([1.0, 0.0, 0.7, 1.3, 1.0, 0.0, 0.5], dtype=torch.float64)
+    values[:, rows.TEMPERATURE] = temperature.view(torch.int64)
+    values[:, rows.STOPS : rows.STOPS + 3] = torch.tensor([7, -1, -1])
+    values[:, rows.STOPS + 3 :] = torch.randperm(35).view(7, 5)
+    active = torch.tensor([4, 0, 6, 1, 5, 3, 2, state.nobody, state.nobody], device=DEVICE)
+    return state, active
+
+
+@dtypes
+def test_a_step_begins_with_what_its_rows_say(dtype):
+    state, active = some_rows()
+    cos, sin = layers.rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
+    expected = rows.begin_reference(state, active, cos, sin, 16)
+    for name, ours in rows._begin(state, active, cos, sin, 16)._asdict().items():
+        theirs = getattr(expected, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+    assert expected.lengths.tolist() == [64, 1, 0, 16, 31, 18, 0, 0, 0]
+    assert expected.column.tolist() == [12, 0, 40, 12, 12, 12, 40, 40, 40]
+
+
+@dtypes
+@pytest.mark.parametrize("arch", [90, 80])
+def test_a_step_ends_with_its_rows_moved_on(arch, dtype):
+    """Slot 0 draws its last token, slot 1 a stop id."""
+    hidden, weight, _ = head_case(9, 300, 64, dtype, size=3.0)
+    hidden[7:] = hidden[6]  # who fills up is one row, whatever the place
+    ours, active = some_rows()
+    theirs, _ = some_rows()
+    theirs.values.copy_(ours.values)
+    cos, sin = layers.rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
+    step = rows.begin_reference(ours, active, cos, sin, 16)
+
+    drawing = (hidden, weight, step.temperature, step.uniforms)
+    expected, logprobs = sampling.sample_reference(hidden @ weight.T, *drawing[2:])
+    for state in (ours, theirs):  # slot 1 stops
+        state.values[active[3], rows.STOPS + 1] = expected[3]
+    values = theirs.values.index_select(0, active)
+    rows.advance(theirs, active, values, expected, logprobs)
+    token, logp = sampling.draw(*drawing, arch, moved=(ours, active, step.column))
+
+    assert torch.equal(token, expected)
+    alive = step.lengths > 0
+    slots = active[alive]
+    assert torch.equal(ours.values[slots], theirs.values[slots])
+    assert torch.equal(ours.values[:, rows.ALIVE], theirs.values[:, rows.ALIVE])
+    assert ours.values[slots, rows.ALIVE].tolist() == [1, 0, 0, 1, 1]  # the last token; a stop id
+    assert torch.equal(ours.out[:, 0, :40], theirs.out[:, 0, :40])
+    written = ours.out[slots, 1, step.column[alive]].view(torch.float32)
+    close(written, logprobs[alive], torch.float32)
+    assert torch.equal(written, logp[alive])
 
 
 # ---- group statistics ----
@@ -463,10 +479,9 @@ def test_two_runs_of_the_head_agree_bit_for_bit_and_rows_do_not_see_each_other()
 def test_rows_of_a_draw_do_not_see_each_other():
     hidden, weight, _ = head_case(300, 5000, 896, torch.bfloat16)
     ones = torch.ones(300, device="cuda")
-    key = [x.cuda() for x in keys(300)]
-    together = sampling.sample_tokens(hidden, weight, ones, *key)
-    four = [x[5:9] for x in key]
-    few = sampling.sample_tokens(hidden[5:9], weight, ones[:4], *four)
+    uniforms = sampling.uniforms_reference(*keys(300)).cuda()
+    together = sampling.sample_tokens(hidden, weight, ones, uniforms)
+    few = sampling.sample_tokens(hidden[5:9], weight, ones[:4], uniforms[:, 5:9].contiguous())
     assert all(torch.equal(a, b[5:9]) for a, b in zip(few, together))
 
 
@@ -474,11 +489,11 @@ def test_rows_of_a_draw_do_not_see_each_other():
 def test_sampling_and_attention_replay_in_a_cuda_graph():
     hidden, weight, _ = head_case(40, 5000, 64, torch.bfloat16)
     case = paged_case([5, 300, 0, 64], 7, 2, 64, 64, torch.bfloat16, "cuda")
-    key = [x.cuda() for x in keys(40)]
+    uniforms = sampling.uniforms_reference(*keys(40)).cuda()
     ones = torch.ones(40, device="cuda")
 
     def run():
-        drawn = sampling.sample_tokens(hidden, weight, ones, *key)
+        drawn = sampling.sample_tokens(hidden, weight, ones, uniforms)
         return *drawn, attention.paged_attention(*case, 0.125)
 
     eager = [x.clone() for x in run()]

@@ -95,8 +95,10 @@ def test_the_plan_is_within_5_percent_of_the_measured_peaks(
 
 
 def fitted(size, ranks=1, gigabytes=80, **changes):
-    """Settings of a run of 64 x 16 samples, prompts and completions of up to 1,024 tokens."""
-    settings = Settings(**{"prompts": 64, "samples": 16, "max_new_tokens": 1024} | changes)
+    """Settings of a run of 64 x 16 samples, prompts and completions of up to 1,024 tokens, of which
+    256 are sampled at a time."""
+    sizes = {"prompts": 64, "samples": 16, "max_new_tokens": 1024, "slots": 256}
+    settings = Settings(**sizes | changes)
     config = memory.qwen(size)
     return settings, memory.fitted(config, settings, ranks, gigabytes * 1e9)
 

@@ -14,7 +14,7 @@ import torch
 import decode
 from kernels import native
 from kernels.logprob import token_logprobs
-from kernels.sampling import sample_tokens
+from kernels.sampling import sample_tokens, uniforms_reference
 from model import Config, make_segments, random_model
 from pages import StalePageError
 from runtime.tokenizer import train_bpe
@@ -60,13 +60,13 @@ def sample(model, requests, **options):
 
 
 def kernels_way(model, **options):
-    """A sampler that goes CUDA's way: kernels/, packed prefill, fixed sizes, looking now and then.
+    """A sampler that goes CUDA's way: kernels/, packed prefill, fixed sizes, a chunk behind.
 
     Here the kernels are their torch references.
     """
     sampler = Sampler(model, page_size=32, **options)
     sampler.cpu = False
-    sampler.look_every = 3
+    sampler.chunk, sampler.lag = 3, 1
     return sampler
 
 
@@ -172,12 +172,12 @@ def test_looking_at_the_rows_every_few_steps_changes_nothing(model):
     requests = make_requests()
     expected = sample(model, requests)
     sampler = Sampler(model, slots=20)
-    sampler.look_every = 7
+    sampler.chunk = 7
     assert sampler.generate(requests) == expected
 
-    kept = sampler.state["tables"].data_ptr()
+    kept = sampler.decoder.rows.values.data_ptr()
     assert sampler.generate(requests[:3]) == expected[:3]
-    assert sampler.state["tables"].data_ptr() == kept
+    assert sampler.decoder.rows.values.data_ptr() == kept
 
     sampler.release()
     assert drawn(sampler.generate(requests[3:])) == drawn(expected[3:])
@@ -268,9 +268,9 @@ def test_cpu_draw_is_the_kernels_draw():
     temperature = torch.tensor([0.0, 0.7, 1.0, 1.3]).repeat(16)
     row = torch.arange(64)
     seed = torch.full((64,), 5)
-    key = (temperature, seed, row, row % 4, row + 1000)  # request, sample, position
-    tokens, logprobs = sample_tokens(hidden, weight, *key)
-    our_tokens, our_logprobs = decode.draw(hidden @ weight.T, *key)
+    uniforms = uniforms_reference(seed, row, row % 4, row + 1000)  # request, sample, position
+    tokens, logprobs = sample_tokens(hidden, weight, temperature, uniforms)
+    our_tokens, our_logprobs = decode.draw(hidden @ weight.T, temperature, uniforms)
     assert torch.equal(tokens, our_tokens)
     assert (logprobs - our_logprobs).abs().max() < 1e-6
 
@@ -339,7 +339,7 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(model, way):
         sampler = Sampler(model, slots=3 if way == "few slots" else 256)
     else:
         sampler = kernels_way(model, slots=9)
-        sampler.look_every = int(way[-1])
+        sampler.chunk = int(way[-1])
     groups = sampler.generate(asked, decode=text_of)
 
     ends = {"string": 0, "token": 0, "length": 0}
@@ -551,7 +551,7 @@ def test_memory_is_at_most_what_is_allowed_or_half_of_what_is_free(model, monkey
     expected = sample(model, requests)
     allowed = Sampler(model, memory=30 * PAGE_BYTES)
     assert allowed.generate(requests) == expected
-    assert allowed.capacity == 3
+    assert allowed.pool.size.runs == 3
     assert allowed.held_bytes() <= 30 * PAGE_BYTES
 
     # 60 pages in all, its own included, also when it has some already. The packed copies of the
@@ -565,7 +565,7 @@ def test_memory_is_at_most_what_is_allowed_or_half_of_what_is_free(model, monkey
     monkeypatch.setattr("sampler.free_bytes", free)
     for _ in range(2):
         assert scarce.generate(requests) == expected
-        assert scarce.capacity == 3
+        assert scarce.pool.size.runs == 3
         assert scarce.held_bytes() <= 30 * PAGE_BYTES
 
 
