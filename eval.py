@@ -744,10 +744,10 @@ def main(arguments=None):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         tokenizer = ChatTokenizer(folder)
         settings.max_new_tokens, why = token_limit(settings, folder)
-        report(f"max_new_tokens {settings.max_new_tokens}: {why}")
         longest = longest_prompt(tokenizer, cells) + settings.max_new_tokens
         memory.check_sampling(read_config(folder), longest, device, report)
         sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
+        report(f"max_new_tokens {settings.max_new_tokens}: {why}")
         of_model = model_content(folder, sampler.model) if distributed.rank() == 0 else None
         results = [run_cell(settings, sampler, tokenizer, cell, of_model) for cell in cells]
 

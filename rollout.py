@@ -223,12 +223,15 @@ def groups_with_signal(samples, settings):
     """Numbers of the groups with a right and a wrong answer; what was not judged does not count.
 
     Shaped rewards do not decide: lengths alone make those of all-wrong groups differ. An answer
-    outside the form is not paid as right, so with format_gate it is not right here either.
+    outside the form is not paid as right, so with format_gate it is not right here either. In the
+    random control the coin says what is right.
     """
     found = {}
     for sample in samples:
         verdict = sample.verdict
+        is_right = verdict.correct and (verdict.parsed.format_ok or not settings.format_gate)
+        if settings.reward == "random":
+            is_right = verdict.reward == 1.0
         if verdict.judged:
-            is_right = verdict.correct and (verdict.parsed.format_ok or not settings.format_gate)
             found.setdefault(sample.sequence.group, set()).add(is_right)
     return {group for group, outcomes in found.items() if len(outcomes) == 2}

@@ -26,7 +26,6 @@ _TICK_MANY = 0.02
 _TICK_SINGLE = 0.1
 _TICK_BLIND = 0.005  # where nobody tells when the program ends
 _TICK_WALK = 0.1  # between walks through its files: 0.5 ms each, of programs that take 5
-_TICK_LEAST = 0.004  # a program that writes or asks all the time must not be looked at all the time
 
 _DEEPEST = 100  # folders of a program, each in the one before
 _REFUSALS = 100  # of processes and threads, after which this is a bomb
@@ -149,8 +148,10 @@ class Program:
             if pidfd:
                 self.poll.register(pidfd, select.POLLIN)
 
+            due = time.monotonic() + self._patience(pidfd)
             while not self.ended and not self.reason and not self.trainer_gone:
-                for descriptor, event in self.poll.poll(1000 * self._patience(pidfd)):
+                left = max(0.0, due - time.monotonic())
+                for descriptor, event in self.poll.poll(1000 * left):
                     if descriptor == channel.fileno():
                         self.trainer_gone = True
                     elif descriptor == pidfd:
@@ -161,8 +162,11 @@ class Program:
                         self._answer(event)
                     else:
                         self._read(descriptor)
-                if not self.ended and time.monotonic() - self.looked > _TICK_LEAST:
+                # By the clock, not at every event: a look costs 0.5 ms, a small program takes 5,
+                # and one that writes all the time must not be looked at all the time.
+                if not self.ended and time.monotonic() >= due:
                     self._look(pidfd)
+                    due = time.monotonic() + self._patience(pidfd)
         self._finish()
 
     def _end(self, reason):

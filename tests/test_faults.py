@@ -213,7 +213,14 @@ def out_of_form():
 def test_self_play_goes_on_after_a_fault(monkeypatch):
     """Of a solver's answer, and of a proposal, where it is read and where it has run."""
     settings = SimpleNamespace(
-        max_new_tokens=9, temperature=1.0, seed=0, reward_deadline=5, buffer_size=8
+        max_new_tokens=9,
+        temperature=1.0,
+        seed=0,
+        reward_deadline=5,
+        buffer_size=8,
+        solve_penalties="",
+        propose_penalties="",
+        refuse_copies=False,
     )
     language = load_language("python")
     play = loop.Play(settings, language, Answering(), Sampling(), TOKENIZER)

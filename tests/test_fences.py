@@ -6,6 +6,7 @@ import time
 import pytest
 
 from sandbox.languages import language_names, load_language
+from sandbox.languages.definitions import find_definition
 from tasks.fences import defining_block, fenced_blocks
 
 CODE = "def f(x):\n    return x"
@@ -129,3 +130,4 @@ def test_the_block_that_defines_the_function_is_taken():
     assert defining_block(blocks, "subtract", lua) == blocks[2]  # none: the last in Lua
     assert defining_block(blocks[1::2], "subtract", lua) == blocks[3]  # without a tag: the last
     assert defining_block([], "add", lua) is None
+    assert find_definition(text, "", lua) is None  # a whole program: no function is asked for

@@ -65,7 +65,7 @@ def test_a_function_is_held_out_in_every_source_language(tmp_path):
     for n in range(100):
         for language in ("python", "cpp"):
             row = {"id": f"f{n}", "source": f"f{n}", "source_language": language}
-            row |= {"entry": "f", "tests": [{"args": [n], "expected": n}]}
+            row |= {"entry": "f", "tests": [{"args": [x], "expected": x + n + 1} for x in range(3)]}
             lines.append(json.dumps(row) + "\n")
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(lines))

@@ -8,8 +8,8 @@ ANY_NAME = r"([\w'?!-]+)"
 
 
 def find_definition(program, name, language):
-    """Match of the last definition of a function; None without one."""
-    found = list(_definitions(program, re.escape(name), language))
+    """Match of the last definition of a function; None without one, and where no name is given."""
+    found = list(_definitions(program, re.escape(name), language)) if name else []
     return found[-1] if found else None
 
 
