@@ -9,7 +9,6 @@ import concurrent.futures
 import hmac
 import math
 import os
-import random
 import re
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from sandbox.languages.templates import filled
 from tasks.answers import printed_number, same_number, written_number
 from tasks.fences import fenced_blocks, unix_lines
 from tasks.problems import Problem
-from tasks.verdicts import Parsed, Submission, Verdict
+from tasks.verdicts import Parsed, Submission, Verdict, tossed
 
 # ---- a completion's parts ----
 
@@ -146,11 +145,8 @@ class Judge:
         elif status == "sandbox_error" or math.isnan(syntax_ok):
             status, reward = "sandbox_error", math.nan
             components = dict.fromkeys(components, math.nan)
-        if self.random_reward:
-            coin = random.Random(f"{self.seed}/{problem.id}/{submission.sample}")
-            reward = float(coin.random() < 0.5)
 
-        return Verdict(
+        verdict = Verdict(
             problem=problem.id,
             reward=reward,
             components=components,
@@ -162,6 +158,9 @@ class Judge:
             constant=is_constant(facts),
             leaked=is_leaked(facts),
         )
+        if self.random_reward:
+            return tossed(verdict, self.seed, submission.sample)
+        return verdict
 
 
 def printed(submission):

@@ -230,8 +230,8 @@ def groups_with_signal(samples, settings):
     for sample in samples:
         verdict = sample.verdict
         is_right = verdict.correct and (verdict.parsed.format_ok or not settings.format_gate)
-        if settings.reward == "random":
-            is_right = verdict.reward == 1.0
+        if verdict.coin is not None:
+            is_right = verdict.coin
         if verdict.judged:
             found.setdefault(sample.sequence.group, set()).add(is_right)
     return {group for group, outcomes in found.items() if len(outcomes) == 2}

@@ -31,7 +31,7 @@ from tasks.contamination import read_benchmark, shows_cases
 from tasks.data import hold_out, take
 from tasks.fences import defining_block, fenced_blocks, unix_lines
 from tasks.translate_data import SETS, TRANSLATABLE, Translation, built_in, read_problems
-from tasks.verdicts import Parsed, Verdict
+from tasks.verdicts import Parsed, Verdict, tossed
 
 HELD_OUT = 0.1  # share of problems kept for evaluation, by their id
 CASES = 10  # at most, of a problem: calls are one process together
@@ -370,10 +370,7 @@ class TranslateJudge:
         if status == "sandbox_error" and parsed.format_ok:
             reward = share = math.nan
         components = {"correct": reward, "format": float(parsed.format_ok), "tests_passed": share}
-        if self.random_reward:
-            coin = random.Random(f"{self.seed}/{problem.id}/{submission.sample}")
-            reward = float(coin.random() < 0.5)
-        return Verdict(
+        verdict = Verdict(
             problem=problem.id,
             reward=reward,
             components=components,
@@ -385,6 +382,9 @@ class TranslateJudge:
             constant=is_constant and not correct,
             target=problem.target,
         )
+        if self.random_reward:
+            return tossed(verdict, self.seed, submission.sample)
+        return verdict
 
 
 def parse_translation(text, language, entry=""):

@@ -22,8 +22,9 @@ program's), selfplay.judge (puzzles).
 
 import concurrent.futures
 import math
+import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tasks.problems import Problem
 
@@ -69,12 +70,24 @@ class Verdict:
     parsed: Parsed
     constant: bool = False  # the program computes nothing
     leaked: bool = False  # the answer stands in the query, though not in the question
+    coin: bool | None = None  # what the random control pays for instead of `correct`
     target: str = ""  # the language of the program, in a task with several
 
     @property
     def judged(self):
         """False exactly when the reward is nan: the sample counts nowhere."""
         return not math.isnan(self.reward)
+
+
+def tossed(verdict, seed, sample):
+    """The verdict with a fair coin of (seed, problem, sample) for its reward: the random control.
+
+    What could not be judged stays so.
+    """
+    if not verdict.judged:
+        return verdict
+    coin = random.Random(f"{seed}/{verdict.problem}/{sample}").random() < 0.5
+    return replace(verdict, reward=float(coin), coin=coin)
 
 
 def first_answer(text):
