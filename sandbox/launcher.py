@@ -334,11 +334,14 @@ def open_input(data):
 def give_pipes(streams, user):
     """Let the program open its streams by name (/dev/stdin), for which it must own their pipes.
 
+    Each for its own direction: who reads from the pipe that it prints to waits for itself.
     user: as whom it runs; None: as this process, whose pipes they are.
     """
-    for descriptor in streams:
-        if user is not None and stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            os.fchown(descriptor, user, user)
+    for descriptor, mode in zip(streams, (0o400, 0o200, 0o200)):
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, mode)
+            if user is not None:
+                os.fchown(descriptor, user, user)
 
 
 def judge(program, stage):
