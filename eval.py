@@ -745,7 +745,9 @@ def main(arguments=None):
         tokenizer = ChatTokenizer(folder)
         settings.max_new_tokens, why = token_limit(settings, folder)
         longest = longest_prompt(tokenizer, cells) + settings.max_new_tokens
-        memory.check_sampling(read_config(folder), longest, device, report)
+        samples = settings.samples * max(len(cell.problems) for cell in cells)
+        rows = min(samples, memory.slots_on_cpu(settings))
+        memory.check_sampling(read_config(folder), longest, rows, device, report)
         sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
         report(f"max_new_tokens {settings.max_new_tokens}: {why}")
         of_model = model_content(folder, sampler.model) if distributed.rank() == 0 else None

@@ -28,13 +28,8 @@ from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
 from runtime.machine import free_bytes
-from runtime.memory import MOST_ROWS, PREFILL_TOKENS
+from runtime.memory import FREE_SHARE, MOST_ROWS, PREFILL_TOKENS, ROWS_ON_CPU
 
-# Slots on a CPU, unless the caller says: beyond a few dozen a step takes hardly less per row.
-ROWS_ON_CPU = 256
-# Share of free memory for pages; the rest is for prefill, graphs and, in the same process, the
-# training.
-MEMORY = 0.5
 # Bytes of pages and embedding above which the kernel gets back at once what is freed on a CPU; the
 # built-in model would only wait for its pages again.
 LARGE = 1 << 28
@@ -440,7 +435,7 @@ class Sampler:
     def _affordable_pages(self):
         """Pages in the memory that the sampler may take; the pool in use counts as free."""
         free = free_bytes(self.device) + self.held_bytes() - self.bytes_to_pack()
-        allowed = free * MEMORY if self.memory is None else min(self.memory, free)
+        allowed = free * FREE_SHARE if self.memory is None else min(self.memory, free)
         return int(allowed // self.page_bytes)
 
     def _refuse(self, groups, need, room):

@@ -246,6 +246,7 @@ def as_step(settings, sequences):
     return Settings(
         prompts=settings.batch,
         samples=1,
+        slots=1,  # it samples nothing
         share_prompts=False,
         max_prompt_tokens=max(len(sequence.prompt) for sequence in sequences),
         max_new_tokens=max(len(sequence.tokens) for sequence in sequences),

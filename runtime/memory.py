@@ -31,6 +31,11 @@ ENOUGH_TOKENS = 16_384
 TOKENS_ON_CPU = 16_384
 # Sampled at a time on a GPU where --slots does not say: the most that were measured.
 MOST_ROWS = 1024
+# On a CPU: beyond a few dozen a step takes hardly less per row.
+ROWS_ON_CPU = 256
+# Of free memory the sampler takes this share for keys and values; the rest is for prefill, graphs
+# and, in the same process, the training.
+FREE_SHARE = 0.5
 # hidden, intermediate, layers, heads, key-value heads, tied: config.json of Qwen2.5-Coder.
 SHAPES = {
     "0.5B": (896, 4864, 24, 14, 2, True),
@@ -215,11 +220,25 @@ def peak(parts):
     On a CPU the sampler lets go of what it needs before the update begins (train.py), and the
     update of its own when it ends: only the larger of the two is held.
     """
-    updating = sum(parts[name] for name in ("gradients", "activations", "loss"))
+    updating = sum(parts.get(name, 0) for name in ("gradients", "activations", "loss"))
     sampling = 0
     if "packed" in parts:
         sampling = sum(parts[name] for name in ("packed", "prefill", "pages"))
     return sum(parts.values()) - min(updating, sampling)
+
+
+def pages_on_cpu(parts, rows, room):
+    """Bytes that the sampler takes for keys and values of `rows` samples (sampler.py).
+
+    parts: of a plan with the pages of one sample. room: bytes, None where nobody knows.
+    8 GB with 2 of weights: at most 3 for pages; 10 rows of 0.2 GB take 2.
+    """
+    one = parts["pages"]
+    if room is None:
+        return rows * one
+    held = sum(parts.values()) - one
+    held -= sum(parts.get(name, 0) for name in ("gradients", "activations", "loss"))
+    return max(one, min(rows * one, FREE_SHARE * (room - held)))
 
 
 def fit(config, settings, device):
@@ -275,10 +294,7 @@ def step_pages(config, settings, ranks, memory):
     At most half of what training leaves with the smallest micro-batch: the other half makes that
     larger. Enough for one sample.
     """
-    rows = -(-settings.prompts * settings.samples // ranks)
-    if settings.task == "selfplay":  # for each of three tasks and two roles
-        rows *= 6
-    rows = min(rows, settings.slots or MOST_ROWS)
+    rows = min(step_rows(settings, ranks), settings.slots or MOST_ROWS)
     longest = settings.max_prompt_tokens + settings.max_new_tokens
     one = page_bytes(config, longest, width=2)
 
@@ -288,16 +304,22 @@ def step_pages(config, settings, ranks, memory):
     return max(one, min(rows * one, left / 2))
 
 
+def step_rows(settings, ranks):
+    """Samples of a rank's rollout."""
+    rows = -(-settings.prompts * settings.samples // ranks)
+    return 6 * rows if settings.task == "selfplay" else rows  # for three tasks and two roles
+
+
 @dataclass
 class Need:
-    """Bytes that a rank needs and can have, both with what it has already."""
+    """Bytes that a rank takes at most and can have, both with what it has already."""
 
-    needed: float
+    most: float
     room: float | None  # None where no file says it (macOS)
     smaller: str  # what to change to need less
 
     def __str__(self):
-        text = f"at most {self.needed / GB:.1f} GB"
+        text = f"at most {self.most / GB:.1f} GB"
         return text if self.room is None else f"{text} of {self.room / GB:.1f} GB at hand"
 
 
@@ -326,13 +348,19 @@ def check(config, settings, device, report, adapters=True):
     layers = "computed twice" if settings.gradient_checkpointing else "kept"
     tokens = micro_batch_tokens(settings, ranks)
     report(f"micro-batches of at most {tokens:,} tokens, activations {layers}")
-    return require(parts, needed, device, advice(config, settings, ranks, cuda, adapters), report)
+    rows = max(step_rows(settings, ranks), settings.eval_problems * settings.eval_samples // ranks)
+    smaller = advice(config, settings, ranks, cuda, adapters)
+    return require(parts, needed, min(rows, slots_on_cpu(settings)), device, smaller, report)
 
 
-def check_sampling(config, longest, device, report):
+def slots_on_cpu(settings):
+    return settings.slots or ROWS_ON_CPU
+
+
+def check_sampling(config, longest, rows, device, report):
     """check() of an evaluation, which only samples.
 
-    longest: tokens of a prompt with its completion.
+    longest: tokens of a prompt with its completion. rows: samples at a time.
     """
     everything, _, _ = parameters(config)
     cuda = device.type == "cuda"
@@ -341,15 +369,21 @@ def check_sampling(config, longest, device, report):
         parts["pages"] = page_bytes(config, longest, width=2)
     else:
         parts |= sampling_parts(config, longest)
-    return require(parts, sum(parts.values()), device, "take a smaller model", report)
+    return require(parts, sum(parts.values()), rows, device, "take a smaller model", report)
 
 
-def require(parts, needed, device, smaller, report):
-    """Print a plan of `needed` bytes; SystemExit with one sentence where it does not fit."""
-    if device.type == "cpu":  # Python, torch, data
-        parts = {"process": machine.resident_bytes()} | parts
-        needed += parts["process"]
+def require(parts, needed, rows, device, smaller, report):
+    """Print a plan; SystemExit with one sentence where not even the `needed` bytes are there.
+
+    rows: samples at a time, for which a CPU's sampler makes room if it can.
+    """
     need = Need(needed, room_of(device), smaller)
+    if device.type == "cpu":
+        process = machine.resident_bytes()  # Python, torch, data
+        parts = {"process": process} | parts
+        needed += process
+        parts["pages"] = pages_on_cpu(parts, rows, need.room)
+        need.most = max(needed, peak(parts))
 
     text = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
     report(f"memory per rank, GB: {text}; {need}")

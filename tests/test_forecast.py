@@ -48,6 +48,24 @@ def test_seconds_of_an_update_count_prompts_as_often_as_they_are_computed():
     assert training.seconds(whole, share_prompts=False) == pytest.approx(1 + 24)
 
 
+def test_what_is_timed_has_a_step_s_share_of_completions():
+    """Prompt of 100, 4 samples of 100 / 4 tokens: 200 a group, half of them completions."""
+    prompt = list(range(100))
+    settings = Settings(samples=4, max_new_tokens=100, share_prompts=True)
+    two_groups = forecast.some_sequences(prompt, 450, settings)
+    assert [len(sequence.tokens) for sequence in two_groups] == [25] * 8
+    assert len({sequence.prompt_key for sequence in two_groups}) == 2
+
+    cut = forecast.some_sequences(prompt, 100, settings)
+    assert [(len(sequence.prompt), len(sequence.tokens)) for sequence in cut] == [(50, 12)] * 4
+
+    # Unshared: 4 x 125 tokens a group, a fifth of them for 100.
+    cut = forecast.some_sequences(
+        prompt, 100, Settings(samples=4, max_new_tokens=100, share_prompts=False)
+    )
+    assert [(len(sequence.prompt), len(sequence.tokens)) for sequence in cut] == [(20, 5)] * 4
+
+
 def test_a_self_play_step_counts_the_answers_that_say_how_hard_a_proposal_is():
     """2 prompts: 6 proposals, each answered 8 times, and 6 answers that are trained on."""
     settings = Settings(task="selfplay", prompts=2, learn_samples=8)
@@ -58,6 +76,7 @@ def test_a_self_play_step_counts_the_answers_that_say_how_hard_a_proposal_is():
 def test_a_span_has_one_unit():
     assert forecast.span([0.25, 0.5]) == "0.25 to 0.5 s"
     assert forecast.span([50, 144]) == "0.83 to 2.4 min"
+    assert forecast.span([44, 112]) == "44 to 112 s"
     assert forecast.span([1800, 9000]) == "0.5 to 2.5 h"
 
 

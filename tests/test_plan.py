@@ -1,5 +1,7 @@
 """The memory plan counts what is there, and refuses what does not fit before anything is loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -182,7 +184,7 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_to_change(capsys):
         memory.check(memory.qwen("32B"), Settings(), torch.device("cpu"), print)
     assert "memory per rank" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="too little memory.*smaller model"):
-        memory.check_sampling(memory.qwen("32B"), 1000, torch.device("cpu"), print)
+        memory.check_sampling(memory.qwen("32B"), 1000, 1, torch.device("cpu"), print)
 
 
 def test_advice_names_what_saves_and_how_much():
@@ -212,6 +214,23 @@ def test_on_a_cpu_only_the_larger_of_sampling_and_updating_is_held():
     assert memory.peak(parts) == 20
     assert memory.peak(parts | dict(packed=4, prefill=1, pages=1)) == 20
     assert memory.peak(parts | dict(packed=4, prefill=6, pages=1)) == 4 + 8 + 11
+
+
+def test_a_cpu_s_plan_has_the_pages_that_the_sampler_will_take():
+    """Half of what sampling leaves free, no more than the rows need, one sample's at least."""
+    parts = dict(masters=4, gradients=4, optimizer=8, packed=4, prefill=1, pages=1)
+    assert memory.pages_on_cpu(parts, rows=3, room=29) == 3
+    assert memory.pages_on_cpu(parts, rows=10, room=29) == (29 - 17) / 2
+    assert memory.pages_on_cpu(parts, rows=10, room=18) == 1
+    assert memory.pages_on_cpu(parts, rows=10, room=None) == 10
+
+
+def test_an_evaluation_says_what_all_its_samples_take():
+    """Two layers of the 0.5B, 10,000 tokens a sample: 2 x 256 values x 4 bytes = 20.5 MB."""
+    config = replace(memory.qwen("0.5B"), num_hidden_layers=2, vocab_size=1000)
+    one = memory.check_sampling(config, 10_000, 1, torch.device("cpu"), print)
+    many = memory.check_sampling(config, 10_000, 50, torch.device("cpu"), print)
+    assert many.most - one.most == pytest.approx(49 * 20.48e6, rel=0.03)
 
 
 def files(root, **contents):
