@@ -227,6 +227,10 @@ def check(settings, device):
             f"--temperature {settings.temperature}: greedy samples of a prompt are all alike and the "
             "loss divides by it; give more than 0 (--eval_temperature 0 is greedy evaluation)"
         )
+    if settings.advantage == "pass@k":
+        check_pass_at_k(settings)
+    if settings.tis_mask and not settings.tis:
+        raise SystemExit("--tis_mask says what is done beyond --tis: give that too, as --tis 2")
     if settings.tis and settings.old_logprobs == "sampler":
         raise SystemExit(
             f"--tis {settings.tis} compares the trainer's log-probs with the sampler's: it needs "
@@ -243,6 +247,21 @@ def check(settings, device):
             "batch, and an adapter is merged for sampling"
         )
     parse_warm_start(settings.warm_start)
+
+
+def check_pass_at_k(settings):
+    """SystemExit where a try of k samples is not paid 0 or 1, or needs more than there are."""
+    is_shaped = settings.syntax_mix or settings.overlong_buffer
+    if is_shaped or settings.reward not in ("correct=1", "random"):
+        raise SystemExit(
+            "--advantage pass@k is for rewards of 0 and 1: --reward correct=1 or random, without "
+            "--syntax_mix and --overlong_buffer"
+        )
+    if settings.pass_k > settings.samples:
+        raise SystemExit(
+            f"--pass_k {settings.pass_k}: a try takes no more than the group's --samples, which "
+            f"are {settings.samples}"
+        )
 
 
 # ---- models ----

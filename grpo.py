@@ -14,18 +14,18 @@ import torch
 from kernels.advantage import group_statistics
 from metrics import measure
 
-ADVANTAGES = ("grpo", "mean", "rloo", "batch", "trr++", "reinforce++", "reinforce++_baseline")
+ADVANTAGES = "grpo mean rloo batch pass@k trr++ reinforce++ reinforce++_baseline".split()
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 
 # ---- advantages ----
 
 
-def advantages(rewards, group_ids, kind="grpo", lengths=None):
+def advantages(rewards, group_ids, kind="grpo", lengths=None, k=1):
     """Advantage of every rollout, [N]; exactly 0 where all rewards of its group are equal.
 
     rewards: [N]; NaN where the sandbox could not judge: such a rollout counts nowhere and gets 0.
-    group_ids: [N] int64. lengths: [N] token counts, for trr++ alone.
+    group_ids: [N] int64. lengths: [N] token counts, for trr++ alone. k: for pass@k alone.
 
     Rewards 1 0 0 1 in one group:
     grpo 0.866 -0.866 -0.866 0.866; mean 0.5 -0.5 -0.5 0.5; rloo 0.667 -0.667 -0.667 0.667.
@@ -44,11 +44,36 @@ def advantages(rewards, group_ids, kind="grpo", lengths=None):
     elif kind == "batch":  # Lite-PPO, arXiv 2508.08221: the deviation of the whole batch
         batch_std = group_statistics(rewards, torch.zeros_like(group_ids))[1]
         values = centered / (batch_std + 1e-6)
+    elif kind == "pass@k":  # rewards 0 and 1
+        values = pass_at_k_advantages(rewards.nan_to_num(), mean, size, k)
     elif kind == "trr++":  # Absolute Zero, arXiv 2505.03335: statistics over a group's TOKENS
         values = centered * torch.rsqrt(std**2 + 1e-8)
     else:
         raise ValueError(f"unknown advantage {kind!r}: choose one of {', '.join(ADVANTAGES)}")
     return values.masked_fill(no_signal, 0.0)
+
+
+def pass_at_k_advantages(rewards, mean, size, k):
+    """Pass@k training (arXiv 2508.10751, the closed form): k samples are one try, paid when any is
+    right. [N]: mean pay of the tries with this sample less that of all tries, over its deviation.
+
+    Rewards 1 0 0 1, k 2: 5 of 6 pairs pass, deviation 0.373; all of a right one's, 2 of 3 of a
+    wrong one's -> 0.447 -0.447 -0.447 0.447. k 1 is grpo with the population's deviation.
+    """
+    wrong = (size * (1 - mean)).round()
+    passes = 1 - none_right(wrong, size, k)
+    with_this = 1 - (1 - rewards) * none_right(wrong - 1, size - 1, k - 1)
+    return (with_this - passes) / ((passes * (1 - passes)).sqrt() + 1e-6)
+
+
+def none_right(wrong, size, k):
+    """Chance that k of `size` samples (all, where there are fewer) are wrong ones: C(wrong, k) /
+    C(size, k). 2 of 4, k 2 -> 1/6."""
+    chance = torch.ones_like(size)
+    for i in range(k):
+        factor = (wrong - i).clamp(min=0) / (size - i).clamp(min=1)
+        chance = torch.where(i < size, chance * factor, chance)
+    return chance
 
 
 def reinforce_advantages(rewards, group_ids, lengths, baseline=False, kl=None, kl_coef=0.0):
@@ -134,8 +159,11 @@ def token_loss(logprobs, entropy, batch, settings):
     """What each token adds to the loss before its weight, [N]."""
     old = batch.old_logprobs
     advantages = batch.advantages
+    if settings.positive_weight != 1:  # arXiv 2506.01347: right answers at 0.1 keep variety
+        advantages = torch.where(advantages > 0, settings.positive_weight * advantages, advantages)
     if settings.tis:  # every loss is linear in the advantage
-        advantages = advantages * importance_weights(old, batch.sampler_logprobs, settings.tis)
+        weights = importance_weights(old, batch.sampler_logprobs, settings.tis, settings.tis_mask)
+        advantages = advantages * weights
 
     low, high = settings.clip_low, settings.clip_high
     if settings.loss == "gspo":
@@ -191,14 +219,16 @@ def cispo_loss(logprobs, old_logprobs, advantages, cap):
     return -ratio.clamp(max=cap) * advantages * logprobs
 
 
-def importance_weights(old_logprobs, sampler_logprobs, cap):
+def importance_weights(old_logprobs, sampler_logprobs, cap, mask=False):
     """Truncated importance sampling per token [N]: min(pi_old / pi_sampler, cap), a constant.
 
     pi_old is the trainer's probability before the update, so the weight undoes the sampler's other
     arithmetic (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-    training", cap 2). Probabilities 0.3 and 0.1 with cap 2 -> 2; 0.1 and 0.2 -> 0.5.
+    training", cap 2). mask: 0 beyond the cap (Li et al. 2025, "When speed kills stability").
+    Probabilities 0.3 and 0.1 with cap 2 -> 2, with mask 0; 0.1 and 0.2 -> 0.5.
     """
-    return torch.exp(old_logprobs - sampler_logprobs).clamp(max=cap).detach()
+    ratio = torch.exp(old_logprobs - sampler_logprobs).detach()
+    return ratio.masked_fill(ratio > cap, 0.0) if mask else ratio.clamp(max=cap)
 
 
 def reference_kl(logprobs, old_logprobs, ref_logprobs):

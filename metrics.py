@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from runtime import distributed
+from runtime import distributed, machine
 from tasks.verdicts import shares
 
 
@@ -156,6 +156,27 @@ def group_metrics(verdicts, group_size):
 def mean(values):
     """Their mean; nan of none."""
     return sum(values) / len(values) if values else math.nan
+
+
+def timings(run, metrics, seconds):
+    """times.jsonl's row: seconds and shares of the phases, rates, MFU and peak memory."""
+    total = sum(seconds.values())
+    trained = metrics.get("num_train_tokens", 0.0)  # of all ranks
+    parameters = sum(p.numel() for n, p in run.model.named_parameters() if ".adapter." not in n)
+    # Operations per parameter and token, attention not counted: without the weights' gradients 4.
+    operations = (4 if run.settings.lora_rank else 6) * parameters
+    rate_of_a_rank = operations * trained / distributed.world_size() / seconds["update"]
+
+    times = {f"time/{phase}": value for phase, value in seconds.items()}
+    times["time/step"] = total
+    times |= {f"share/{phase}": value / total for phase, value in seconds.items()}
+    times["perf/gen_tokens_per_s"] = metrics["num_tokens"] / seconds["generate"]
+    times["perf/train_tokens_per_s"] = trained / seconds["update"]
+    times["perf/mfu"] = rate_of_a_rank / run.peak_flops
+    times["perf/peak_mem_gb"] = machine.peak_bytes(run.device) / 1e9
+    # Keys and values that are kept through the update.
+    times["perf/sampler_mem_gb"] = run.sampler.held_bytes() / 1e9
+    return times
 
 
 def progress(step, steps, metrics, times):

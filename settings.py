@@ -170,8 +170,16 @@ class Settings:
     )
     advantage: str = setting(
         None,
-        "grpo, mean, rloo, batch, reinforce++ or reinforce++_baseline (grpo.py); selfplay: trr++",
+        "grpo, mean, rloo, batch, pass@k, reinforce++ or reinforce++_baseline (grpo.py); selfplay: "
+        "trr++",
         choices=ADVANTAGES,
+    )
+    pass_k: int = setting(4, "k of --advantage pass@k: so many samples are one try", least=1)
+    positive_weight: float = setting(
+        1.0,
+        "factor of positive advantages; below 1 wrong answers teach more than right ones, which "
+        "keeps variety (0.1: arXiv 2506.01347)",
+        least=0,
     )
     clip_low: float = setting(
         None, "lower clip of the ratio: 0.2, gspo 3e-4, cispo none", least=0, most=1
@@ -200,6 +208,9 @@ class Settings:
         "truncated importance weight: a token's loss times min(trainer / sampler probability, "
         "this); needs old_logprobs trainer; 0 = off",
         least=0,
+    )
+    tis_mask: bool = setting(
+        False, "a token beyond --tis counts nothing, instead of --tis times (masked)"
     )
     minibatches: int = setting(1, "optimizer steps per pass over a rollout", least=1)
     epochs: int = setting(1, "passes over a rollout", least=1)

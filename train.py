@@ -28,8 +28,8 @@ import grpo
 from batches import backward, learning_rate, micro_batches, packed_batches, score, take_step
 from build import build, new_folder, restarted_run
 from eval import evaluate, print_gained
-from metrics import loss_metrics, progress
-from runtime import checkpoint, distributed, hugging_face, lora, machine
+from metrics import loss_metrics, progress, timings
+from runtime import checkpoint, distributed, hugging_face, lora
 from runtime.logs import RunLog, write_config
 from sandbox import Pool
 from sandbox.languages import load_language
@@ -178,27 +178,6 @@ def refresh_sampler(run):
 
 
 # ---- what a step reports ----
-
-
-def timings(run, metrics, seconds):
-    """times.jsonl's row: seconds and shares of the phases, rates, MFU and peak memory."""
-    total = sum(seconds.values())
-    trained = metrics.get("num_train_tokens", 0.0)  # of all ranks
-    parameters = sum(p.numel() for n, p in run.model.named_parameters() if ".adapter." not in n)
-    # Operations per parameter and token, attention not counted: without the weights' gradients 4.
-    operations = (4 if run.settings.lora_rank else 6) * parameters
-    rate_of_a_rank = operations * trained / distributed.world_size() / seconds["update"]
-
-    times = {f"time/{phase}": value for phase, value in seconds.items()}
-    times["time/step"] = total
-    times |= {f"share/{phase}": value / total for phase, value in seconds.items()}
-    times["perf/gen_tokens_per_s"] = metrics["num_tokens"] / seconds["generate"]
-    times["perf/train_tokens_per_s"] = trained / seconds["update"]
-    times["perf/mfu"] = rate_of_a_rank / run.peak_flops
-    times["perf/peak_mem_gb"] = machine.peak_bytes(run.device) / 1e9
-    # Keys and values that are kept through the update.
-    times["perf/sampler_mem_gb"] = run.sampler.held_bytes() / 1e9
-    return times
 
 
 def sample_row(run, sample):

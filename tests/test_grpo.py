@@ -1,5 +1,6 @@
 """Losses and advantages against numbers worked out by hand, and their gradients."""
 
+import itertools
 import math
 
 import pytest
@@ -45,6 +46,31 @@ def test_advantages_equal_hand_computed_numbers(kind, first, second):
     close(grpo.advantages(rewards, group_ids, kind), first + second)
 
 
+def test_pass_at_k_pays_tries_of_k_samples():
+    """1 0 0 1, k 2: 5 of 6 pairs pass, deviation 0.3727; all pairs of a right one, 2 / 3 of a wrong
+    one's. 0 0 0 1: 1 / 2, 1 / 2, a wrong one's 1 / 3. k 3 of 1 0 0 1: every try passes."""
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 1])
+    group_ids = torch.tensor([0] * 4 + [1] * 4)
+    expected = [0.447, -0.447, -0.447, 0.447, -1 / 3, -1 / 3, -1 / 3, 1]
+    close(grpo.advantages(rewards, group_ids, "pass@k", k=2), expected)
+    assert grpo.advantages(rewards, group_ids, "pass@k", k=3)[:4].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_equals_counting_all_tries(k):
+    """Every k of 6 samples, one of which could not be judged: 5 choose k tries."""
+    rewards = torch.tensor([0.0, 1, NAN, 0, 0, 0])
+    tries = list(itertools.combinations([0, 1, 3, 4, 5], k))
+    pays = [float(rewards[list(one)].max()) for one in tries]
+    mean = sum(pays) / len(pays)
+    std = (sum((pay - mean) ** 2 for pay in pays) / len(pays)) ** 0.5
+    found = grpo.advantages(rewards, torch.zeros(6, dtype=torch.long), "pass@k", k=k)
+    for i in (0, 1, 3, 4, 5):
+        own = [pay for pay, one in zip(pays, tries) if i in one]
+        close(found[i], (sum(own) / len(own) - mean) / (std + 1e-6))
+    assert found[2] == 0
+
+
 def test_trr_takes_its_statistics_over_tokens():
     """Rewards 1 and 0 of 1 and 3 tokens: mean 1/4, variance (0.75^2 + 3 * 0.25^2) / 3 = 1/4."""
     group_ids = torch.zeros(2, dtype=torch.long)
@@ -52,7 +78,7 @@ def test_trr_takes_its_statistics_over_tokens():
     close(grpo.advantages(torch.tensor([1.0, 0.0]), group_ids, "trr++", lengths), [1.5, -0.5])
 
 
-@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "batch", "trr++"])
+@pytest.mark.parametrize("kind", ["grpo", "mean", "rloo", "batch", "trr++", "pass@k"])
 def test_groups_without_variance_are_exactly_zero(kind):
     """0.1 three times has a float mean that is not 0.1: rewards are compared as they are."""
     rewards = torch.tensor([0.1] * 3 + [1.0, 0.0, NAN])
@@ -303,6 +329,19 @@ def test_truncated_importance_weights_scale_the_gradient_and_get_none(loss):
     if loss == "gspo":  # the sequence's one ratio gets its tokens' weights together
         weights = weights.mean()
     torch.testing.assert_close(gradient(2.0), gradient(0.0) * weights)
+
+
+def test_masked_importance_weights_drop_what_is_beyond_the_cap():
+    old, sampler = log(torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, 0.2]]))
+    close(grpo.importance_weights(old, sampler, 2.0, mask=True), torch.tensor([0.0, 0.5, 1.0]))
+
+
+def test_right_answers_can_teach_less_than_wrong_ones():
+    """Ratio 1: a token's loss is -A, at weight 0.1 where A is positive."""
+    batch = pack([Sequence([1], [2, 3], [-1.0, -1.0], [0.5, -0.5])])
+    settings = Settings(positive_weight=0.1)
+    losses = grpo.token_loss(batch.old_logprobs, None, batch, settings)
+    close(losses, torch.tensor([-0.05, 0.5]))
 
 
 def uneven_batch():
