@@ -98,6 +98,9 @@ class EvalSettings:
         "", "folder for samples.jsonl and results.json (default: runs/eval/MODEL-BENCH)"
     )
     problems: int = setting(0, "judge a random subset of so many problems; 0 = all")
+    split: str = setting(
+        "test", "gsm8k, sums: test, or train to make answers that sft.py --answers learns from"
+    )
 
     samples: int = setting(1, "completions per problem", section="sampling")
     temperature: float = setting(
@@ -309,6 +312,8 @@ def load_cell(settings, pool, source, language):
         raise ValueError(sentence)
     if settings.bench in ("gsm8k", "sums"):
         return load_program_cell(settings, pool, source, language)
+    if settings.split != "test":
+        raise ValueError(f"--bench {settings.bench} has no --split {settings.split}: leave it out")
     if settings.bench == "crux":
         return load_crux_cell(settings, pool, source, language)
 
@@ -352,7 +357,8 @@ def load_program_cell(settings, pool, source, language):
     count = settings.problems or None
     if settings.bench == "sums" and not count:
         count = 500  # the generator makes as many as are asked for: there is no "all"
-    problems = load_problems(settings.bench, "test", settings.data or None, count, settings.seed)
+    data = settings.data or None
+    problems = load_problems(settings.bench, settings.split, data, count, settings.seed)
     return Cell(source, language, problems, Judge(pool, language), prompt)
 
 

@@ -186,8 +186,7 @@ def set_advantages(run, samples):
     if settings.advantage.startswith("reinforce"):
         values = token_advantages(settings, rewards, group_ids, samples)
     else:
-        kind = settings.advantage
-        values = grpo.advantages(rewards, group_ids, kind, k=settings.pass_k).tolist()
+        values = grpo.advantages(rewards, group_ids, settings.advantage, k=settings.pass_k).tolist()
     for sample, value in zip(samples, values[mine]):
         sample.sequence.advantage = value
 

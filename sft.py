@@ -2,9 +2,11 @@
 
     python sft.py --task gsm8k_steps --lang prolog --model DIR --out DIR    from a checkpoint
     python sft.py --task sums --lang lisp --model tiny --out DIR            from scratch, own BPE
+    python sft.py --task gsm8k --answers runs/eval/NAME/prolog/samples.jsonl --model DIR --out DIR
 
 Reinforcement learning needs a model that is right sometimes; this makes one from a model that
-never is.
+never is. The third form learns from a model's own right answers (rejection sampling: RFT, arXiv
+2308.01825), the baseline that reinforcement learning has to beat.
 """
 
 import runtime.cpu  # noqa: F401 (before torch)
@@ -30,13 +32,14 @@ from batches import (
     packed_batches,
     take_step,
 )
+from rewards import parse
 from runtime import distributed, hugging_face, memory
 from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
 from selfplay import triples
 from settings import Settings, add_flags, setting
-from tasks.data import hold_out, take
-from tasks.problems import load_problems, program_messages, question_of
+from tasks.data import hold_out, read_jsonl, take
+from tasks.problems import load_problems, program_messages, question_of, with_worked_text
 from tasks.render import solution
 
 # The tiny model's BPE learns from the texts of so many problems, to so many tokens.
@@ -50,7 +53,8 @@ class WarmStart:
 
     task: str = setting(
         "gsm8k_steps",
-        "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts)",
+        "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts); "
+        "gsm8k with --answers",
         section="what is learnt",
     )
     lang: str = setting("prolog", "language to render programs in")
@@ -70,6 +74,18 @@ class WarmStart:
     max_prompt_tokens: int = setting(
         1024, "problems with a longer prompt are dropped, and counted at the start"
     )
+    reasoning: str = setting(
+        "steps",
+        "what stands in <reasoning>: the steps as equations, or text, GSM8K's own words "
+        "(gsm8k_steps)",
+        choices=("steps", "text"),
+    )
+    answers: str = setting(
+        "",
+        "samples.jsonl of runs, or of evaluations of the training split (eval.py --split train), "
+        "with commas: learn from their right answers instead",
+    )
+    answers_each: int = setting(4, "--answers: most different programs of a problem", least=1)
     references: int = setting(6, "selfplay: most earlier programs in a proposer's prompt")
 
     steps: int = setting(300, "optimizer steps", section="training")
@@ -128,7 +144,12 @@ def run(settings, problems, language, device, report=print):
             tokens = [*tokenizer.encode(answer), tokenizer.stop_ids[0]]
             sequences.append(Sequence(tokenizer.encode(text), tokens))
     else:
-        sequences = encode(problems, language, tokenizer, prompt, settings.mistakes, settings.seed)
+        if settings.answers:
+            answers = right_answers(settings.answers, problems, language, settings.answers_each)
+        else:
+            answers = rendered(problems, language, settings.mistakes, settings.seed)
+        report(f"{len(answers)} answers to {len({problem.id for problem, _ in answers})} problems")
+        sequences = encode(answers, tokenizer, prompt)
     sequences = short_enough(sequences, settings.max_prompt_tokens, report)
 
     config = hugging_face.read_config(source)
@@ -194,18 +215,53 @@ def tiny_config(vocab_size):
 # ---- demonstrations ----
 
 
-def encode(problems, language, tokenizer, prompt, mistakes, seed):
-    """Problems with steps -> list[Sequence]: the rendered solution and the stop token to learn.
-
-    mistakes: the share of them that gets one of the language's mistakes.
-    """
+def encode(answers, tokenizer, prompt):
+    """[(problem, text)] -> list[Sequence]: the text and the stop token to learn."""
     sequences = []
-    for problem in problems:
-        rng = random.Random(f"{seed}/{problem.id}")
-        text = imperfect(solution(problem, language), language, mistakes, rng)
+    for problem, text in answers:
         tokens = [*tokenizer.encode(text), tokenizer.stop_ids[0]]
         sequences.append(Sequence(tokenizer.encode_chat(prompt(problem)), tokens))
     return sequences
+
+
+def right_answers(paths, problems, language, most):
+    """[(problem, text)] of samples.jsonl files: right ones in the right form, of these problems, at
+    most so many different programs of each, the first ones.
+
+    ValueError with one sentence where there is none.
+    """
+    texts = {problem.id: {} for problem in problems}  # program without its spaces -> text
+    for path in paths.split(","):
+        for id, is_right, text in read_jsonl(path, _answer):
+            parsed = parse(text, language)
+            programs = texts.get(id)
+            is_wanted = programs is not None and len(programs) < most
+            if is_wanted and is_right and parsed.format_ok:
+                programs.setdefault("".join(parsed.code.split()), text)
+    found = [(problem, text) for problem in problems for text in texts[problem.id].values()]
+    if not found:
+        raise ValueError(
+            f"{paths}: no right answer to a problem of the training split is in there; make some "
+            "with eval.py --split train --samples 8 --temperature 1"
+        )
+    return found
+
+
+def _answer(_, row):
+    """(problem's id, is it right, text) of a row of an evaluation or a run."""
+    return row["id"] if "id" in row else row["problem"], row["correct"], row["text"]
+
+
+def rendered(problems, language, mistakes, seed):
+    """[(problem, text)] of problems with steps.
+
+    mistakes: the share of them that gets one of the language's mistakes.
+    """
+    found = []
+    for problem in problems:
+        rng = random.Random(f"{seed}/{problem.id}")
+        found.append((problem, imperfect(solution(problem, language), language, mistakes, rng)))
+    return found
 
 
 def imperfect(text, language, share, rng):
@@ -320,6 +376,8 @@ def main():
         )
         rest, _ = hold_out(split, settings.validation_problems, question_of)
         problems = take(rest, settings.problems or None, settings.seed)
+        if settings.reasoning == "text":
+            problems = with_worked_text(problems, settings.data or None)
 
     def report(text):
         if distributed.rank() == 0:

@@ -190,6 +190,7 @@ def sample_row(run, sample):
         "sample": sample.completion.sample,
         "reward": sample.verdict.reward,
         "advantage": advantage,
+        "correct": sample.verdict.correct,
         "status": sample.verdict.status,
         "value": sample.verdict.value,
         "text": run.tokenizer.decode(sample.completion.tokens),

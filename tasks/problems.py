@@ -4,7 +4,8 @@ load_problems() reads a task's problems, program_messages() is how one is asked.
 would be right, in any language, is render.solution().
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from sandbox.languages import language_of
@@ -106,7 +107,7 @@ def load_problems(task, split, data=None, count=None, seed=0):
         numbers = range(SUMS if count is None else count)
         return [_sums_problem(split, seed, number) for number in numbers]
     if task == "gsm8k":
-        path = find_data(f"gsm8k/{split}.jsonl", data) or download_gsm8k(split)
+        path = _gsm8k_path(split, data)
         read = _gsm8k_problem
     elif task == "gsm8k_steps":
         path = _steps_path(split, data)
@@ -123,6 +124,29 @@ def _sums_problem(split, seed, index):
     steps = exact_steps(story.steps)
     id = f"sums/{split}/{seed}/{index}"
     return Problem(id, "sums", story.question, steps[-1].value, steps)
+
+
+def with_worked_text(problems, data=None):
+    """Problems of gsm8k_steps, with the words of GSM8K's own answer as their reasoning.
+
+    "48/2 = <<48/2=24>>24 clips\n#### 24" -> "48/2 = 24 clips". ValueError for other problems.
+    """
+    if any(problem.task != "gsm8k_steps" for problem in problems):
+        raise ValueError("only gsm8k_steps has GSM8K's own words for its steps")
+    texts = read_jsonl(_gsm8k_path("train", data), _worked_text)
+    found = []
+    for problem in problems:
+        number = int(problem.id.rsplit("/", 1)[1])
+        found.append(replace(problem, reasoning=texts[number]))
+    return found
+
+
+def _worked_text(_, row):
+    return re.sub(r"<<[^<>]*>>", "", row["answer"].rsplit("####", 1)[0]).strip()
+
+
+def _gsm8k_path(split, data):
+    return find_data(f"gsm8k/{split}.jsonl", data) or download_gsm8k(split)
 
 
 def _gsm8k_problem(split, index, row):
