@@ -53,8 +53,8 @@ class WarmStart:
 
     task: str = setting(
         "gsm8k_steps",
-        "what to learn from: sums, gsm8k_steps or selfplay (synthetic triples in its six prompts); "
-        "gsm8k with --answers",
+        "what to learn from: sums, gsm8k_steps, gsm8k (with --answers) or selfplay (synthetic "
+        "triples in its six prompts)",
         section="what is learnt",
     )
     lang: str = setting("prolog", "language to render programs in")
