@@ -157,13 +157,6 @@ sum=${#word}
 for x in "${values[@]}"; do sum=$((sum + x)); done
 echo $sum
 """,
-    "perl": r"""
-my @values = split " ", <STDIN>;
-chomp(my $word = <STDIN>);
-my $sum = length $word;
-$sum += $_ for @values;
-print "$sum\n";
-""",
     "php": r"""
 <?php
 $values = array_map("intval", explode(" ", trim(fgets(STDIN))));

@@ -56,6 +56,10 @@ VALUES = {
         *COMMON, Map((("k", [1, None]), (Symbol("ok?"), Map(())), (3, True))), "#{x} # $y",
         Symbol("a_b"), Set((1, "2")), Set(()), [True, False],
     ],
+    "perl": [
+        COMMON[0], Map((("k", [1, None]), ("a b", Map(())), ("7", 1))), 2**63 - 1, [-(2**63)],
+        2.0**70, "$x @y %z", ["3", 3, "3.0", "03"], [],
+    ],
     "julia": [
         *COMMON, Map((("k", [1, 2.5]), ("l", "$x"))), Symbol("a_b"), Char("'"), None,
         Fraction(3, 4), Set((1, 2)), (1,), [True, 1], [[1], [2.5]],
@@ -133,6 +137,12 @@ def test_values_come_back_from_the_language_as_they_went_in(pool, name):
         ),
         ("ruby", r"""['a\n', 'it\'s', "# \#{x}"]""", ["a\\n", "it's", "# #{x}"]),
         ("ruby", "Set[1, 2]", Set((1, 2))),
+        (
+            "perl",
+            "{a => 1, 'b c' => [2,], 7 => undef,}",
+            Map((("a", 1), ("b c", [2]), ("7", None))),
+        ),
+        ("perl", r"""['a\n', 'it\'s $x', "\$5 \@home"]""", ["a\\n", "it's $x", "$5 @home"]),
         ("prolog", "[a-1, 'B c', \"s\"]", [Compound("-", (Symbol("a"), 1)), Symbol("B c"), "s"]),
     ],
 )
@@ -149,6 +159,10 @@ def test_literals_as_people_write_them(name, text, value):
         ("javascript", 1, 1.0, True),
         ("javascript", 1, "1", False),
         ("ruby", Symbol("a"), "a", False),
+        ("perl", 1, 1.0, True),
+        ("perl", ["15", "1.5", "1e+20"], [15, 1.5, 1e20], True),
+        ("perl", "1.50", 1.5, False),
+        ("perl", "-0", 0, False),
         ("racket", 1, 1.0, False),
         ("scheme", 1, 1.0, False),
         ("prolog", 1, 1.0, False),
@@ -179,6 +193,11 @@ ATTACKS = {
     "ruby": [
         "1) || true || f(1", "f(1)", '"#{f(1)}"', '"#$x"', "`ls`", "%w[a b]", "[1].map", "1..3",
         "-> { 1 }", ":'a b'", "{a => 1}", "Set.new", "1; exit", "[*[1]]", "x", "3r",
+    ],
+    "perl": [
+        "1) || 1 || f(1", "f(1)", '"$x"', '"@x"', '"@{[f(1)]}"', "`ls`", "qw(a b)", "[1..3]",
+        "sub { 1 }", "\\1", "%h", "<STDIN>", "{a => 1, 2}", "do { 1 }", "1; exit", "x", "__FILE__",
+        "0x10", "q(a)", "(1, 2)",
     ],
     "julia": [
         "1) || true || f(1", '"$(run(`ls`))"', '"$x"', "[x for x in 1:2]", "f(1)", "`ls`",
@@ -304,6 +323,29 @@ BANNED = {
         "def f(a) Thread.new { 1 }.value end",
         "def f(a) File.read('main.rb') end",
     ],
+    "perl": [
+        "sub f { return rand(10) }",
+        "sub f { my $r = \\&CORE::rand; return &$r(3) }",
+        "sub f { return time }",
+        "use Time::HiRes qw(time);\nsub f { return time() }",
+        "sub f { return eval 'rand' }",
+        "sub f { eval { require Time::HiRes }; return 1 }",
+        "sub f { open(my $f, '<', 'main.pl'); return <$f> }",
+        "use POSIX;\nsub f { return POSIX::clock() }",
+        "sub f { return `ls` }",
+        "sub f { return system('ls') }",
+        "use List::Util qw(shuffle);\nsub f { return [shuffle(1,2)] }",
+        "sub f { return (stat 'x')[9] }",
+        "sub f { return localtime }",
+        "sub f { exit 0 }",
+        "use POSIX qw(getpid);\nsub f { return getpid() }",
+        "sub f { my $m = 'POSIX'->can('ti'.'mes'); return $m->() }",
+        "BEGIN { require Socket }\nsub f { 1 }",
+        "sub f { return do 'x.pl' }",
+        "sub f { my $x = \\&{'POSIX::ti'.'me'}; return $x->() }",
+        "sub f { return CORE::GLOBAL::time() + CORE::time() }",
+        "sub f { (caller(0))[3] }",
+    ],
     "julia": [
         "r = rand\nf(a) = r(1:10)",
         "import Base: rand\nf(a) = rand()",
@@ -402,6 +444,23 @@ FINE = {
         "def f(a) { 'k' => Q.new(a).y, s: %w[b a].sort, t: \"#{Set[a]}\".size > 3 } end",
         "def f(a) nil.foo; rescue NoMethodError => e; e.message.size > 9; end",
         "def f(a) = Marshal.load(Marshal.dump([a, a.to_s * 2, 10.divmod(3)]))",
+    ],
+    "perl": [
+        "use strict; use warnings;\n"
+        "use List::Util qw(sum max first reduce);\nuse POSIX qw(floor ceil fmod);\n"
+        "sub f { my ($a) = @_; my %h = (k => [map { $_ * 2 } 1..3]); print 'x'; "
+        "return [sum(1,2), floor(2.5), \\%h, join(',', sort { $a <=> $b } 3, 1), sprintf('%05.2f', 3.14159)]; "
+        "}",
+        "package P; sub new { my ($c, $x) = @_; return bless { x => $x }, $c } sub x { $_[0]{x} }\n"
+        "package main;\nsub f { my $p = P->new(3); my @q = reverse split //, 'abc'; "
+        "return { x => $p->x, q => \\@q, s => scalar(@q) }; }",
+        "use Data::Dumper; use Storable qw(dclone); use constant PI => 3;\n"
+        "my $total = 0;\nsub g { $total += $_[0]; return $total }\n"
+        "sub f { my $c = dclone([1,[2]]); "
+        "return [g(2), g(3), PI, $c, 'abc' =~ /b(.)/ ? $1 : undef, local $_ = 5] }",
+        "sub f { my ($a) = @_; my @s = eval { die { code => 5 } }; return $@->{code} + $a }",
+        "sub f { my $f; $f = sub { my $n = shift; $n < 2 ? 1 : $n * $f->($n - 1) }; "
+        "return $f->(10) }",
     ],
     "julia": [
         "using Statistics\nf(a) = mean([1, 2, 3])",

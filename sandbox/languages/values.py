@@ -75,7 +75,7 @@ def table_of(language):
 def same(a, b, language):
     """Equality as the language sees it.
 
-    [call.values] numbers = "value": 1 equals 1.0; "exact": it does not.
+    [call.values] numbers = "value": 1 equals 1.0; "exact": it does not; "text": "1" equals 1 too.
     """
     table = table_of(language)
     return key_of(a, table) == key_of(b, table)
@@ -85,9 +85,11 @@ def key_of(value, table):
     """Nested tuples that are equal when the values are; sets and dictionaries have no order."""
     if value is None or isinstance(value, bool):
         return ("word", value)
+    if isinstance(value, str) and table["numbers"] == "text":
+        value = _number_of_text(value)
 
     if isinstance(value, (int, float, Fraction)):
-        if table["numbers"] == "value":
+        if table["numbers"] != "exact":
             return ("number", Fraction(value))
         return ("number", isinstance(value, float), Fraction(value))
 
@@ -105,6 +107,19 @@ def key_of(value, table):
     if isinstance(value, Compound):
         return ("compound", value.name, *(key_of(v, table) for v in value.args))
     return (type(value).__name__, value)
+
+
+def _number_of_text(text):
+    """The number that Perl writes so, else the text: "15" -> 15, "1.5" -> 1.5, "1.50" -> "1.50"."""
+    if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
+        return int(text)
+    if re.fullmatch(r"-?[0-9][0-9.e+-]{0,30}", text):
+        try:
+            number = float(text)
+        except ValueError:
+            return text
+        return number if text == f"{number:.15g}" != "-0" else text
+    return text
 
 
 # ---- writing ----
@@ -222,7 +237,7 @@ def _write_brackets(value, table):
 
 def _write_item(key, value, table):
     """One entry of a dictionary: "a": 1 in Python, ["a"] = 1 in Lua, "a" => 1 in Julia."""
-    if "bare_key" in table and (not isinstance(key, str) or key == table["no_key"]):
+    if "bare_key" in table and (not isinstance(key, str) or key == table.get("no_key")):
         _no_literal(key)  # JavaScript would make the key a string, or set the prototype
     key_text = table.get("key", "...").replace("...", _write_brackets(key, table))
     arrow = table.get("write_arrow", f" {table['arrow']} ")
