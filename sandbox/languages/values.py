@@ -83,6 +83,8 @@ def same(a, b, language):
 
 def key_of(value, table):
     """Nested tuples that are equal when the values are; sets and dictionaries have no order."""
+    if table.get("vectors"):
+        value = vector_of(value)
     if value is None or isinstance(value, bool):
         return ("word", value)
     if isinstance(value, str) and table["numbers"] == "text":
@@ -107,6 +109,20 @@ def key_of(value, table):
     if isinstance(value, Compound):
         return ("compound", value.name, *(key_of(v, table) for v in value.args))
     return (type(value).__name__, value)
+
+
+def vector_of(value):
+    """A value as R has it: [1] is 1, [] is None, a list of several kinds a tuple, written list(...)."""
+    if isinstance(value, Map) and not value.items:
+        return ()
+    if not isinstance(value, list):
+        return value
+    if not value:
+        return None
+    kinds = {float if type(member) is int else type(member) for member in value}
+    if len(kinds) > 1 or not kinds <= {bool, float, str}:
+        return tuple(value)
+    return value[0] if len(value) == 1 else value
 
 
 def _number_of_text(text):
@@ -152,6 +168,8 @@ def _plain(value, table):
     if isinstance(value, int):
         if table.get("integer_bits") == 64 and value == SMALLEST:
             return LUA_SMALLEST
+        if table.get("typed") and not _fits(value, table):
+            _no_literal(value)
         return str(value)
     if isinstance(value, Fraction):
         if "ratio" not in table:
@@ -162,6 +180,12 @@ def _plain(value, table):
     if isinstance(value, str):
         return _write_string(value, table, '"')
     return None
+
+
+def _fits(value, table):
+    """Whether a typed language's whole numbers hold this one: 63 bits in OCaml."""
+    most = 2 ** (table["integer_bits"] - 1)
+    return -most <= value < most
 
 
 def _no_literal(value):
@@ -202,6 +226,9 @@ def _as_map(items):
 
 def _write_brackets(value, table):
     """[1, "a"], {"k": 1}, foo(1): all punctuation comes from the table."""
+    value = _as_map(value)
+    if table.get("vectors"):
+        value = vector_of(value)
     text = _plain(value, table)
     if text is not None:
         return text
@@ -212,7 +239,6 @@ def _write_brackets(value, table):
     if isinstance(value, Char) and "char" in table:
         return _write_string(value.text, table, "'")
 
-    value = _as_map(value)
     kind = {list: "list", tuple: "tuple", Map: "map", Set: "set"}.get(type(value))
     if kind not in table:
         _no_literal(value)
@@ -223,11 +249,14 @@ def _write_brackets(value, table):
         items = [_write_brackets(v, table) for v in _members(value)]
     if kind == "set":
         items = sorted(set(items))
-    text = f"{table.get('separator', ',')} ".join(items)
-    if kind == "tuple" and len(items) == 1:
+    separator = "," if kind == "tuple" else table.get("separator", ",")
+    text = f"{separator} ".join(items)
+    if kind == "tuple" and len(items) == 1 and not table.get("vectors"):
         text += ","
 
     form = table[kind]
+    if table.get("typed") and kind == "list" and _is_mixed(value):
+        _no_literal(value)
     if kind in table.get("mixed", {}) and _is_mixed(value):
         form = table["mixed"][kind]
     if kind == "set" and not items:
