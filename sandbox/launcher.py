@@ -203,7 +203,8 @@ class Launcher:
                 break
             if not stage["last"]:
                 name = job["stages"][number + 1]["argv"][0]
-                make_executable(self.folder, name.removeprefix("./"))
+                if name.startswith("./"):  # else an interpreter, which runs what was compiled
+                    make_executable(self.folder, name.removeprefix("./"))
 
         stderr = program.stderr
         if program.report.startswith(b"E"):

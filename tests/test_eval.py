@@ -104,6 +104,7 @@ ADD = {  # HumanEval_53_add
     "java": "\n        return x + y;",
     "rust": "\n    x + y",
     "go": "\n\treturn x + y\n}",
+    "typescript": "\n  return x + y;\n}",
 }
 # Leaves before the tests, with exit code 0 (a Haskell or Go function without imports cannot).
 QUIT = {
@@ -123,6 +124,7 @@ QUIT = {
     "cpp": "\n  exit(0);",
     "java": "\n        System.exit(0); return 0;",
     "rust": "\n    std::process::exit(0)",
+    "typescript": "\n  require('process').exit(0);\n  return 0;\n}",
 }
 
 

@@ -106,6 +106,10 @@ DEFINED = {
     "ruby": ("def add(x, y)\n  x + y\nend", "puts add(1, 2) == 3"),
     "rust": ("fn add(x: isize, y: isize) -> isize {", 'println!("{}", add(1, 2));'),
     "scheme": ("(define (add x y) (+ x y))", "(display (add 1 2))"),
+    "typescript": (
+        "export const add = (x: number, y: number): number => x + y;",
+        "const five: number = add(2, 3); // add: twice = 4",
+    ),
 }
 
 

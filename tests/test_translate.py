@@ -116,6 +116,12 @@ def f(values, text, limit)
   [text, sum, sum > limit, limit]
 end
 """,
+    "r": """
+f <- function(values, text, limit) {
+  total <- sum(values)
+  list(text, total, total > limit, limit)
+}
+""",
     "prolog": """
 f(Values, Text, Limit, [Text, Sum, Above, Limit]) :-
     sum_list(Values, Sum),
@@ -156,13 +162,6 @@ read word
 sum=${#word}
 for x in "${values[@]}"; do sum=$((sum + x)); done
 echo $sum
-""",
-    "perl": r"""
-my @values = split " ", <STDIN>;
-chomp(my $word = <STDIN>);
-my $sum = length $word;
-$sum += $_ for @values;
-print "$sum\n";
 """,
     "php": r"""
 <?php
@@ -205,16 +204,33 @@ public class Main {
     }
 }
 """,
-    "ocaml": """
-let () =
-  let values = List.map int_of_string (String.split_on_char ' ' (read_line ())) in
-  let word = read_line () in
-  print_int (List.fold_left (+) (String.length word) values)
+    "typescript": """
+import * as readline from "readline";
+
+const lines: string[] = [];
+const input = readline.createInterface({ input: process.stdin });
+input.on("line", (line: string) => lines.push(line));
+input.on("close", () => {
+    const values: number[] = lines[0].split(" ").map(Number);
+    console.log(values.reduce((x, y) => x + y, lines[1].length));
+});
 """,
-    "r": r"""
-lines <- readLines("stdin")
-values <- as.numeric(strsplit(lines[1], " ")[[1]])
-cat(sum(values) + nchar(lines[2]), "\n")
+    "scala": """
+object Solution extends App {
+  val values = scala.io.StdIn.readLine().split(" ").map(_.toInt)
+  println(values.sum + scala.io.StdIn.readLine().length)
+}
+""",
+    "csharp": """
+using System;
+using System.Linq;
+
+class Solution {
+    static void Main(string[] args) {
+        var values = Console.ReadLine().Split(' ').Select(int.Parse).ToList();
+        Console.WriteLine(values.Sum() + Console.ReadLine().Length);
+    }
+}
 """,
 }
 

@@ -56,6 +56,19 @@ VALUES = {
         *COMMON, Map((("k", [1, None]), (Symbol("ok?"), Map(())), (3, True))), "#{x} # $y",
         Symbol("a_b"), Set((1, "2")), Set(()), [True, False],
     ],
+    "perl": [
+        COMMON[0], Map((("k", [1, None]), ("a b", Map(())), ("7", 1))), 2**63 - 1, [-(2**63)],
+        2.0**70, "$x @y %z", ["3", 3, "3.0", "03"], [],
+    ],
+    "r": [
+        COMMON[0], [1, 2.5, -3], ["a", "é日"], [True, False], True, None, (), (1, "a", (2, [3, 4])),
+        Map((("k", [1, 2]), ("a b", Map((("c", None),))))), [5], ["x"], [[1, 2], [3]], 2**53 - 1,
+        1e300, 1e-07, "a\"b\\c'd\n\te$x", "",
+    ],
+    "ocaml": [
+        [1, -2, 3], [[1.5, -0.25], [1e300, 1e-07]], ("a\"b\\c'd\n\te", "", "é日"), 2**62 - 1, [],
+        -(2**62), (1, (2.0, [True, False]), ()), Char("'"), Char('"'), [(1, "a"), (2, "b")],
+    ],
     "julia": [
         *COMMON, Map((("k", [1, 2.5]), ("l", "$x"))), Symbol("a_b"), Char("'"), None,
         Fraction(3, 4), Set((1, 2)), (1,), [True, 1], [[1], [2.5]],
@@ -133,6 +146,20 @@ def test_values_come_back_from_the_language_as_they_went_in(pool, name):
         ),
         ("ruby", r"""['a\n', 'it\'s', "# \#{x}"]""", ["a\\n", "it's", "# #{x}"]),
         ("ruby", "Set[1, 2]", Set((1, 2))),
+        ("ocaml", "[1; -2;]", [1, -2]),
+        ("ocaml", '(1., ["a"; "b"])', (1.0, ["a", "b"])),
+        ("ocaml", "()", ()),
+        ("r", "c(1, -2.5)", [1, -2.5]),
+        ("r", "list(1, 'a', c(TRUE, FALSE), NULL)", (1, "a", [True, False], None)),
+        ("r", "list(a = 1, 'b c' = list(2))", Map((("a", 1), ("b c", (2,))))),
+        ("r", "c(a = 1, b = 2)", Map((("a", 1), ("b", 2)))),
+        ("r", "c()", None),
+        (
+            "perl",
+            "{a => 1, 'b c' => [2,], 7 => undef,}",
+            Map((("a", 1), ("b c", [2]), ("7", None))),
+        ),
+        ("perl", r"""['a\n', 'it\'s $x', "\$5 \@home"]""", ["a\\n", "it's $x", "$5 @home"]),
         ("prolog", "[a-1, 'B c', \"s\"]", [Compound("-", (Symbol("a"), 1)), Symbol("B c"), "s"]),
     ],
 )
@@ -149,6 +176,15 @@ def test_literals_as_people_write_them(name, text, value):
         ("javascript", 1, 1.0, True),
         ("javascript", 1, "1", False),
         ("ruby", Symbol("a"), "a", False),
+        ("perl", 1, 1.0, True),
+        ("ocaml", 1, 1.0, False),
+        ("r", [5], 5, True),
+        ("r", [], None, True),
+        ("r", [1, 2], (1, 2), False),
+        ("r", [[1], "a"], (1, "a"), True),
+        ("perl", ["15", "1.5", "1e+20"], [15, 1.5, 1e20], True),
+        ("perl", "1.50", 1.5, False),
+        ("perl", "-0", 0, False),
         ("racket", 1, 1.0, False),
         ("scheme", 1, 1.0, False),
         ("prolog", 1, 1.0, False),
@@ -179,6 +215,21 @@ ATTACKS = {
     "ruby": [
         "1) || true || f(1", "f(1)", '"#{f(1)}"', '"#$x"', "`ls`", "%w[a b]", "[1].map", "1..3",
         "-> { 1 }", ":'a b'", "{a => 1}", "Set.new", "1; exit", "[*[1]]", "x", "3r",
+    ],
+    "perl": [
+        "1) || 1 || f(1", "f(1)", '"$x"', '"@x"', '"@{[f(1)]}"', "`ls`", "qw(a b)", "[1..3]",
+        "sub { 1 }", "\\1", "%h", "<STDIN>", "{a => 1, 2}", "do { 1 }", "1; exit", "x", "__FILE__",
+        "0x10", "q(a)", "(1, 2)",
+    ],
+    "r": [
+        "1) || TRUE || f(1", "f(1)", "c(f(1))", "c(1, 'a')", "c(c(1), 2)", "1:3", "c(1, TRUE)",
+        "function(x) 1", "x", "NA", "Inf", "list(1", "`f`(1)", "1; quit()", "1 + 1", "TRUE && FALSE",
+        "seq(1, 3)", "c(list(1))", "T", "list(a = f(1))",
+    ],
+    "ocaml": [
+        "1) || true || f (1", "f 1", "[1, 2]", "[f 1]", "(fun x -> x)", "x", "Some 1", "[1; 2.5]",
+        "[|1|]", "{a = 1}", "1 + 1", "exit 0", "!r", "begin 1 end", "[1; \"a\"]", "`A",
+        "9223372036854775807",
     ],
     "julia": [
         "1) || true || f(1", '"$(run(`ls`))"', '"$x"', "[x for x in 1:2]", "f(1)", "`ls`",
@@ -304,6 +355,66 @@ BANNED = {
         "def f(a) Thread.new { 1 }.value end",
         "def f(a) File.read('main.rb') end",
     ],
+    "perl": [
+        "sub f { return rand(10) }",
+        "sub f { my $r = \\&CORE::rand; return &$r(3) }",
+        "sub f { return time }",
+        "use Time::HiRes qw(time);\nsub f { return time() }",
+        "sub f { return eval 'rand' }",
+        "sub f { eval { require Time::HiRes }; return 1 }",
+        "sub f { open(my $f, '<', 'main.pl'); return <$f> }",
+        "use POSIX;\nsub f { return POSIX::clock() }",
+        "sub f { return `ls` }",
+        "sub f { return system('ls') }",
+        "use List::Util qw(shuffle);\nsub f { return [shuffle(1,2)] }",
+        "sub f { return (stat 'x')[9] }",
+        "sub f { return localtime }",
+        "sub f { exit 0 }",
+        "use POSIX qw(getpid);\nsub f { return getpid() }",
+        "sub f { my $m = 'POSIX'->can('ti'.'mes'); return $m->() }",
+        "BEGIN { require Socket }\nsub f { 1 }",
+        "sub f { return do 'x.pl' }",
+        "sub f { my $x = \\&{'POSIX::ti'.'me'}; return $x->() }",
+        "sub f { return CORE::GLOBAL::time() + CORE::time() }",
+        "sub f { (caller(0))[3] }",
+    ],
+    "r": [
+        "f <- function(a) runif(1)",
+        "r <- stats::rnorm\nf <- function(a) r(1)",
+        "f <- function(a) do.call('run' |> paste0('if'), list(1))",
+        "f <- function(a) sample(10)[1]",
+        "f <- function(a) get('Sys.time')()",
+        "f <- function(a) base::Sys.time()",
+        "f <- function(a) match.fun('Sys.getpid')()",
+        "f <- function(a) eval(parse(text = '1'))",
+        "f <- function(a) tryCatch(Sys.time(), error = function(e) 1)",
+        "f <- function(a) sapply(1:2, set.seed)",
+        "f <- function(a) system('ls')",
+        "f <- function(a) readLines('main.R')",
+        "f <- function(a) .Internal(date())",
+        "f <- function(a) quit()",
+        "library(parallel)\nf <- function(a) 1",
+        "f <- function(a) getFromNamespace('Sys.time', 'base')()",
+        "f <- function(a) stats:::runif(1)",
+    ],
+    "ocaml": [
+        "let f a = Random.int 10",
+        "module R = Random\nlet f a = R.int 10",
+        "open Stdlib.Random\nlet f a = int 10",
+        "let f a = let open Sys in time ()",
+        "let g = Sys.time\nlet f a = g ()",
+        'let f a = try ignore (Sys.command "ls"); 1 with _ -> 1',
+        'external time : unit -> float = "caml_sys_time"\nlet f a = time ()',
+        'module M = struct external t : unit -> float = "caml_sys_time" end\nlet f a = M.t ()',
+        'let f a = input_line (open_in "main.ml")',
+        "let f a = Stdlib.exit 0",
+        "let f (a : int) : string = Obj.magic a",
+        '#use "main.ml";;\nlet f a = 1',
+        "let f a = Hashtbl.randomize (); 1",
+        "include Random\nlet f a = int 10",
+        "let f a = let module M = (val (module Random : sig val int : int -> int end)) in M.int 9",
+        'let f a = Toploop.getvalue "f" == Toploop.getvalue "f"',
+    ],
     "julia": [
         "r = rand\nf(a) = r(1:10)",
         "import Base: rand\nf(a) = rand()",
@@ -402,6 +513,46 @@ FINE = {
         "def f(a) { 'k' => Q.new(a).y, s: %w[b a].sort, t: \"#{Set[a]}\".size > 3 } end",
         "def f(a) nil.foo; rescue NoMethodError => e; e.message.size > 9; end",
         "def f(a) = Marshal.load(Marshal.dump([a, a.to_s * 2, 10.divmod(3)]))",
+    ],
+    "perl": [
+        "use strict; use warnings;\n"
+        "use List::Util qw(sum max first reduce);\nuse POSIX qw(floor ceil fmod);\n"
+        "sub f { my ($a) = @_; my %h = (k => [map { $_ * 2 } 1..3]); print 'x'; "
+        "return [sum(1,2), floor(2.5), \\%h, join(',', sort { $a <=> $b } 3, 1), sprintf('%05.2f', 3.14159)]; "
+        "}",
+        "package P; sub new { my ($c, $x) = @_; return bless { x => $x }, $c } sub x { $_[0]{x} }\n"
+        "package main;\nsub f { my $p = P->new(3); my @q = reverse split //, 'abc'; "
+        "return { x => $p->x, q => \\@q, s => scalar(@q) }; }",
+        "use Data::Dumper; use Storable qw(dclone); use constant PI => 3;\n"
+        "my $total = 0;\nsub g { $total += $_[0]; return $total }\n"
+        "sub f { my $c = dclone([1,[2]]); "
+        "return [g(2), g(3), PI, $c, 'abc' =~ /b(.)/ ? $1 : undef, local $_ = 5] }",
+        "sub f { my ($a) = @_; my @s = eval { die { code => 5 } }; return $@->{code} + $a }",
+        "sub f { my $f; $f = sub { my $n = shift; $n < 2 ? 1 : $n * $f->($n - 1) }; "
+        "return $f->(10) }",
+    ],
+    "r": [
+        "library(stats)\ng <- function(x) x * 2\nf = function(a) { cat(a); print(a)\n"
+        "list(g(a), max(1, 2), strrep('x', 3), sapply(1:3, function(i) i^2), median(c(3, 1, 2))) }",
+        "f <- function(a) { s <- strsplit('b,a', ',')[[1]]; names(s) <- c('k', 'l')\n"
+        "list(s, sort(unlist(s)), rev(1:3), 7 %/% 2, is.null(NULL), sprintf('%05.2f', pi)) }",
+        "c <- function(...) base::c(...)\nf <- function(a) { x <- c(b = 2, a = 1); x[order(x)] }",
+        "f <- function(a) { m <- matrix(1:4, 2); apply(m, 1, sum) + Reduce(`+`, 1:a) }",
+        "f <- function(a) tryCatch(stop('x'), error = function(e) conditionMessage(e))",
+        "f <- \\(a) { d <- data.frame(x = 1:3); d$x[d$x > 1] }",
+        "setClass('P', representation(x = 'numeric'))\nf <- function(a) new('P', x = a)@x",
+    ],
+    "ocaml": [
+        "let rec g n = if n < 2 then 1 else n * g (n - 1)\n"
+        "let f a = print_string \"x\"; (g a, List.map (fun x -> x * 2) [1; 2], String.make 3 'x')",
+        "type shape = Circle of float | Square of float\n"
+        "let area = function Circle r -> r *. 2.0 | Square s -> s *. s\n"
+        "let f a = area (Square (float_of_int a))",
+        "module P = Map.Make (String)\n"
+        'let f a = P.bindings (P.add "b" a (P.singleton "a" 1));;\n'
+        'let () = Printf.printf "%d" 3',
+        'let f a = try failwith "no" with Failure text -> text ^ string_of_int a',
+        'let f a = let t = Hashtbl.create 9 in Hashtbl.add t "k" a; Hashtbl.find t "k"',
     ],
     "julia": [
         "using Statistics\nf(a) = mean([1, 2, 3])",

@@ -31,6 +31,7 @@ SLOW = (
     "r",
     "racket",
     "rust",
+    "typescript",
 )
 needs_data = pytest.mark.skipif(
     not known_programs.DATA.is_dir(), reason="../shared/data is not here"
@@ -57,6 +58,7 @@ BODY = {
     "racket": "  (let ((added (+ x y)))\n    added))",
     "ruby": "    added = x + y\n    added\nend",
     "rust": "    let added = x + y;\n    added\n}",
+    "typescript": "    let added: number = x + y;\n    return added;\n}",
 }
 USE = {  # of the function, as an example that a model shows
     "bash": "add 2 3  # 5",
@@ -72,6 +74,7 @@ USE = {  # of the function, as an example that a model shows
     "r": "print(add(2, 3)) # 5",
     "racket": "(displayln (add 2 3)) ; 5",
     "ruby": "puts add(2, 3) # 5",
+    "typescript": "console.log(add(2, 3)); // 5",
     # These have no code outside functions; Java's stands beside its class.
     "java": "System.out.println(Problem.add(2, 3)); // 5",
     "cpp": "int main() {\n    std::cout << add(2, 3) << std::endl;\n    return 0;\n}",
@@ -138,6 +141,14 @@ OWN = {  # language -> whole programs of other shapes
     "rust": [
         "use std::collections::{HashMap, HashSet};\npub fn add(x: isize, y: isize) -> isize {\n    x + y\n}\n"
         "fn main() {}",
+    ],
+    "typescript": [
+        "const add = (x: number, y: number): number => x + y;\nexport default add;",
+        "type Sum = (x: number, y: number) => number;\nconst add: Sum = (x, y) => x + y;",
+        "const add: (x: number, y: number) => number = function (x, y) {\n  return x + y;\n};",
+        "export function add<T extends number>(x: T, y: T): number {\n  return x + y;\n}",
+        "interface Pair { x: number; y: number }\nfunction plus({ x, y }: Pair) { return x + y; }\n"
+        "function add(x: number, y: number): number { return plus({ x, y }); }\nexport { add };",
     ],
 }
 

@@ -26,6 +26,7 @@ from sandbox.languages.values import (
     cons,
     key_of,
     table_of,
+    vector_of,
     write,
 )
 
@@ -190,14 +191,13 @@ class _BracketReader(_Reader):
     """Languages that write [1, 2], {"a": 1}, f(x): all punctuation comes from the table."""
 
     def sequence(self):
-        values = self.items(r"\Z")
+        values = self.items(r"\Z", ",")
         if any(isinstance(value, _Item) for value in values):
             self.fail("a key with a value outside of a dictionary")
         return values
 
-    def items(self, closer):
+    def items(self, closer, separator):
         """Values and _Items up to the regular expression `closer`, which is taken too."""
-        separator = re.escape(self.table.get("separator", ","))
         values = []
         self.space()
         while self.take(closer) is None:
@@ -312,7 +312,7 @@ class _BracketReader(_Reader):
         """A Prolog atom, with arguments where a parenthesis follows."""
         if "operators" not in self.table or not self.take(r"\("):
             return Symbol(name)
-        args = self.nested(lambda: self.items(r"\)"))
+        args = self.nested(lambda: self.items(r"\)", ","))
         if not args or _TRAILING in args:
             self.fail("arguments are missing")
         return Compound(name, tuple(args))
@@ -325,9 +325,12 @@ class _BracketReader(_Reader):
         """The rest of a map, set, list or tuple after what opens it."""
         table = self.table
         closer = re.escape(table[kind].split("...")[1])
-        values = self.nested(lambda: self.items(closer))
+        separator = "," if kind == "tuple" else table.get("separator", ",")
+        values = self.nested(lambda: self.items(closer, separator))
         if any(isinstance(value, _Item) for value in values):
-            return self.dictionary(kind, values)
+            return self.dictionary("map" if table.get("vectors") else kind, values)
+        if table.get("vectors"):
+            return self.vector(kind, values)
 
         if kind == "map":
             if table["map"] == table.get("set"):  # Python: {} is a dictionary, {1} a set
@@ -340,6 +343,14 @@ class _BracketReader(_Reader):
                 return values[0]  # (1) is 1 in parentheses
             return tuple(value for value in values if value is not _TRAILING)
         return Set(tuple(values)) if kind == "set" else values
+
+    def vector(self, kind, values):
+        """What R's c(...) or list(...) holds."""
+        if kind == "map":  # written as a list is
+            return tuple(values)
+        if isinstance(vector_of(values), tuple):
+            self.fail("c() joins and converts its arguments: only list() holds several kinds")
+        return values
 
     def dictionary(self, kind, values):
         """A Map of values of which one at least is an _Item."""

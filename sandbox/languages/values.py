@@ -75,7 +75,7 @@ def table_of(language):
 def same(a, b, language):
     """Equality as the language sees it.
 
-    [call.values] numbers = "value": 1 equals 1.0; "exact": it does not.
+    [call.values] numbers = "value": 1 equals 1.0; "exact": it does not; "text": "1" equals 1 too.
     """
     table = table_of(language)
     return key_of(a, table) == key_of(b, table)
@@ -83,11 +83,15 @@ def same(a, b, language):
 
 def key_of(value, table):
     """Nested tuples that are equal when the values are; sets and dictionaries have no order."""
+    if table.get("vectors"):
+        value = vector_of(value)
     if value is None or isinstance(value, bool):
         return ("word", value)
+    if isinstance(value, str) and table["numbers"] == "text":
+        value = _number_of_text(value)
 
     if isinstance(value, (int, float, Fraction)):
-        if table["numbers"] == "value":
+        if table["numbers"] != "exact":
             return ("number", Fraction(value))
         return ("number", isinstance(value, float), Fraction(value))
 
@@ -105,6 +109,33 @@ def key_of(value, table):
     if isinstance(value, Compound):
         return ("compound", value.name, *(key_of(v, table) for v in value.args))
     return (type(value).__name__, value)
+
+
+def vector_of(value):
+    """A value as R has it: [1] is 1, [] is None, a list of several kinds a tuple, written list(...)."""
+    if isinstance(value, Map) and not value.items:
+        return ()
+    if not isinstance(value, list):
+        return value
+    if not value:
+        return None
+    kinds = {float if type(member) is int else type(member) for member in value}
+    if len(kinds) > 1 or not kinds <= {bool, float, str}:
+        return tuple(value)
+    return value[0] if len(value) == 1 else value
+
+
+def _number_of_text(text):
+    """The number that Perl writes so, else the text: "15" -> 15, "1.5" -> 1.5, "1.50" -> "1.50"."""
+    if re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
+        return int(text)
+    if re.fullmatch(r"-?[0-9][0-9.e+-]{0,30}", text):
+        try:
+            number = float(text)
+        except ValueError:
+            return text
+        return number if text == f"{number:.15g}" != "-0" else text
+    return text
 
 
 # ---- writing ----
@@ -137,6 +168,8 @@ def _plain(value, table):
     if isinstance(value, int):
         if table.get("integer_bits") == 64 and value == SMALLEST:
             return LUA_SMALLEST
+        if table.get("typed") and not _fits(value, table):
+            _no_literal(value)
         return str(value)
     if isinstance(value, Fraction):
         if "ratio" not in table:
@@ -147,6 +180,12 @@ def _plain(value, table):
     if isinstance(value, str):
         return _write_string(value, table, '"')
     return None
+
+
+def _fits(value, table):
+    """Whether a typed language's whole numbers hold this one: 63 bits in OCaml."""
+    most = 2 ** (table["integer_bits"] - 1)
+    return -most <= value < most
 
 
 def _no_literal(value):
@@ -187,6 +226,9 @@ def _as_map(items):
 
 def _write_brackets(value, table):
     """[1, "a"], {"k": 1}, foo(1): all punctuation comes from the table."""
+    value = _as_map(value)
+    if table.get("vectors"):
+        value = vector_of(value)
     text = _plain(value, table)
     if text is not None:
         return text
@@ -197,7 +239,6 @@ def _write_brackets(value, table):
     if isinstance(value, Char) and "char" in table:
         return _write_string(value.text, table, "'")
 
-    value = _as_map(value)
     kind = {list: "list", tuple: "tuple", Map: "map", Set: "set"}.get(type(value))
     if kind not in table:
         _no_literal(value)
@@ -208,11 +249,14 @@ def _write_brackets(value, table):
         items = [_write_brackets(v, table) for v in _members(value)]
     if kind == "set":
         items = sorted(set(items))
-    text = f"{table.get('separator', ',')} ".join(items)
-    if kind == "tuple" and len(items) == 1:
+    separator = "," if kind == "tuple" else table.get("separator", ",")
+    text = f"{separator} ".join(items)
+    if kind == "tuple" and len(items) == 1 and not table.get("vectors"):
         text += ","
 
     form = table[kind]
+    if table.get("typed") and kind == "list" and _is_mixed(value):
+        _no_literal(value)
     if kind in table.get("mixed", {}) and _is_mixed(value):
         form = table["mixed"][kind]
     if kind == "set" and not items:
@@ -222,7 +266,7 @@ def _write_brackets(value, table):
 
 def _write_item(key, value, table):
     """One entry of a dictionary: "a": 1 in Python, ["a"] = 1 in Lua, "a" => 1 in Julia."""
-    if "bare_key" in table and (not isinstance(key, str) or key == table["no_key"]):
+    if "bare_key" in table and (not isinstance(key, str) or key == table.get("no_key")):
         _no_literal(key)  # JavaScript would make the key a string, or set the prototype
     key_text = table.get("key", "...").replace("...", _write_brackets(key, table))
     arrow = table.get("write_arrow", f" {table['arrow']} ")
