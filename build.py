@@ -24,8 +24,9 @@ from sampler import Request, Sampler
 from selfplay import loop as selfplay
 from settings import Settings, loss_in_words, read_table
 from tasks import translate
+from tasks.curriculum import Curriculum
 from tasks.data import hold_out, take
-from tasks.problems import load_problems, question_of
+from tasks.problems import load_problems, question_of, with_few_steps
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     judge: object
-    problems: list
+    curriculum: Curriculum
     held_out: list
     ask: Callable | None = None  # the prompt of a held-out problem
     validation: Validation | None = None
@@ -73,7 +74,6 @@ class Run:
     peak_flops: float = 1.0  # of one rank, for MFU
     need: memory.Need | None = None
     updates: int = 0
-    drawn: int = 0  # prompts drawn from the data so far
     lengths: dict = field(default_factory=dict)  # problem id -> mean tokens of its last completions
     best: tuple = (-1.0, 0)  # highest pass@1 on the validation problems so far, and its step
 
@@ -99,6 +99,8 @@ def build(settings, folder, language, pool, device, report):
         make_exact(model)
     model = distributed.shard(model, device)
 
+    bounds = (settings.rate_low, settings.rate_high)
+    curriculum = Curriculum(task.problems, settings.seed, *bounds)
     run = Run(
         settings=settings,
         device=device,
@@ -110,7 +112,7 @@ def build(settings, folder, language, pool, device, report):
         optimizer=make_optimizer(model, settings.weight_decay, settings.beta2),
         sampler=make_sampler(settings, sampler_model, tokenizer, pages),
         judge=task.judge,
-        problems=task.problems,
+        curriculum=curriculum,
         held_out=task.held_out,
         ask=task.ask,
         peak_flops=memory.peak_flops(device),
@@ -128,7 +130,7 @@ def build(settings, folder, language, pool, device, report):
         run.task = selfplay
         run.play = selfplay.Play(settings, language, pool, run.sampler, tokenizer)
     else:
-        run.problems = usable(task.problems, tokenizer, task.ask, limit, report)
+        curriculum.problems = usable(task.problems, tokenizer, task.ask, limit, report)
     run.held_out = usable(task.held_out, tokenizer, task.ask, limit, report, "held-out ")
     if settings.eval_every and task.validation.problems:
         run.validation = task.validation
@@ -172,6 +174,8 @@ def load_splits(settings):
         whole = count + settings.validation_problems
     split = load_problems(settings.task, "train", data=data, count=whole, seed=settings.seed)
     problems, validation = hold_out(split, settings.validation_problems, question_of)
+    if settings.max_known_steps:
+        problems = with_few_steps(problems, settings.max_known_steps, settings.data or None)
     held_out = load_problems(settings.task, "test", data=data, count=settings.eval_problems, seed=0)
     return take(problems, count, settings.seed), validation, held_out
 
@@ -226,6 +230,11 @@ def check(settings, device):
         raise SystemExit(
             f"--temperature {settings.temperature}: greedy samples of a prompt are all alike and the "
             "loss divides by it; give more than 0 (--eval_temperature 0 is greedy evaluation)"
+        )
+    if settings.rate_low > settings.rate_high:
+        raise SystemExit(
+            f"--rate_low {settings.rate_low} lies above --rate_high {settings.rate_high}: no "
+            "problem would be asked again"
         )
     if settings.advantage == "pass@k":
         check_pass_at_k(settings)

@@ -17,7 +17,6 @@ from metrics import rollout_metrics
 from runtime import distributed
 from sampler import Completion, Request
 from tasks import faults, translate
-from tasks.data import in_passes
 from tasks.problems import Problem, program_messages
 from tasks.verdicts import Verdict
 
@@ -46,16 +45,6 @@ def prompt_messages(settings, language, problem):
     return program_messages(problem, language, settings.examples, system=with_instructions)
 
 
-def next_problems(run, count):
-    """The run's next `count` problems, each with its number 0, 1, 2, ... in the run.
-
-    Each pass over the data has a new order that depends on seed and pass alone.
-    """
-    numbers = range(run.drawn, run.drawn + count)
-    run.drawn += count
-    return list(zip(numbers, in_passes(run.problems, numbers, run.settings.seed)))
-
-
 # ---- samples and verdicts ----
 
 
@@ -78,13 +67,15 @@ def rollout(run, step):
         waited += seconds
 
     pairs = distributed.gather([(sample.completion, sample.verdict) for sample in samples])
+    judged = [verdict for _, verdict in pairs if verdict.judged]
+    run.curriculum.learn([(verdict.problem, is_right(verdict, settings)) for verdict in judged])
     return samples, waited, rollout_metrics(pairs, settings.samples)
 
 
 def sample_and_judge(run, count):
     """Samples of the run's next `count` prompts, spread over the ranks, and seconds waited."""
     settings = run.settings
-    numbered = distributed.share(next_problems(run, count))
+    numbered = distributed.share(run.curriculum.next(count))
     problems = [problem for _, problem in numbered]
     requests = [request_for(run, number, problem) for number, problem in numbered]
     submissions = [[] for _ in requests]
@@ -222,16 +213,19 @@ def judged_sequences(samples):
 def groups_with_signal(samples, settings):
     """Numbers of the groups with a right and a wrong answer; what was not judged does not count.
 
-    Shaped rewards do not decide: lengths alone make those of all-wrong groups differ. An answer
-    outside the form is not paid as right, so with format_gate it is not right here either. In the
-    random control the coin says what is right.
+    Shaped rewards do not decide: lengths alone make those of all-wrong groups differ.
     """
     found = {}
     for sample in samples:
-        verdict = sample.verdict
-        is_right = verdict.correct and (verdict.parsed.format_ok or not settings.format_gate)
-        if verdict.coin is not None:
-            is_right = verdict.coin
-        if verdict.judged:
-            found.setdefault(sample.sequence.group, set()).add(is_right)
+        if sample.verdict.judged:
+            outcomes = found.setdefault(sample.sequence.group, set())
+            outcomes.add(is_right(sample.verdict, settings))
     return {group for group, outcomes in found.items() if len(outcomes) == 2}
+
+
+def is_right(verdict, settings):
+    """An answer outside the form is not paid as right, so with format_gate it is not right here. In
+    the random control the coin says what is right."""
+    if verdict.coin is not None:
+        return verdict.coin
+    return verdict.correct and (verdict.parsed.format_ok or not settings.format_gate)

@@ -125,6 +125,19 @@ class Settings:
         "most rounds of new prompts in place of groups whose rewards are all equal (DAPO); 0 = off",
         least=0,
     )
+    rate_low: float = setting(
+        0.0,
+        "a problem is asked again only if so many of its last samples were right; 0.01 leaves out "
+        "what is too hard, --rate_high 0.9 what is solved (ScaleRL)",
+        least=0,
+        most=1,
+    )
+    rate_high: float = setting(1.0, "and not more than so many", least=0, most=1)
+    max_known_steps: int = setting(
+        0,
+        "sums, gsm8k: only problems whose known answer has at most so many steps; 0 = all",
+        least=0,
+    )
     slots: int = setting(
         0,
         "sequences sampled at the same time on one rank; 0 = as many as memory holds, at most 1024 "

@@ -243,7 +243,8 @@ def save_checkpoint(run, step, log, unlogged=None):
     """unlogged: the step's (metrics, times), when its evaluation is still to come."""
     state = {
         "updates": run.updates,
-        "drawn": run.drawn,
+        "drawn": run.curriculum.drawn,
+        "rates": run.curriculum.rates,
         "best": run.best,
         "wandb_id": log.wandb_id,
         "seed": run.settings.seed,
@@ -388,7 +389,8 @@ def start(settings, resume, why, pool, language, device):
     state = {"step": 0, "wandb_id": None, "unlogged": None}
     if found:
         state = checkpoint.restore(found, run.model, run.optimizer)
-        run.updates, run.drawn, run.best = state["updates"], state["drawn"], tuple(state["best"])
+        run.updates, run.best = state["updates"], tuple(state["best"])
+        run.curriculum.drawn, run.curriculum.rates = state["drawn"], state.get("rates", {})
     refresh_sampler(run)
     forecast.announce(run, report)
     if run.play:

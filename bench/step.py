@@ -45,6 +45,7 @@ from sampler import Sampler
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import Settings
+from tasks.curriculum import Curriculum
 from tasks.problems import load_problems, program_messages
 from tasks.render import solution
 from train import train_step
@@ -120,7 +121,7 @@ def make_run(model, tokenizer, problems, settings, pool, device):
         optimizer=make_optimizer(model),
         sampler=Sampler(model, settings.slots, memory=pages),
         judge=RightPrograms(pool, language, random_reward=True),
-        problems=problems,
+        curriculum=Curriculum(problems, settings.seed),
         held_out=[],
         peak_flops=memory.peak_flops(device),
     )

@@ -75,7 +75,7 @@ def bench_shape(name, config, settings, device, rounds):
     }
 
     nothing = dict.fromkeys("folder language tokenizer tokenizer_folder sampler judge".split())
-    nothing |= {"problems": [], "held_out": [], "peak_flops": memory.peak_flops(device)}
+    nothing |= {"curriculum": None, "held_out": [], "peak_flops": memory.peak_flops(device)}
     rows = []
     for label, variant in variants.items():
         model.gradient_checkpointing = variant.gradient_checkpointing

@@ -141,6 +141,21 @@ def with_worked_text(problems, data=None):
     return found
 
 
+def with_few_steps(problems, most, data=None):
+    """Those whose known answer has at most so many steps; of gsm8k's, gsm8k_steps knows 6,991.
+
+    ValueError with one sentence where there is none.
+    """
+    counts = {problem.id: len(problem.steps) for problem in problems}
+    if any(problem.task == "gsm8k" for problem in problems):
+        known = load_problems("gsm8k_steps", "train", data)
+        counts = {problem.id.replace("_steps", ""): len(problem.steps) for problem in known}
+    found = [problem for problem in problems if 0 < counts.get(problem.id, 0) <= most]
+    if not found:
+        raise ValueError(f"no problem has at most {most} known steps: raise --max_known_steps")
+    return found
+
+
 def _worked_text(_, row):
     return re.sub(r"<<[^<>]*>>", "", row["answer"].rsplit("####", 1)[0]).strip()
 

@@ -21,6 +21,7 @@ from selfplay.judge import SolveJudge
 from selfplay.proposals import begin, check
 from selfplay.puzzles import Candidate, Entry, Puzzle, Refused
 from tasks import faults
+from tasks.curriculum import Curriculum
 from tasks.problems import Problem
 from tasks.render import completion
 from tasks.verdicts import shares
@@ -194,8 +195,7 @@ def test_training_goes_on_after_a_fault():
         tokenizer=TOKENIZER,
         sampler=Sampling(),
         judge=Failing("submit"),
-        problems=[PROBLEM],
-        drawn=0,
+        curriculum=Curriculum([PROBLEM], seed=0),
         lengths={},
     )
     samples, _ = sample_and_judge(run, 1)
