@@ -26,7 +26,7 @@ from settings import Settings, loss_in_words, read_table
 from tasks import translate
 from tasks.curriculum import Curriculum
 from tasks.data import hold_out, take
-from tasks.problems import load_problems, question_of, with_few_steps
+from tasks.problems import load_problems, question_of, with_few_steps, with_known_steps
 
 
 @dataclass
@@ -36,6 +36,9 @@ class Validation:
     problems: list
     judge: object
     ask: Callable
+
+
+STEPS_KNOWN = ("sums", "gsm8k")  # tasks whose right programs can be rendered
 
 
 @dataclass
@@ -174,8 +177,10 @@ def load_splits(settings):
         whole = count + settings.validation_problems
     split = load_problems(settings.task, "train", data=data, count=whole, seed=settings.seed)
     problems, validation = hold_out(split, settings.validation_problems, question_of)
+    if settings.task == "gsm8k" and (settings.max_known_steps or settings.gold):
+        problems = with_known_steps(problems, data)
     if settings.max_known_steps:
-        problems = with_few_steps(problems, settings.max_known_steps, settings.data or None)
+        problems = with_few_steps(problems, settings.max_known_steps)
     held_out = load_problems(settings.task, "test", data=data, count=settings.eval_problems, seed=0)
     return take(problems, count, settings.seed), validation, held_out
 
@@ -238,6 +243,11 @@ def check(settings, device):
         )
     if settings.advantage == "pass@k":
         check_pass_at_k(settings)
+    if settings.gold and (settings.old_logprobs == "sampler" or settings.task not in STEPS_KNOWN):
+        raise SystemExit(
+            "--gold is for sums and gsm8k, whose right programs are known, and needs "
+            "--old_logprobs trainer: no sampler has drawn them"
+        )
     if settings.tis_mask and not settings.tis:
         raise SystemExit("--tis_mask says what is done beyond --tis: give that too, as --tis 2")
     if settings.tis and settings.old_logprobs == "sampler":

@@ -4,9 +4,8 @@ verdicts.
 `run.task` is this module or selfplay/loop.py: both have rollout() and set_advantages().
 """
 
-import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from batches import Sequence
 from metrics import rollout_metrics
 from runtime import distributed
 from sampler import Completion, Request
+from shaping import shaped
 from tasks import faults, translate
 from tasks.problems import Problem, program_messages
+from tasks.render import solution
 from tasks.verdicts import Verdict
 
 
@@ -123,40 +124,25 @@ def request_for(run, number, problem):
     )
 
 
-# ---- rewards that depend on the step or the length ----
+def gold_sequences(run, samples):
+    """The known right answers to this rank's problems of which no sample is right.
 
-
-def shaped(verdicts, completions, settings):
-    """Verdicts with the syntax mix and the soft overlong penalty in their rewards. A collective."""
-    rewards = [verdict.reward for verdict in verdicts]
-    if settings.syntax_mix:
-        syntax = [verdict.components["syntax"] for verdict in verdicts]
-        rewards = mixed_with_syntax(rewards, syntax)
-    if settings.overlong_buffer:
-        limit, buffer = settings.max_new_tokens, settings.overlong_buffer
-        penalties = [overlong_penalty(len(x.tokens), limit, buffer) for x in completions]
-        rewards = [reward + penalty for reward, penalty in zip(rewards, penalties)]
-    return [replace(verdict, reward=reward) for verdict, reward in zip(verdicts, rewards)]
-
-
-def mixed_with_syntax(rewards, syntax):
-    """SLMFix: s * syntax + (1 - s) * reward, s the share of the step's programs with syntax errors.
-
-    syntax: 1 where a program's syntax is right, 0 where it is wrong, nan where nobody could tell.
-    Syntax 1, 0 and rewards 1, 0: s = 0.5 -> 1, 0.
+    They count like samples with the advantage --gold (arXiv 2504.14945 mixes a teacher's in), and
+    their ratio starts from the trainer's own log-probs (train.score_again).
     """
-    judged = [right for right in distributed.gather(syntax) if not math.isnan(right)]
-    wrong = 1 - sum(judged) / max(1, len(judged))
-    return [wrong * right + (1 - wrong) * reward for right, reward in zip(syntax, rewards)]
-
-
-def overlong_penalty(length, limit, buffer):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
-
-    0 up to limit - buffer, then linear down to -1 at the limit.
-    limit 100, buffer 20: length 80 -> 0, 90 -> -0.5, 100 -> -1.
-    """
-    return min(0.0, (limit - buffer - length) / buffer)
+    right, wrong = set(), {}
+    for sample in samples:
+        if is_right(sample.verdict, run.settings):
+            right.add(sample.sequence.group)
+        wrong[sample.sequence.group] = sample
+    found = []
+    for group, sample in wrong.items():
+        if group not in right and sample.problem.steps:
+            text = solution(sample.problem, run.language)
+            tokens = [*run.tokenizer.encode(text), run.tokenizer.stop_ids[0]]
+            prompt = sample.sequence.prompt
+            found.append(Sequence(prompt, tokens, advantage=run.settings.gold, group=group))
+    return found
 
 
 # ---- advantages ----

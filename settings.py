@@ -225,6 +225,12 @@ class Settings:
     tis_mask: bool = setting(
         False, "a token beyond --tis counts nothing, instead of --tis times (masked)"
     )
+    gold: float = setting(
+        0.0,
+        "sums, gsm8k: advantage of a problem's known right program where all its samples are wrong; "
+        "needs old_logprobs trainer; 0 = off",
+        least=0,
+    )
     minibatches: int = setting(1, "optimizer steps per pass over a rollout", least=1)
     epochs: int = setting(1, "passes over a rollout", least=1)
 

@@ -50,11 +50,15 @@ def train_step(run, step):
     if run.device.type == "cpu":  # its packed weights and pages make room for the update
         run.sampler.release()
 
+    golds = []
+    if run.settings.gold:
+        golds = run.task.gold_sequences(run, samples)
+        metrics["gold/sequences"] = sum(distributed.gather([len(golds)]))
     with timer("logprob"):
-        score_again(run, [sample.sequence for sample in samples])
+        score_again(run, [sample.sequence for sample in samples] + golds)
 
     with timer("advantages"):
-        sequences = run.task.set_advantages(run, samples)
+        sequences = run.task.set_advantages(run, samples) + golds
 
     with timer("update"):
         metrics |= update(run, step, sequences)
@@ -89,6 +93,7 @@ def score_again(run, sequences):
     if settings.old_logprobs == "trainer":
         for sequence, row in zip(sequences, score(run.model, sequences, *how)):
             sequence.old_logprobs = row
+            sequence.logprobs = sequence.logprobs or row  # nobody has sampled what is known
     if settings.kl_coef:
         with lora.disabled(run.reference or run.model) as reference:
             rows = score(reference, sequences, *how)

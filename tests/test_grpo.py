@@ -11,7 +11,7 @@ import metrics
 import rollout
 from batches import Sequence, pack
 from kernels import advantage
-from rollout import overlong_penalty
+from shaping import overlong_penalty
 from settings import Settings
 from tasks.verdicts import Parsed, Verdict
 
