@@ -71,7 +71,7 @@ class Run:
     ask: Callable | None = None  # the prompt of a held-out problem
     validation: Validation | None = None
     task: ModuleType = rollout  # or selfplay.loop: rollout() and set_advantages() of a step
-    reference: torch.nn.Module | None = None  # the model that kl_coef holds the policy to
+    reference: torch.nn.Module | None = None  # what kl_coef holds the policy to, or its teacher
     groups: gepo.Gepo | None = None  # what --gepo trains on between the RL steps
     play: selfplay.Play | None = None  # --task selfplay
     peak_flops: float = 1.0  # of one rank, for MFU
@@ -121,8 +121,11 @@ def build(settings, folder, language, pool, device, report):
         peak_flops=memory.peak_flops(device),
         need=need,
     )
-    if settings.kl_coef and not settings.lora_rank:  # with adapters: the model without them
-        reference = hugging_face.load_model(source, sampler_model.embed.weight.dtype)
+    if settings.teacher or (settings.kl_coef and not settings.lora_rank):
+        # With adapters the starting model is the one without them.
+        of = hugging_face.find_checkpoint(settings.teacher) if settings.teacher else source
+        check_same_tokens(tokenizer, of)
+        reference = hugging_face.load_model(of, sampler_model.embed.weight.dtype)
         run.reference = distributed.shard(reference.requires_grad_(False), device)
     if settings.gepo:
         # Before anything is restored: GEPO's reference is the policy that the run starts from.
@@ -226,7 +229,7 @@ def usable(problems, tokenizer, ask, limit, report, kind=""):
 def check(settings, device):
     """One sentence for settings that cannot work together."""
     one_reward_a_group = settings.samples == 1 and settings.task != "selfplay"
-    if one_reward_a_group and settings.advantage != "reinforce++":
+    if one_reward_a_group and settings.advantage not in ("reinforce++", "distill"):
         raise SystemExit(
             f"--samples 1 --advantage {settings.advantage}: a group of one has nothing to be compared "
             "with; take more samples, or --advantage reinforce++"
@@ -235,6 +238,13 @@ def check(settings, device):
         raise SystemExit(
             f"--temperature {settings.temperature}: greedy samples of a prompt are all alike and the "
             "loss divides by it; give more than 0 (--eval_temperature 0 is greedy evaluation)"
+        )
+    if (settings.advantage == "distill") != bool(settings.teacher) or (
+        settings.teacher and (settings.kl_coef or settings.dynamic_sampling or settings.gold)
+    ):
+        raise SystemExit(
+            "--teacher DIR and --advantage distill go together: the teacher's log-probs take the "
+            "place of rewards, and of --kl_coef, --dynamic_sampling and --gold"
         )
     if settings.rate_low > settings.rate_high:
         raise SystemExit(
@@ -266,6 +276,14 @@ def check(settings, device):
             "batch, and an adapter is merged for sampling"
         )
     parse_warm_start(settings.warm_start)
+
+
+def check_same_tokens(tokenizer, folder):
+    """SystemExit where a teacher's ids mean other texts."""
+    if ChatTokenizer(folder).tokens() != tokenizer.tokens():
+        raise SystemExit(
+            f"the teacher {folder} has another tokenizer than the model: it cannot score its tokens"
+        )
 
 
 def check_pass_at_k(settings):

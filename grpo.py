@@ -14,7 +14,7 @@ import torch
 from kernels.advantage import group_statistics
 from metrics import measure
 
-ADVANTAGES = "grpo mean rloo batch pass@k trr++ reinforce++ reinforce++_baseline".split()
+ADVANTAGES = "grpo mean rloo batch pass@k trr++ reinforce++ reinforce++_baseline distill".split()
 LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 
 
@@ -118,6 +118,15 @@ def reinforce_advantages(rewards, group_ids, lengths, baseline=False, kl=None, k
 
     silent = ~used if kl is not None else torch.repeat_interleave(no_signal, lengths)
     return [row.tolist() for row in whitened.masked_fill(silent, 0.0).split(counts)]
+
+
+def distill_advantages(logprobs, teacher_logprobs):
+    """log q - log p of every token that the policy has drawn, p its own and q the teacher's.
+
+    The gradient then is that of KL(p || q) (on-policy distillation, Thinking Machines 2025; GKD,
+    arXiv 2306.13649). p 0.5, q 0.25 -> -0.693.
+    """
+    return [teacher - own for own, teacher in zip(logprobs, teacher_logprobs)]
 
 
 # ---- the loss of one micro-batch ----

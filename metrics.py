@@ -15,7 +15,8 @@ def measure(loss, logprobs, entropy, clipped, batch, settings):
 
     clipped: (lower, upper) of grpo.clipped. ratio, gap and k3 compare the trainer's log-probs with
     the sampler's: their mismatch while both have the same weights.
-    ref_k1, ref_k2, ref_k3 estimate the KL to the reference (http://joschu.net/blog/kl-approx.html).
+    ref_k1, ref_k2, ref_k3 estimate the KL to the reference or the teacher
+    (joschu.net/blog/kl-approx.html).
     """
     used = batch.weights != 0  # a filler's tokens have weight 0
     clipped_low, clipped_high = clipped
@@ -30,7 +31,7 @@ def measure(loss, logprobs, entropy, clipped, batch, settings):
         "k3": mismatch.exp() - 1 - mismatch,
         "entropy": torch.where(used, entropy, 0.0),
     }
-    if settings.kl_coef:
+    if settings.kl_coef or settings.teacher:
         d = torch.where(used, batch.ref_logprobs - logprobs, 0.0)
         columns |= {"ref_k1": -d, "ref_k2": d**2 / 2, "ref_k3": d.exp() - 1 - d}
 

@@ -160,6 +160,11 @@ def set_advantages(run, samples):
     rewards = torch.tensor([reward for reward, _ in facts], device=run.device)
     group_ids = torch.tensor([group for _, group in facts], device=run.device)
 
+    if settings.advantage == "distill":
+        for sequence in (sample.sequence for sample in samples):
+            own = sequence.old_logprobs or sequence.logprobs
+            sequence.advantage = grpo.distill_advantages(own, sequence.ref_logprobs)
+        return judged_sequences(samples)
     if settings.advantage.startswith("reinforce"):
         values = token_advantages(settings, rewards, group_ids, samples)
     else:

@@ -183,9 +183,14 @@ class Settings:
     )
     advantage: str = setting(
         None,
-        "grpo, mean, rloo, batch, pass@k, reinforce++ or reinforce++_baseline (grpo.py); selfplay: "
-        "trr++",
+        "grpo, mean, rloo, batch, pass@k, reinforce++, reinforce++_baseline or distill (grpo.py); "
+        "selfplay: trr++",
         choices=ADVANTAGES,
+    )
+    teacher: str = setting(
+        "",
+        "--advantage distill: folder or hub id of a larger model with the same tokenizer, whose "
+        "log-probs of the policy's own samples it learns from",
     )
     pass_k: int = setting(4, "k of --advantage pass@k: so many samples are one try", least=1)
     positive_weight: float = setting(

@@ -94,7 +94,7 @@ def score_again(run, sequences):
         for sequence, row in zip(sequences, score(run.model, sequences, *how)):
             sequence.old_logprobs = row
             sequence.logprobs = sequence.logprobs or row  # nobody has sampled what is known
-    if settings.kl_coef:
+    if settings.kl_coef or settings.teacher:
         with lora.disabled(run.reference or run.model) as reference:
             rows = score(reference, sequences, *how)
         for sequence, row in zip(sequences, rows):

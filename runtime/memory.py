@@ -5,6 +5,7 @@ shards is divided by the ranks, what every rank holds is not. `python -m bench.m
 tables of BENCHMARKS.md.
 """
 
+import functools
 import time
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ import torch
 from kernels.linear import product
 from model import Config, Model
 from runtime import distributed, machine
+from runtime.hugging_face import find_checkpoint, read_config
 
 GB = 1e9
 # Prompt tokens per prefill pass of the sampler; bounds its activations (135M in fp32: 0.3 GB).
@@ -166,12 +168,21 @@ def plan(config, settings, ranks, cuda, sharded=None):
 
     samples_in_place = not sharded and not lora
     parts["sampler"] = 0 if samples_in_place else width * everything
-    if settings.kl_coef and not lora:
+    if settings.teacher:
+        parts["teacher"] = width * parameters_of(settings.teacher) / ranks
+    elif settings.kl_coef and not lora:
         parts["reference"] = width * everything / ranks
     if not cuda:
         longest = settings.max_prompt_tokens + settings.max_new_tokens
         parts |= sampling_parts(config, longest)
     return parts
+
+
+@functools.cache
+def parameters_of(name):
+    """Parameters of a checkpoint folder or hub id."""
+    everything, _, _ = parameters(read_config(find_checkpoint(name)))
+    return everything
 
 
 def micro_batch_tokens(settings, ranks):

@@ -68,6 +68,10 @@ class ChatTokenizer:
         self._template = self._compile_template(files, config)
         self.stop_ids = self._find_stop_ids(files, config)
 
+    def tokens(self):
+        """{text: id} of all tokens, the added ones too."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text):
         """Ids of a text as it stands: marks such as <|im_end|> become ids, nothing is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

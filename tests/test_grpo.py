@@ -11,8 +11,8 @@ import metrics
 import rollout
 from batches import Sequence, pack
 from kernels import advantage
-from shaping import overlong_penalty
 from settings import Settings
+from shaping import overlong_penalty
 from tasks.verdicts import Parsed, Verdict
 
 NAN = float("nan")
@@ -396,6 +396,23 @@ def test_reference_kl_has_the_value_and_the_gradient_of_the_kl():
         torch.testing.assert_close(torch.autograd.grad(estimate, logits)[0], gradient)
     worked = grpo.reference_kl(*log(tensor(0.5, 0.5, 0.25)))
     assert float(worked) == pytest.approx(0.193, abs=1e-3)
+
+
+def test_distilling_has_the_gradient_of_the_kl_to_the_teacher():
+    """All tokens of a vocabulary of four, each as often as the policy draws it."""
+    logits = torch.tensor([0.3, -0.2, 1.0, 0.1], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
+    own = logits.log_softmax(0)
+    (wanted,) = torch.autograd.grad((own.exp() * (own - teacher)).sum(), logits)
+
+    own = logits.log_softmax(0)
+    values = grpo.distill_advantages(own.tolist(), teacher.tolist())
+    losses = grpo.clipped_loss(own, own.detach(), torch.tensor(values).double(), 0.2, 0.28)
+    (found,) = torch.autograd.grad((own.exp().detach() * losses).sum(), logits)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    assert grpo.distill_advantages([math.log(0.5)], [math.log(0.25)])[0] == pytest.approx(
+        -0.693, abs=1e-3
+    )
 
 
 def test_entropy_bonus_and_kl_enter_the_loss_and_are_measured():
