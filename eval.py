@@ -300,6 +300,30 @@ def print_gained(before, after, count=3):
         print(f"after (value {new['value']}):\n{new['program']}")
 
 
+def before_and_after(before, after):
+    """The newcomer's summary: the same held-out problems, and three programs that became right."""
+    shown = (
+        "greedy/pass@1",
+        "pass@1",
+        "pass@4",
+        "pass@16",
+        "completions/format_frac",
+        "sandbox/wrong_frac",
+        "sandbox/error_frac",
+        "mean_tokens",
+        "gepo/rank_accuracy",
+        "gepo/winner_std",
+    )
+    print(f"\nheld-out problems        before      after\n{'-' * 42}")
+    for name in shown:
+        # A share of how programs ended is missing where it is 0, anything else where it was not
+        # measured: pass@4 of one sample a problem.
+        measured = name in before[0] and name in after[0]
+        if measured or name.startswith("sandbox/"):
+            print(f"{name:<23} {before[0].get(name, 0.0):>7.3f}   {after[0].get(name, 0.0):>8.3f}")
+    print_gained(before[1], after[1])
+
+
 # ---- what is asked ----
 
 

@@ -182,8 +182,9 @@ def announce(run, report):
 
     def evaluation_seconds(new_tokens):
         count = -(-len(run.held_out) // ranks)
-        samples = count * settings.eval_samples * new_tokens
-        return sampling.seconds(count * len(prompt), samples, longest, run.sampler.slots)
+        samples = count * (settings.eval_samples + settings.eval_greedy) * new_tokens
+        read = count * len(prompt) * (1 + settings.eval_greedy)
+        return sampling.seconds(read, samples, longest, run.sampler.slots)
 
     few = quarter(settings)
     times = [step_seconds(few), step_seconds(longest)]

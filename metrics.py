@@ -2,10 +2,12 @@
 them)."""
 
 import math
+from statistics import fmean, stdev
 
 import torch
 
 from runtime import distributed, machine
+from tasks.statistics import interval
 from tasks.verdicts import shares
 
 
@@ -142,16 +144,37 @@ def group_metrics(verdicts, group_size):
         if group:
             groups.append(group)
 
-    rewards = [{verdict.reward for verdict in group} for group in groups]
+    rewards = [[verdict.reward for verdict in group] for group in groups]
     right = [[verdict.correct for verdict in group] for group in groups]
     programs = [{verdict.program for verdict in group if verdict.program} for group in groups]
-    return {
-        "frac_reward_zero_std": mean([len(found) == 1 for found in rewards]),
+    no_signal = [len(set(found)) == 1 for found in rewards]
+    found = {
+        "frac_reward_zero_std": mean(no_signal),
         "frac_all_right": mean([all(found) for found in right]),
         "frac_all_wrong": mean([not any(found) for found in right]),
         "pass@G": mean([any(found) for found in right]),
         "completions/distinct_programs": mean([len(found) for found in programs]),  # of a group
     }
+    if groups:
+        found |= bounds("reward", around_mean([mean(of_group) for of_group in rewards]))
+        found |= bounds("pass_rate", interval([mean(of_group) for of_group in right]))
+        found |= bounds("pass@G", interval([any(of_group) for of_group in right]))
+        found |= bounds("frac_reward_zero_std", interval(no_signal))
+    return found
+
+
+def bounds(name, low_and_high):
+    """A figure's 95 % interval over the step's groups, named as an evaluation's are."""
+    low, high = low_and_high
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def around_mean(values, z=1.96):
+    """Mean -+ z standard errors; of a single value nan. 0 and 1 -> 0.5 -+ 1.96 / 2."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = z * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def mean(values):

@@ -293,6 +293,11 @@ class Settings:
     )
     eval_samples: int = setting(1, "completions per evaluated problem", least=1)
     eval_temperature: float = setting(0.0, "of evaluation; 0 = greedy", least=0)
+    eval_greedy: bool = setting(
+        False,
+        "one greedy completion per held-out problem beside those at eval_temperature "
+        "(eval/greedy/pass@1): gain apart from sharpening",
+    )
 
     translate_data: str = setting(
         "",
@@ -457,6 +462,26 @@ def check_loss(settings):
 # ---- flags ----
 
 
+@dataclass
+class Origin:
+    """Where the settings of a start come from."""
+
+    sentence: str  # recipes/tiny.toml (no GPU found: the built-in small run)
+    settings: dict[str, str]  # name -> recipe, command line or --loss; the others: their default
+
+
+def find_origin(sentence, recipe, values, given, settings):
+    """The Origin of flags (`given`) over the values of a recipe, or of an earlier run (None).
+
+    Of an earlier run's settings the origin stands with its own start.
+    """
+    found = dict.fromkeys(values, recipe) if recipe else {}
+    for name in BROUGHT:
+        if name not in values and getattr(settings, name) is not None:
+            found[name] = f"--loss {settings.loss}"
+    return Origin(sentence, found | dict.fromkeys(given, "command line"))
+
+
 def add_flags(parser, cls):
     """One flag per field of a settings dataclass, in its sections.
 
@@ -487,7 +512,7 @@ def parse_bool(text):
 def parse_settings(arguments, description):
     """Flags over recipe over defaults.
 
-    Returns (Settings, folder of the run to resume or None, where the settings come from).
+    Returns (Settings, folder of the run to resume or None, Origin).
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -511,16 +536,17 @@ def parse_settings(arguments, description):
     resume = given.pop("resume")
 
     if resume:
-        settings = Settings(**with_flags(read_config(Path(resume)), given))
-        check_limits(settings)
-        return settings, Path(resume), f"{resume} (resumed)"
-    if recipe:
-        path, why = Path(recipe), "the recipe you named"
+        values = with_flags(read_config(Path(resume)), given)
+        recipe, sentence = None, f"{resume} (resumed)"
     else:
-        path, why = default_recipe(given)
-    settings = Settings(**with_flags(read_recipe(path), given))
+        path, why = (Path(recipe), "the recipe you named") if recipe else default_recipe(given)
+        values = with_flags(read_recipe(path), given)
+        recipe = f"{path.parent.name}/{path.name}"
+        sentence = f"{recipe} ({why})"
+    settings = Settings(**values)
     check_limits(settings)
-    return settings, None, f"{path.parent.name}/{path.name} ({why})"
+    origin = find_origin(sentence, recipe, values, given, settings)
+    return settings, Path(resume) if resume else None, origin
 
 
 def check_limits(settings):

@@ -26,11 +26,12 @@ import forecast
 import gepo
 import grpo
 from batches import backward, learning_rate, micro_batches, packed_batches, score, take_step
+from bench.report import report_page
 from build import build, new_folder, restarted_run
-from eval import evaluate, print_gained
+from eval import before_and_after, evaluate
 from metrics import loss_metrics, progress, timings
 from runtime import checkpoint, distributed, hugging_face, lora
-from runtime.logs import RunLog, write_config
+from runtime.logs import RunLog, add_start, write_config
 from sandbox import Pool
 from sandbox.languages import load_language
 from settings import parse_settings
@@ -206,8 +207,17 @@ def sample_row(run, sample):
 
 
 def evaluate_and_log(run, step, log):
-    """Evaluate on held-out problems, which are only reported: (metrics, every row)."""
+    """Evaluate on held-out problems, which are only reported: (metrics, every row).
+
+    metrics and rows are of --eval_samples at --eval_temperature; with --eval_greedy the greedy
+    ones' metrics stand beside them, as greedy/pass@1, and their rows in greedy/step_N.jsonl.
+    """
+    greedy = {}
+    if run.settings.eval_greedy:
+        greedy, rows = evaluate_problems(run, run.held_out, run.judge, run.ask, greedy=True)
+        log.evaluation(step, rows, "greedy")
     metrics, rows = evaluate_problems(run, run.held_out, run.judge, run.ask)
+    metrics |= named("greedy", greedy)
     if run.settings.gepo:
         metrics |= gepo.held_out_metrics(run.groups, run.model, run.settings, run.device)
     log.evaluation(step, rows)
@@ -224,7 +234,7 @@ def choose_best(run, step, log):
     return named("validation", metrics)
 
 
-def evaluate_problems(run, problems, judge, ask):
+def evaluate_problems(run, problems, judge, ask, greedy=False):
     """(metrics, every row) of the policy on problems, spread over the ranks."""
     settings = run.settings
     return evaluate(
@@ -233,8 +243,8 @@ def evaluate_problems(run, problems, judge, ask):
         judge,
         problems,
         prompt=ask,
-        n=settings.eval_samples,
-        temperature=settings.eval_temperature,
+        n=1 if greedy else settings.eval_samples,
+        temperature=0.0 if greedy else settings.eval_temperature,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed + 1,
     )
@@ -344,33 +354,7 @@ def log_step(run, log, step, metrics, times, report):
     report(progress(step, run.settings.steps, metrics, times))
 
 
-def before_and_after(folder, before, after, started):
-    """The newcomer's summary: the same held-out problems, and three programs that became right."""
-    shown = (
-        "pass@1",
-        "pass@4",
-        "completions/format_frac",
-        "sandbox/wrong_frac",
-        "sandbox/error_frac",
-        "mean_tokens",
-        "gepo/rank_accuracy",
-        "gepo/winner_std",
-    )
-    print(f"\nheld-out problems        before      after\n{'-' * 42}")
-    for name in shown:
-        # A share of how programs ended is missing where it is 0, anything else where it was not
-        # measured: pass@4 of one sample a problem.
-        measured = name in before[0] and name in after[0]
-        if measured or name.startswith("sandbox/"):
-            print(f"{name:<23} {before[0].get(name, 0.0):>7.3f}   {after[0].get(name, 0.0):>8.3f}")
-    print_gained(before[1], after[1])
-    print(
-        f"\n{time.perf_counter() - started:.0f} s in all. Written to {folder}: "
-        "metrics.jsonl, samples.jsonl, eval/, checkpoints/, source/"
-    )
-
-
-def start(settings, resume, why, pool, language, device):
+def start(settings, resume, origin, pool, language, device):
     """Set up a new or resumed run and go through its steps."""
     started = time.perf_counter()
     first_rank = distributed.rank() == 0
@@ -381,7 +365,7 @@ def start(settings, resume, why, pool, language, device):
 
     folder = resume or new_folder(settings)
     report(
-        f"settings from {why}; task {settings.task}, language {settings.lang}, model "
+        f"settings from {origin.sentence}; task {settings.task}, language {settings.lang}, model "
         f"{settings.model}, {distributed.world_size()} x {device.type}, sandbox {pool.level}"
     )
     run = build(settings, folder, language, pool, device, report)
@@ -404,6 +388,8 @@ def start(settings, resume, why, pool, language, device):
     config = asdict(settings)
     if distributed.first_on_node():
         write_config(folder, config, distributed.rank())
+    if first_rank:
+        add_start(folder, config, origin)
     log = RunLog(folder, config, first_rank, settings.wandb, state["wandb_id"])
     if resume:
         # The row of a step whose evaluation is repeated is written again.
@@ -412,12 +398,14 @@ def start(settings, resume, why, pool, language, device):
         before, after = loop(run, log, state, report)
     finally:
         log.close()
-    if before and after and first_rank:
-        before_and_after(folder, before, after, started)
+    if first_rank:
+        if before and after:
+            before_and_after(before, after)
+        report(f"\n{time.perf_counter() - started:.0f} s in all. {report_page(folder)}")
 
 
 def main(arguments=None):
-    settings, resume, why = parse_settings(arguments, __doc__)
+    settings, resume, origin = parse_settings(arguments, __doc__)
     languages = [load_language(name) for name in settings.lang.split(",")]
     if len(languages) > 1 and settings.task != "translate":
         raise SystemExit(
@@ -430,7 +418,7 @@ def main(arguments=None):
         distributed.stop_together("\n".join(missing))
         if distributed.restarted() and not resume:
             resume = distributed.broadcast(restarted_run(settings))
-        start(settings, resume, why, pool, languages[0], device)
+        start(settings, resume, origin, pool, languages[0], device)
     distributed.finish()
 
 

@@ -1,17 +1,19 @@
-"""Does a real pretrained model get better at Prolog and Lisp?
+"""Does a real pretrained model get better at Prolog and Lisp, or only surer?
 
-Warm start, evaluation, GRPO on GSM8K, evaluation, the control; one command.
+Evaluation, GRPO on GSM8K from the instruct model itself with one worked example, evaluation, and
+the same with a random reward; one command.
 
-    python -m bench.proof --model DIR                  one GPU: both languages, two seeds and the
-                                                       random-reward control
+    python -m bench.proof --model DIR                  one GPU: both languages with their
+                                                       random-reward controls, two seeds
     python -m bench.proof --model DIR --minutes 9      stop in time; the same command continues
     python -m bench.proof --model DIR --scale cpu --lang prolog --seeds 0
-                                                       two cores, some hours: short questions
+                                                       two cores, some hours
     python -m bench.proof --model DIR --scale smoke    a few questions and steps: every stage runs
 
-Stages are commands of this repository, printed before they run; each leaves its folder under
-runs/proof/ and is skipped once it is done. The table at the end compares the same held-out test
-questions before and after, and is printed alone by --table.
+Stages are runs of train.py, printed before they start; each leaves its folder under runs/proof/ and
+is skipped once it is done. The table at the end, which --table prints alone, compares the same
+held-out questions before and after: greedy, and n samples at temperature 1. Gain raises pass@n;
+where pass@1 alone rises, the model has become surer. runs/proof/report.html shows all runs.
 """
 
 import argparse
@@ -24,150 +26,131 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.report import read_evaluations, write_page
 from eval import print_gained
 from runtime import content
 from runtime.hugging_face import find_checkpoint
-from tasks.statistics import compare
+from tasks.statistics import changes
 
 ROOT = Path(__file__).resolve().parent.parent
+PROOF = Path("runs/proof")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the stages are. Held-out questions are GSM8K's test split (1,319)."""
+    """How large a run is. Held-out questions are GSM8K's test split (1,319)."""
 
-    prompt_tokens: int  # longest prompt
-    warm_steps: int
-    batch: int  # demonstrations of a warm-start step
-    warm_lr: float
-    new: int  # longest completion
-    token_budget: int
-    checkpointing: str  # true or false
     steps: int
     prompts: int
     samples: int
+    prompt_tokens: int  # longest prompt, with its worked example
+    new: int  # longest completion
     lr: float
     eval_problems: int
-    eval_samples: int
-    temperature: int  # of evaluation
+    eval_samples: int  # at temperature 1, beside a greedy one
     evaluations: int  # after the one before training
+    save_every: int
 
 
 SCALES = {
+    # 64 x 16 samples of a 0.5B model on an H200: about 5 s a step, 15 s an evaluation (predicted).
     "gpu": Scale(
-        prompt_tokens=1024,
-        warm_steps=400,
-        batch=64,
-        warm_lr=2e-4,
-        new=256,
-        token_budget=16384,
-        checkpointing="true",
-        steps=120,
+        steps=80,
         prompts=64,
         samples=16,
-        lr=1e-5,
+        prompt_tokens=1024,
+        new=400,
+        lr=5e-6,
         eval_problems=500,
-        eval_samples=1,
-        temperature=0,
+        eval_samples=16,
         evaluations=4,
+        save_every=10,
     ),
-    # Prompts of at most 70 tokens leave 210 held-out questions, and 1,145 to learn from, of which
-    # some are validation problems.
+    # 4 x 8 samples of a 0.5B model on two cores: three to six minutes a step.
     "cpu": Scale(
-        prompt_tokens=70,
-        warm_steps=200,
-        batch=8,
-        warm_lr=2e-4,
-        new=144,
-        token_budget=4096,
-        checkpointing="false",
-        steps=120,
-        prompts=8,
+        steps=40,
+        prompts=4,
         samples=8,
-        lr=2e-5,
-        eval_problems=1319,
-        eval_samples=2,
-        temperature=1,
-        evaluations=3,
+        prompt_tokens=1024,
+        new=256,
+        lr=5e-6,
+        eval_problems=150,
+        eval_samples=4,
+        evaluations=2,
+        save_every=2,
     ),
     "smoke": Scale(
-        prompt_tokens=70,
-        warm_steps=10,
-        batch=8,
-        warm_lr=2e-4,
-        new=96,
-        token_budget=4096,
-        checkpointing="false",
         steps=2,
         prompts=2,
         samples=4,
-        lr=2e-5,
-        eval_problems=60,
-        eval_samples=1,
-        temperature=0,
-        evaluations=1,
+        prompt_tokens=1024,
+        new=24,
+        lr=5e-6,
+        eval_problems=4,
+        eval_samples=2,
+        evaluations=2,
+        save_every=1,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the proof."""
+    """One run of train.py."""
 
-    name: str
+    name: str  # below runs/
     command: str
-    done: str  # the file that shows that it is done
-    run_folder: str | None = None  # what train.py resumes
+
+    def is_done(self, steps):
+        """Whether the evaluation after the last step is there; it is written whole or not."""
+        return Path("runs", self.name, f"eval/step_{steps}.jsonl").exists()
+
+    def is_begun(self):
+        return Path("runs", self.name, "config.json").exists()
 
 
 def stages(model, languages, seeds, scale):
-    """The stages in the order in which they run."""
-    asked = f"--short_prompt true --examples 0 --max_prompt_tokens {scale.prompt_tokens}"
+    """The stages in the order in which they run.
+
+    Each language's first seed, then its control: where time ends, a control is worth more than a
+    second seed.
+    """
     for language in languages:
-        warm = f"runs/proof/{language}-warm"
-        command = (
-            f"sft.py --task gsm8k_steps --lang {language} --model {model} --out {warm} {asked} "
-            f"--steps {scale.warm_steps} --batch {scale.batch} --lr {scale.warm_lr}"
-        )
-        yield Stage(f"{language} warm start", command, f"{warm}/config.json")
-
-    for seed in seeds:
+        yield training(model, language, seeds[0], "correct", scale)
+        yield training(model, language, seeds[0], "random", scale)
+    for seed in seeds[1:]:
         for language in languages:
-            yield training(language, seed, "correct", asked, scale)
-        # Before the other seeds: where time ends, a control is worth more than a second seed.
-        if seed == seeds[0]:
-            yield training(languages[0], seed, "random", asked, scale)
+            yield training(model, language, seed, "correct", scale)
 
 
-def training(language, seed, reward, asked, scale):
-    """GRPO from the language's warm start; reward: correct, or random for the control."""
+def training(model, language, seed, reward, scale):
+    """GRPO with its evaluations before and after; reward: correct, or random for the control."""
     name = f"proof/{language}-{'random' if reward == 'random' else 'seed'}-{seed}"
     words = [
-        f"train.py --task gsm8k --lang {language} --model runs/proof/{language}-warm {asked}",
-        f"--name {name} --seed {seed}",
+        f"train.py --task gsm8k --recipe {ROOT}/recipes/gsm8k.toml --lang {language}",
+        f"--model {model} --name {name} --seed {seed}",
     ]
     if reward == "random":
         words.append("--reward random")
     words += [
         f"--steps {scale.steps} --prompts {scale.prompts} --samples {scale.samples}",
-        f"--max_new_tokens {scale.new} --lr {scale.lr} --warmup 5 --schedule constant",
-        f"--token_budget {scale.token_budget} --gradient_checkpointing {scale.checkpointing}",
+        f"--max_prompt_tokens {scale.prompt_tokens} --max_new_tokens {scale.new}",
+        f"--lr {scale.lr} --warmup 5 --schedule constant",
         f"--eval_problems {scale.eval_problems} --eval_samples {scale.eval_samples}",
-        f"--eval_temperature {scale.temperature}",
+        "--eval_temperature 1 --eval_greedy true --validation_problems 0",
         f"--eval_every {math.ceil(scale.steps / scale.evaluations)}",
-        "--save_every 10 --wandb off",
+        f"--save_every {scale.save_every} --keep 1 --wandb off",
     ]
-    folder = f"runs/{name}"
-    return Stage(name, " ".join(words), f"{folder}/eval/step_{scale.steps}.jsonl", folder)
+    return Stage(name, " ".join(words))
 
 
 def check_start(model, scale):
-    """End with a sentence when runs/proof/ has stages of other weights or of another scale."""
+    """End with a sentence when runs/proof/ has runs of other weights or of another scale."""
     start = {"weights": content.weights(find_checkpoint(model)), "scale": scale}
-    file = Path("runs/proof/start.json")
+    file = PROOF / "start.json"
     if file.exists() and json.loads(file.read_text()) != start:
         sys.exit(
-            "runs/proof/ holds stages of another model or scale: move it away to begin anew "
+            "runs/proof/ holds runs of another model or scale: move it away to begin anew "
             "(--table prints its table)"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +160,8 @@ def check_start(model, scale):
 def run(command, deadline):
     """Run one stage -> True when it ended well.
 
-    At the deadline, and when this process gets one, it gets Ctrl-C, which loses nothing.
+    At the deadline, and when this process gets one, it gets Ctrl-C, which loses the steps since the
+    last checkpoint at most.
     """
 
     def hear_interrupts():
@@ -197,53 +181,65 @@ def run(command, deadline):
     return True
 
 
-def table():
-    """Print held-out pass@1 before and after of every run that has both, and what one run gained.
+# ---- the table ----
 
-    The gain is the paired difference over problems with its 95 % interval.
-    """
+
+def table():
+    """Print every run's figures before and after, programs that a run gained, and the page."""
     print(
-        "\n| run | steps | pass@1 before | after | gain | problems gained, lost "
-        "| constant programs before, after | hours |\n" + "| --- " * 8 + "|"
+        "\n| run | steps | held-out figure | before (95 %) | after (95 %) | gain in points (95 %, "
+        "paired) | problems gained, lost | constant programs before, after | hours |\n"
+        + "| --- " * 9
+        + "|"
     )
     shown = None
-    for folder in sorted(Path("runs/proof").glob("*-*-*")):
-        files = {}
-        for path in (folder / "eval").glob("step_*.jsonl"):
-            files[int(path.stem.removeprefix("step_"))] = path
-        if len(files) < 2:
-            continue
-
-        last = max(files)
-        before, after = read_rows(files[0]), read_rows(files[last])
-        print_row(folder, last, before, after)
-        shown = shown or (before, after)
+    folders = []
+    for folder in sorted(PROOF.glob("*-*-*")):
+        evaluations = read_evaluations(folder, [])
+        kinds = [kind for kind in evaluations if len(evaluations[kind]) > 1]
+        for kind in kinds:
+            steps = list(evaluations[kind])
+            before, after = (evaluations[kind][step] for step in (steps[0], steps[-1]))
+            print_rows(folder, steps[-1], kind, before, after)
+            shown = shown or (before, after)
+        if kinds:
+            folders.append(folder)
     if shown:
         print_gained(*shown)
+        print(f"\nAll runs as a page: {write_page(folders, PROOF / 'report.html')}")
 
 
-def print_row(folder, steps, before, after):
-    """One run of the table."""
-    found = compare([before], [after])
-    difference, low, high = (
-        100 * found[name] for name in ("difference", "difference_low", "difference_high")
-    )
-    seconds = sum(row.get("time/step", 0.0) for row in read_rows(folder / "times.jsonl"))
-    cells = [
-        folder.name,
-        str(steps),
-        f"{found['pass@1_a']:.3f}",
-        f"{found['pass@1_b']:.3f}",
-        f"{difference:+.1f} ({low:+.1f} to {high:+.1f})",
-        f"{len(found['gained'])}, {len(found['lost'])} of {found['problems']}",
-        f"{constant_share(before):.3f}, {constant_share(after):.3f}",
-        f"{seconds / 3600:.2f}",
-    ]
-    print(f"| {' | '.join(cells)} |")
+def print_rows(folder, steps, kind, before, after):
+    """The rows of one run's greedy samples (kind greedy), or of those at temperature 1 (eval)."""
+    how = "greedy" if kind == "greedy" else "at temperature 1"
+    constant = f"{constant_share(before):.3f}, {constant_share(after):.3f}"
+    for figure, change in changes(before, after).items():
+        cells = [
+            folder.name,
+            str(steps),
+            f"{figure} {how}",
+            with_interval("{:.3f}", change["before"]),
+            with_interval("{:.3f}", change["after"]),
+            with_interval("{:+.1f}", [100 * value for value in change["gain"]]),
+            f"{change['gained']}, {change['lost']} of {change['problems']}",
+            constant,
+            f"{hours(folder):.2f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def with_interval(form, values):
+    value, low, high = map(form.format, values)
+    return f"{value} ({low} to {high})"
+
+
+def hours(folder):
+    """Of the run's steps and evaluations, as times.jsonl has them."""
+    seconds = 0.0
+    for line in (folder / "times.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seconds += row.get("time/step", 0.0) + row.get("time/eval", 0.0)
+    return seconds / 3600
 
 
 def constant_share(rows):
@@ -273,12 +269,13 @@ def main():
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     languages = options.lang.split(",")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    for stage in stages(options.model, languages, seeds, SCALES[options.scale]):
-        if Path(stage.done).exists():
+    scale = SCALES[options.scale]
+    for stage in stages(options.model, languages, seeds, scale):
+        if stage.is_done(scale.steps):
             continue
         command = stage.command
-        if stage.run_folder and Path(stage.run_folder, "config.json").exists():
-            command = f"train.py --resume {stage.run_folder}"
+        if stage.is_begun():
+            command = f"train.py --resume runs/{stage.name}"
 
         script, words = command.split(" ", 1)
         print(f"== {stage.name}: python {command}", flush=True)

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 REPO = Path(__file__).resolve().parent.parent
 WANDB_SECONDS = 30  # to reach its server; its own default is 90
-CHAPTERS = ("kernels", "sandbox", "tasks", "selfplay", "runtime", "recipes")  # of a run's source
+# Of a run's source.
+CHAPTERS = ("kernels", "sandbox", "tasks", "selfplay", "runtime", "bench", "recipes")
 
 
 class RunLog:
@@ -180,6 +181,16 @@ def write_config(folder, config, rank):
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         replace(path, json.dumps(config, indent=2) + "\n", f".config.{rank}.tmp")
+
+
+def add_start(folder, config, origin):
+    """One line of starts.jsonl: what a new or resumed run was started with, and from where.
+
+    origin: settings.Origin.
+    """
+    row = {"from": origin.sentence, "settings": config, "origins": origin.settings}
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps(clean(row)) + "\n")
 
 
 def replace(path, text, temporary=None):

@@ -3,6 +3,7 @@
 import math
 import operator
 import random
+from dataclasses import dataclass
 from statistics import fmean, pvariance, stdev
 from types import SimpleNamespace
 
@@ -160,6 +161,101 @@ def compare(runs_a, runs_b, draws=DRAWS):
         "lost": [id for id, change in zip(common, differences) if change < 0],
         "unchanged": sum(change == 0 for change in differences),
     }
+
+
+def figure_rows(rows):
+    """{figure: rows whose pass@1 it is}: pass@1, and pass@n where problems have n samples.
+
+    pass@n has one row of each problem of which all n samples were judged, right when any is.
+    """
+    found = {"pass@1": rows}
+    outcomes = per_problem(rows)
+    n = max(map(len, outcomes.values()), default=1)
+    if n > 1:
+        whole = {id: judged for id, judged in outcomes.items() if len(judged) == n}
+        found[f"pass@{n}"] = [
+            {"id": id, "status": "ok", "correct": any(judged)} for id, judged in whole.items()
+        ]
+    return found
+
+
+def rate_with_interval(rows):
+    """(pass@1, low, high); None when nothing was judged."""
+    outcomes = per_problem(rows)
+    if not outcomes:
+        return None
+    rates = pass_rates(outcomes)
+    return rates["pass@1"], rates["pass@1_low"], rates["pass@1_high"]
+
+
+def changes(before, after):
+    """{figure: before, after, gain} of two evaluations of one run, for each of figure_rows.
+
+    before, after: (rate, low, high). gain: (difference, low, high), paired over problems; with p
+    and with how many problems were gained and lost, and of how many.
+    """
+    found = {}
+    rows_before, rows_after = figure_rows(before), figure_rows(after)
+    for figure, old in rows_before.items():
+        new = rows_after.get(figure, [])
+        if not per_problem(old).keys() & per_problem(new).keys():
+            continue
+        paired = compare([old], [new])
+        found[figure] = {
+            "before": rate_with_interval(old),
+            "after": rate_with_interval(new),
+            "gain": tuple(
+                paired[name] for name in ("difference", "difference_low", "difference_high")
+            ),
+            "p": p_text(paired["p"]),
+            "gained": len(paired["gained"]),
+            "lost": len(paired["lost"]),
+            "problems": paired["problems"],
+        }
+    return found
+
+
+@dataclass
+class Pair:
+    """One problem before and after, with a sample of each side to look at."""
+
+    id: str
+    change: int  # of its pass rate: 1 gained, -1 lost, 0 neither (or not judged on a side)
+    before: dict
+    after: dict
+    outcomes_before: list[bool]  # of its judged samples
+    outcomes_after: list[bool]
+
+
+def side_by_side(before, after):
+    """A Pair of each problem that both evaluations have, in the order of `before`.
+
+    The samples to look at are the first two of the same number that changed as the rate did.
+    """
+    sides = [{}, {}]
+    for side, rows in zip(sides, (before, after)):
+        for row in rows:
+            side.setdefault(row["id"], []).append(row)
+    judged = per_problem(before), per_problem(after)
+
+    found = []
+    for id, olds in sides[0].items():
+        news = sides[1].get(id)
+        if not news:
+            continue
+        outcomes = [of_side.get(id, []) for of_side in judged]
+        change = 0
+        if all(outcomes):
+            old_rate, new_rate = map(fmean, outcomes)
+            change = (new_rate > old_rate) - (new_rate < old_rate)
+
+        samples = (olds[0], news[0])
+        for old, new in zip(olds, news):
+            if new["correct"] - old["correct"] == change:
+                samples = (old, new)
+                break
+        found.append(Pair(id, change, *samples, *outcomes))
+    return found
 
 
 def rates_of(rows):

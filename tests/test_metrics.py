@@ -7,6 +7,7 @@ import pytest
 
 import metrics
 from sampler import Completion
+from tasks.statistics import interval
 from tasks.verdicts import Parsed, Verdict
 
 NAN = float("nan")
@@ -43,6 +44,18 @@ def test_groups_are_told_apart_by_their_judged_samples():
     assert found["frac_all_wrong"] == pytest.approx(1 / 3)
     assert found["pass@G"] == pytest.approx(2 / 3)
     assert found["frac_reward_zero_std"] == pytest.approx(2 / 3)
+
+
+def test_a_steps_figures_have_intervals_over_its_groups():
+    """Group means 1 and 0.5: 0.75 -+ 1.96 x 0.354 / sqrt(2); one group's reward has none."""
+    found = metrics_of([1, 1, 1, 0], 2)
+    assert found["reward_low"] == pytest.approx(0.75 - 0.49)
+    assert found["reward_high"] == pytest.approx(0.75 + 0.49)
+    assert (found["pass_rate_low"], found["pass_rate_high"]) == interval([1, 0.5])
+    assert (found["pass@G_low"], found["pass@G_high"]) == interval([1, 1])
+    bounds = (found["frac_reward_zero_std_low"], found["frac_reward_zero_std_high"])
+    assert bounds == interval([1, 0])
+    assert math.isnan(metrics_of([1, 0], 2)["reward_low"])
 
 
 def test_each_target_language_has_its_own_rate():

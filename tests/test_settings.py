@@ -137,9 +137,9 @@ def test_unknown_flag_and_recipe_setting_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_flags_go_on_top(recipe):
-    settings, _, why = parse_settings(["--recipe", str(recipe), "--steps", "7"], "")
+    settings, _, origin = parse_settings(["--recipe", str(recipe), "--steps", "7"], "")
     assert settings.steps == 7
-    assert f"recipes/{recipe.name}" in why
+    assert f"recipes/{recipe.name}" in origin.sentence
 
 
 BY_NAME = {  # loss -> advantage, lower and upper clip, cap: the papers' own

@@ -6,8 +6,18 @@ import random
 import pytest
 
 import eval as evaluation
-from bench import plot
-from tasks.statistics import compare, interval, p_text, pass_at_k, sign_test, summary
+from tasks.statistics import (
+    changes,
+    compare,
+    figure_rows,
+    interval,
+    p_text,
+    pass_at_k,
+    rate_with_interval,
+    side_by_side,
+    sign_test,
+    summary,
+)
 
 # ---- pass@k and its interval ----
 
@@ -135,13 +145,20 @@ def test_nothing_judged_has_no_figures():
 # ---- what was not judged is not wrong ----
 
 
-def test_a_curve_leaves_out_what_was_not_judged(tmp_path):
-    """Of four samples one is right, one could not be judged: 1/3."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    (tmp_path / "eval").mkdir()
-    lines = [json.dumps(row) + "\n" for row in rows_of({"a": [1, 0], "b": [0, None]})]
-    (tmp_path / "eval/step_5.jsonl").write_text("".join(lines))
-    assert plot.read(tmp_path).held_out == {5: pytest.approx(1 / 3)}
+def test_a_rate_leaves_out_what_was_not_judged():
+    """Of four samples one is right, one could not be judged: (1/2 + 0) / 2 over problems."""
+    rate, low, high = rate_with_interval(rows_of({"a": [1, 0], "b": [0, None]}))
+    assert rate == 0.25
+    assert low < 0.25 < high
+    assert rate_with_interval(rows_of({"a": [None]})) is None
+
+
+def test_pass_at_n_is_of_problems_whose_n_samples_were_all_judged():
+    """Of a, b, c any of two: yes, no, not known."""
+    found = figure_rows(rows_of({"a": [1, 0], "b": [0, 0], "c": [1, None]}))
+    assert list(found) == ["pass@1", "pass@2"]
+    assert {row["id"]: row["correct"] for row in found["pass@2"]} == {"a": True, "b": False}
+    assert list(figure_rows(rows_of({"a": [1]}))) == ["pass@1"]
 
 
 def test_gained_is_what_was_wrong_before(capsys):
@@ -221,6 +238,32 @@ def test_several_seeds_a_side(tmp_path, capsys):
     # p0, p1, p7 are alike; p2, p3 rise from 1/2 to 1, p4 from 0 to 1, p5, p6 from 0 to 1/2.
     assert (found["gained"], found["lost"], found["unchanged"]) == (5, 0, 3)
     assert "run 2" in text and "spread" in text
+
+
+def test_sharpening_raises_pass_at_1_and_not_pass_at_n():
+    """Two problems that are right once in four become right always; two stay wrong."""
+    before = rows_of({"a": [1, 0, 0, 0], "b": [0, 1, 0, 0], "c": [0] * 4, "d": [0] * 4})
+    after = rows_of({"a": [1] * 4, "b": [1] * 4, "c": [0] * 4, "d": [0] * 4})
+    found = changes(before, after)
+    assert found["pass@1"]["before"][0] == 0.125
+    assert found["pass@1"]["after"][0] == 0.5
+    assert found["pass@1"]["gain"][0] == 0.375
+    assert (found["pass@1"]["gained"], found["pass@1"]["lost"]) == (2, 0)
+    assert found["pass@4"]["before"][0] == found["pass@4"]["after"][0] == 0.5
+    assert found["pass@4"]["gain"] == (0, 0, 0)
+    assert changes(before, rows_of({"x": [1] * 4})) == {}
+    assert list(changes(before, rows_of({"a": [1]}))) == ["pass@1"]  # no pass@4 after
+
+
+def test_side_by_side_shows_samples_that_changed_as_the_problem_did():
+    """a fell from 2/3 to 1/3: of its samples 0 and 2 rose or stayed, 1 is the first that fell."""
+    before = rows_of({"a": [0, 1, 1], "b": [0], "c": [1], "only before": [1]})
+    after = rows_of({"c": [None], "b": [0], "a": [1, 0, 0], "only after": [1]})
+    a, b, c = side_by_side(before, after)
+    assert (a.id, a.change, a.before["sample"], a.after["sample"]) == ("a", -1, 1, 1)
+    assert (a.outcomes_before, a.outcomes_after) == ([False, True, True], [True, False, False])
+    assert (b.change, b.before["id"], b.after["id"]) == (0, "b", "b")
+    assert (c.change, c.outcomes_after) == (0, [])
 
 
 def test_sides_may_have_different_numbers_of_runs():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import build
+import eval as evaluation
 import train
 from runs import SMALL, needs_prolog, rows, whole_run
 from sandbox.languages import load_language
@@ -157,13 +158,13 @@ def test_a_run_with_validation_problems(tmp_path):
 # ---- the table at the end ----
 
 
-def test_the_table_has_no_figure_that_nobody_measured(tmp_path, capsys):
+def test_the_table_has_no_figure_that_nobody_measured(capsys):
     """One sample a problem: no pass@4. A status that no program ended in is 0."""
     before = {"pass@1": 0.25, "mean_tokens": 9.0, "sandbox/error_frac": 0.5}
     after = {"pass@1": 0.5, "mean_tokens": 8.0}
-    train.before_and_after(tmp_path, (before, []), (after, []), 0.0)
+    evaluation.before_and_after((before, []), (after, []))
     table = capsys.readouterr().out
     assert "pass@1" in table and "pass@4" not in table
     assert "sandbox/error_frac        0.500      0.000" in table
-    train.before_and_after(tmp_path, (before | {"pass@4": 0.75}, []), (after, []), 0.0)
+    evaluation.before_and_after((before | {"pass@4": 0.75}, []), (after, []))
     assert "pass@4" not in capsys.readouterr().out
