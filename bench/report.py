@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
+from runtime.logs import replace
 from settings import Settings
 from tasks.statistics import changes, figure_rows, per_problem, rate_with_interval, side_by_side
 
@@ -60,7 +61,7 @@ def write_page(folders, out=None):
     if len(text) > MOST_BYTES:
         raise ValueError(f"{len(runs)} runs do not fit in a page of 5 MB: give fewer of them")
     out = Path(out) if out else folders[0] / "report.html"
-    out.write_text(text, "utf-8")
+    replace(out, text)
     return out
 
 
@@ -349,7 +350,7 @@ def thin_problems(problems, room, notes):
 
 
 def thin_samples(folder, room, notes):
-    """Samples of as many steps as fit in `room` bytes, spread over the run with its last step."""
+    """Samples of as many whole steps as fit in `room` bytes, evenly over the run."""
     by_step = {}
     size = 0
     for row in read_rows(folder / "samples.jsonl", {"step", "status"}, notes):
@@ -360,13 +361,19 @@ def thin_samples(folder, room, notes):
         size += len(encode(shown))
 
     steps = sorted(by_step)
-    every = max(1, math.ceil(size / room))
-    kept = steps[::-1][::every]  # from the last step backwards
-    while kept and len(encode([by_step[step] for step in kept])) > room:
-        kept = kept[::2] if len(kept) > 1 else []
+    kept = steps
+    count = min(len(steps), len(steps) * room // max(1, size))
+    while len(encode([by_step[step] for step in kept])) > room:
+        kept = evenly(steps, count)
+        count = count * 9 // 10
     if len(kept) < len(steps):
         notes.append(f"samples: of {len(kept)} of {len(steps)} steps")
-    return [row for step in sorted(kept) for row in by_step[step]]
+    return [row for step in kept for row in by_step[step]]
+
+
+def evenly(steps, count):
+    """So many of the steps, the last among them. 1 to 9 and 3: 3, 6, 9."""
+    return [steps[len(steps) * (i + 1) // count - 1] for i in range(count)]
 
 
 def main(arguments=None):
