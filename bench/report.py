@@ -38,11 +38,11 @@ COUNTED = {"id", "correct", "status"}  # what a row of an evaluation needs to be
 
 
 def report_page(folder):
-    """Write a run's page -> a sentence that names it. A run never fails for its page."""
+    """Write a run's page -> a sentence that names it."""
     try:
         return f"The run as a page: {write_page([folder])}"
-    except (OSError, ValueError) as problem:
-        return f"No page of this run: {problem}"
+    except Exception as problem:  # a full disk, say: the run itself has ended well
+        return f"No page of this run ({problem}); python -m bench.report {folder} tries again"
 
 
 def write_page(folders, out=None):
