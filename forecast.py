@@ -182,8 +182,9 @@ def announce(run, report):
 
     def evaluation_seconds(new_tokens):
         count = -(-len(run.held_out) // ranks)
-        samples = count * (settings.eval_samples + settings.eval_greedy) * new_tokens
-        read = count * len(prompt) * (1 + settings.eval_greedy)
+        greedy = 1 if settings.eval_greedy and settings.eval_temperature else 0
+        read = count * len(prompt) * (1 + greedy)
+        samples = count * (settings.eval_samples + greedy) * new_tokens
         return sampling.seconds(read, samples, longest, run.sampler.slots)
 
     few = quarter(settings)

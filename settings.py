@@ -295,8 +295,8 @@ class Settings:
     eval_temperature: float = setting(0.0, "of evaluation; 0 = greedy", least=0)
     eval_greedy: bool = setting(
         False,
-        "one greedy completion per held-out problem beside those at eval_temperature "
-        "(eval/greedy/pass@1): gain apart from sharpening",
+        "one greedy completion per held-out problem beside those at eval_temperature, where that is "
+        "not 0 (eval/greedy/pass@1): gain apart from sharpening",
     )
 
     translate_data: str = setting(

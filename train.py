@@ -213,7 +213,7 @@ def evaluate_and_log(run, step, log):
     ones' metrics stand beside them, as greedy/pass@1, and their rows in greedy/step_N.jsonl.
     """
     greedy = {}
-    if run.settings.eval_greedy:
+    if run.settings.eval_greedy and run.settings.eval_temperature:
         greedy, rows = evaluate_problems(run, run.held_out, run.judge, run.ask, greedy=True)
         log.evaluation(step, rows, "greedy")
     metrics, rows = evaluate_problems(run, run.held_out, run.judge, run.ask)

@@ -131,6 +131,30 @@ def test_the_best_checkpoint_is_the_validation_problems_choice(monkeypatch):
     assert logged[3:6] == [(20, "eval", "test"), (20, "validation", "validation"), (20, 0.9, 0.2)]
 
 
+def test_a_greedy_sample_is_taken_beside_those_at_a_temperature(monkeypatch):
+    """Not where evaluation is greedy already. Its rows are written first, to their own folder."""
+    asked = []
+
+    def evaluate(sampler, tokenizer, judge, problems, n, temperature, **how):
+        asked.append((n, temperature))
+        return {"pass@1": temperature / 4}, []
+
+    class Log:
+        def evaluation(self, step, rows, name="eval"):
+            asked.append(name)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    both = run_with(None, eval_greedy=True, eval_temperature=1.0)
+    metrics, _ = train.evaluate_and_log(both, 0, Log())
+    assert metrics == {"pass@1": 0.25, "greedy/pass@1": 0.0}
+    assert asked == [(1, 0.0), "greedy", (1, 1.0), "eval"]
+
+    asked.clear()
+    metrics, _ = train.evaluate_and_log(run_with(None, eval_greedy=True), 0, Log())
+    assert metrics == {"pass@1": 0.0}
+    assert asked == [(1, 0.0), "eval"]
+
+
 @needs_prolog
 @pytest.mark.slow
 def test_a_run_with_validation_problems(tmp_path):
