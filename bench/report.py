@@ -53,7 +53,8 @@ def write_page(folders, out=None):
     folders = list(dict.fromkeys(map(Path, folders)))
     runs = [read_run(folder, TEXT_BYTES // len(folders)) for folder in folders]
     thin_curves(runs)
-    page = {"settings": known_settings(), "runs": grouped(runs)}
+    known = [(setting.name, setting.metadata["help"]) for setting in fields(Settings)]
+    page = {"settings": known, "runs": grouped(runs)}
 
     # The template is cut where the data goes: a text that holds the mark changes nothing.
     head, tail = TEMPLATE.read_text("utf-8").split(DATA)
@@ -69,11 +70,6 @@ def encode(value):
     """JSON that can stand in a <script>: ASCII, and no "<" that could end it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
-
-
-def known_settings():
-    """(name, sentence) of every setting, in the order of --help."""
-    return [(one.name, one.metadata["help"]) for one in fields(Settings)]
 
 
 def grouped(runs):
@@ -238,9 +234,8 @@ def evaluation_figures(evaluations):
     for kind, by_step in evaluations.items():
         found[kind] = []
         for step, rows in by_step.items():
-            figures = {}
-            for name, of_name in figure_rows(rows).items():
-                figures[name] = rate_with_interval(of_name)
+            counted = figure_rows(rows)
+            figures = {name: rate_with_interval(counted[name]) for name in counted}
             found[kind].append({"step": step, "figures": figures})
     return found
 
@@ -278,22 +273,16 @@ def problem_row(pair):
 
 def side_of(row, outcomes):
     """What is shown of a sample, and how many of its problem's judged samples were right."""
+    verdict = "wrong" if row["status"] == "ok" else str(row["status"])
     shown = {name: shortened(row.get(name)) for name in ("value", "program", "text", "tokens")}
     return {
-        "verdict": verdict_of(row),
+        "verdict": "right" if row["correct"] else verdict,
         "right": sum(outcomes),
         "judged": len(outcomes),
         "constant": bool(row.get("constant")),
         "leaked": bool(row.get("leaked")),
         **shown,
     }
-
-
-def verdict_of(row):
-    """right, wrong, or how the program ended where it gave no answer."""
-    if row["correct"]:
-        return "right"
-    return "wrong" if row["status"] == "ok" else str(row["status"])
 
 
 def shortened(value):
