@@ -462,6 +462,9 @@ def check_loss(settings):
 # ---- flags ----
 
 
+EARLIER = "an earlier start"  # origin of what --resume finds in config.json
+
+
 @dataclass
 class Origin:
     """Where the settings of a start come from."""
@@ -470,16 +473,17 @@ class Origin:
     settings: dict[str, str]  # name -> recipe, command line or --loss; the others: their default
 
 
-def find_origin(sentence, recipe, values, given, settings):
-    """The Origin of flags (`given`) over the values of a recipe, or of an earlier run (None).
+def find_origin(sentence, below, values, given, settings):
+    """The Origin of settings.
 
-    Of an earlier run's settings the origin stands with its own start.
+    values: what stands in a recipe or an earlier run, whose name is `below`, with the flags
+    (`given`) on top.
     """
-    found = dict.fromkeys(values, recipe) if recipe else {}
+    found = dict.fromkeys(values, below) | dict.fromkeys(given, "command line")
     for name in BROUGHT:
         if name not in values and getattr(settings, name) is not None:
             found[name] = f"--loss {settings.loss}"
-    return Origin(sentence, found | dict.fromkeys(given, "command line"))
+    return Origin(sentence, found)
 
 
 def add_flags(parser, cls):
@@ -537,15 +541,15 @@ def parse_settings(arguments, description):
 
     if resume:
         values = with_flags(read_config(Path(resume)), given)
-        recipe, sentence = None, f"{resume} (resumed)"
+        below, sentence = EARLIER, f"{resume} (resumed)"
     else:
         path, why = (Path(recipe), "the recipe you named") if recipe else default_recipe(given)
         values = with_flags(read_recipe(path), given)
-        recipe = f"{path.parent.name}/{path.name}"
-        sentence = f"{recipe} ({why})"
+        below = f"{path.parent.name}/{path.name}"
+        sentence = f"{below} ({why})"
     settings = Settings(**values)
     check_limits(settings)
-    origin = find_origin(sentence, recipe, values, given, settings)
+    origin = find_origin(sentence, below, values, given, settings)
     return settings, Path(resume) if resume else None, origin
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from runtime.logs import replace
-from settings import Settings
+from settings import EARLIER, Settings
 from tasks.statistics import changes, figure_rows, per_problem, rate_with_interval, side_by_side
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -148,9 +148,11 @@ def read_settings(folder, notes):
     origins = {}
     if (folder / "starts.jsonl").exists():  # not in runs of older versions
         for row in read_rows(folder / "starts.jsonl", {"from", "settings", "origins"}, notes):
+            for name, origin in row["origins"].items():
+                if origin != EARLIER or not starts:  # that start's own line knows more
+                    origins[name] = origin
             starts.append(row["from"])
             settings = row["settings"]
-            origins |= row["origins"]
     if not settings:
         try:
             settings = dict(json.loads((folder / "config.json").read_text("utf-8")))

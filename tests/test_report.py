@@ -153,6 +153,16 @@ def test_a_resumed_runs_settings_are_those_of_its_last_start(tmp_path):
     assert len(data["starts"]) == 2
 
 
+def test_what_an_older_version_started_has_no_made_up_origin(tmp_path):
+    folder = write_run(tmp_path / "a")
+    (folder / "starts.jsonl").unlink()
+    settings, _, origin = parse_settings(["--resume", str(folder), "--steps", "9"], "")
+    add_start(folder, vars(settings), origin)
+    (data,) = page_of(folder).runs()
+    assert data["origins"]["lr"] == data["origins"]["loss"] == "an earlier start"
+    assert data["origins"]["steps"] == "command line"
+
+
 def test_curves_are_by_step_and_what_was_not_measured_is_not_0(tmp_path):
     (data,) = page_of(write_run(tmp_path / "a", steps=4)).runs()
     assert data["steps"] == [1, 2, 3, 4]
