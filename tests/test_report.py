@@ -19,7 +19,7 @@ needs_browser = pytest.mark.skipif(
 # Ends a script, opens others, and holds the template's own mark.
 HOSTILE = (
     "</script><script>document.title = 'owned'</script>"
-    "<img src=x onerror=\"document.title = 'owned'\"><!-- {{DATA}} \u2028 \ud800 ' \" \\"
+    "<img src=x onerror=\"document.title = 'owned'\"><!-- {{DATA}} \u2028 ' \" \\"
 )
 
 
@@ -128,6 +128,8 @@ def test_what_a_model_wrote_comes_through_and_ends_no_script(tmp_path):
     assert data["samples"][0]["text"] == HOSTILE
     assert data["problems"]["eval"]["rows"][0]["sides"][1]["text"] == HOSTILE
     assert "<" not in page.scripts[0] and page.scripts[0].isascii()
+    half_a_character = "\ud800"
+    assert json.loads(report.encode(half_a_character)) == half_a_character
 
 
 def test_every_setting_says_where_it_comes_from(tmp_path):
