@@ -195,12 +195,11 @@ def table():
     shown = None
     folders = []
     for folder in sorted(PROOF.glob("*-*-*")):
-        evaluations = read_evaluations(folder, [])
-        kinds = [kind for kind in evaluations if len(evaluations[kind]) > 1]
+        ends, _ = read_evaluations(folder, [])
+        kinds = [kind for kind in ends if len(ends[kind]) == 2]
         for kind in kinds:
-            steps = list(evaluations[kind])
-            before, after = (evaluations[kind][step] for step in (steps[0], steps[-1]))
-            print_rows(folder, steps[-1], kind, before, after)
+            before, after = ends[kind].values()
+            print_rows(folder, max(ends[kind]), kind, before, after)
             shown = shown or (before, after)
         if kinds:
             folders.append(folder)

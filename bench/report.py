@@ -121,9 +121,9 @@ def read_run(folder, room):
         for row in read_rows(folder / name, {"step"}, notes):
             by_step.setdefault(row["step"], {}).update(row)
     steps = sorted(by_step)
-    evaluations = read_evaluations(folder, notes)
+    ends, figures = read_evaluations(folder, notes)
     kinds = names_of_kinds(settings)
-    table, problems = before_and_after(evaluations, kinds)
+    table, problems = before_and_after(ends, kinds)
     return RunData(
         folder=str(folder),
         name=folder.as_posix().removeprefix("runs/"),
@@ -133,7 +133,7 @@ def read_run(folder, room):
         steps=steps,
         curves=curves_of([by_step[step] for step in steps]),
         kinds=kinds,
-        evaluations=evaluation_figures(evaluations),
+        evaluations=figures,
         changes=table,
         problems=thin_problems(problems, room * 6 // 10, notes),
         samples=thin_samples(folder, room * 4 // 10, notes),
@@ -205,8 +205,13 @@ def number(value):
 
 
 def read_evaluations(folder, notes):
-    """{kind: {step: rows}}, in the order of steps."""
-    found = {}
+    """(rows of each kind's first and last evaluation by step, figures of all its evaluations).
+
+    figures: {kind: [{step, figures: {pass@1: (rate, low, high)}}]}. The rows in between are not
+    kept: a long run has gigabytes of them.
+    """
+    ends = {}
+    figures = {}
     for kind in KINDS:
         paths = {}
         for path in (folder / kind).glob("step_*.jsonl"):
@@ -217,9 +222,17 @@ def read_evaluations(folder, notes):
             rows = read_rows(paths[step], COUNTED, notes)
             for row in rows:
                 row |= {"id": str(row["id"]), "correct": row["correct"] is True}
-            if per_problem(rows):
-                found.setdefault(kind, {})[step] = rows
-    return found
+            if not per_problem(rows):
+                continue
+
+            counted = figure_rows(rows)
+            rates = {name: rate_with_interval(counted[name]) for name in counted}
+            figures.setdefault(kind, []).append({"step": step, "figures": rates})
+            first_and_last = ends.setdefault(kind, {})
+            if len(first_and_last) == 2:
+                first_and_last.popitem()  # it is not the last one
+            first_and_last[step] = rows
+    return ends, figures
 
 
 def names_of_kinds(settings):
@@ -231,31 +244,19 @@ def names_of_kinds(settings):
     return {"greedy": "greedy", "eval": name, "validation": f"validation, {name}"}
 
 
-def evaluation_figures(evaluations):
-    found = {}
-    for kind, by_step in evaluations.items():
-        found[kind] = []
-        for step, rows in by_step.items():
-            counted = figure_rows(rows)
-            figures = {name: rate_with_interval(counted[name]) for name in counted}
-            found[kind].append({"step": step, "figures": figures})
-    return found
-
-
-def before_and_after(evaluations, kinds):
+def before_and_after(ends, kinds):
     """(the table of changes, held-out problems side by side by kind): first and last evaluation."""
     table = []
     problems = {}
     for kind in ("greedy", "eval"):
-        steps = list(evaluations.get(kind, {}))
+        steps = list(ends.get(kind, {}))
         if len(steps) < 2:
             continue
-        ends = [steps[0], steps[-1]]
-        before, after = (evaluations[kind][step] for step in ends)
+        before, after = ends[kind].values()
         for figure, change in changes(before, after).items():
-            table.append({"figure": f"{figure} {kinds[kind]}", "steps": ends, **change})
+            table.append({"figure": f"{figure} {kinds[kind]}", "steps": steps, **change})
         rows = [problem_row(pair) for pair in side_by_side(before, after)]
-        problems[kind] = {"name": kinds[kind], "steps": ends, "rows": rows}
+        problems[kind] = {"name": kinds[kind], "steps": steps, "rows": rows}
     return table, problems
 
 

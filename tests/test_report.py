@@ -187,6 +187,16 @@ def test_evaluations_leave_out_what_was_not_judged(tmp_path):
     assert figures == ["pass@1 greedy", "pass@1 at temperature 1", "pass@4 at temperature 1"]
 
 
+def test_the_table_compares_the_first_evaluation_with_the_last(tmp_path):
+    """Steps 0, 2, 10: figures of all three, and 10 comes after 2."""
+    folder = write_run(tmp_path / "a", steps=10)
+    write_rows(folder / "eval/step_2.jsonl", evaluated("a", [True] * 4))
+    (data,) = page_of(folder).runs()
+    assert [row["step"] for row in data["evaluations"]["eval"]] == [0, 2, 10]
+    assert data["changes"][1]["steps"] == data["problems"]["eval"]["steps"] == [0, 10]
+    assert data["changes"][1]["after"][0] == pytest.approx((0.5 + 0.75 + 1) / 3)
+
+
 def test_problems_stand_side_by_side(tmp_path):
     (data,) = page_of(write_run(tmp_path / "a")).runs()
     gained, lost, unknown = data["problems"]["eval"]["rows"]
