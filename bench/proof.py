@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.report import read_evaluations, write_page
+from bench.report import read_evaluations, read_rows, write_page
 from eval import print_gained
 from runtime import content
 from runtime.hugging_face import find_checkpoint
@@ -235,9 +235,8 @@ def with_interval(form, values):
 def hours(folder):
     """Of the run's steps and evaluations, as times.jsonl has them."""
     seconds = 0.0
-    for line in (folder / "times.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        seconds += row.get("time/step", 0.0) + row.get("time/eval", 0.0)
+    for row in read_rows(folder / "times.jsonl", {"time/step"}, []):
+        seconds += row["time/step"] + row.get("time/eval", 0.0)
     return seconds / 3600
 
 

@@ -78,7 +78,7 @@ def test_table_compares_the_same_questions(tmp_path, monkeypatch, capsys):
     write_evaluations(folder, "greedy", {0: [[0], [0], [1], [0]], 8: [[1], [0], [1], [1]]})
     at_temperature_1 = {0: [[1, 0], [0, 1], [0, 0], [0, 0]], 8: [[1, 1], [1, 1], [0, 0], [0, 0]]}
     write_evaluations(folder, "eval", at_temperature_1)
-    times = '{"time/step": 1700.0}\n{"time/step": 1700.0, "time/eval": 200.0}\n'
+    times = '{"time/step": 1700.0}\n{"time/step": 1700.0, "time/eval": 200.0}\n{"ti'
     (folder / "times.jsonl").write_text(times)
 
     monkeypatch.chdir(tmp_path)
