@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from kernels import native, rows, use_triton
 from kernels.attention import paged_attention
-from kernels.layers import qkv_rope_write, rope_tables
+from kernels.layers import qkv_rope_write
 from kernels.logprob import token_logprobs
+from kernels.rope import rope_tables
 from kernels.rows import Rows
 from kernels.sampling import TILE, sample_logits
 from model import CausalAttention, make_segments

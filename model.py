@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.layers import add_rms_norm, rms_norm, rope_tables, rotated_qkv, swiglu
+from kernels import native
+from kernels.layers import add_rms_norm, rms_norm, rotated_qkv, swiglu
 from kernels.linear import fast_linear
 from kernels.logprob import token_logprobs
+from kernels.native_layers import attend_segments
+from kernels.rope import rope_tables
 
 
 class CheckpointError(ValueError):
@@ -227,7 +230,7 @@ class Model(nn.Module):
     def decode(self, tokens, rope, attend, linear):
         """The decoder with attention left open -> hidden states [T, D] after the final norm.
 
-        rope: cosines and sines of the tokens' positions (kernels.layers.rope_tables).
+        rope: cosines and sines of the tokens' positions (kernels.rope.rope_tables).
         attend: (layer index, qkv without bias, bias, cos, sin) -> [T, H * head_dim].
         linear: (x, weight) -> their product; the sampler gives one whose rows do not depend on the
             batch (decode.py).
@@ -314,13 +317,24 @@ class CausalAttention:
 
     def __init__(self, config, segments):
         self.heads = (config.num_attention_heads, config.num_key_value_heads)
-        on_cuda = segments.query_ends.is_cuda
-        self.mix = FlashSegments(segments) if on_cuda else PaddedSegments(segments)
+        self.segments = segments
+        self.mix = None
 
     def __call__(self, index, qkv, bias, cos, sin):
         """qkv [T, (H + 2K) * hd] of any layer -> [T, H * hd]."""
         q, k, v = rotated_qkv(qkv, bias, cos, sin, *self.heads)
+        if self.mix is None:
+            self.mix = attention_of(self.segments, q)
         return self.mix(q, k, v).flatten(1)
+
+
+def attention_of(segments, q):
+    """Attention of packed segments for queries such as q: called with q, k, v [T, heads, hd]."""
+    if q.is_cuda:
+        return FlashSegments(segments)
+    if native.usable(q, q.shape[2]):
+        return NativeSegments(segments)
+    return PaddedSegments(segments)
 
 
 class FlashSegments:
@@ -349,8 +363,23 @@ class FlashSegments:
         return self.attend(q, k, v, *self.packing, **self.options)
 
 
+class NativeSegments:
+    """FlashSegments on a CPU, in C."""
+
+    def __init__(self, segments):
+        lengths = segments.lengths
+        parents = np.full(len(lengths), -1)
+        if segments.parents is not None:
+            parents[len(lengths) - len(segments.parents) :] = segments.parents
+        cut = np.stack([lengths.cumsum() - lengths, lengths, parents])
+        self.cut = torch.from_numpy(cut)
+
+    def __call__(self, q, k, v):
+        return attend_segments(q, k, v, self.cut)
+
+
 class PaddedSegments:
-    """FlashSegments on a CPU, in one or two calls per layer instead of one per segment.
+    """FlashSegments on a CPU in torch, in one or two calls per layer instead of one per segment.
 
     256 sequences of a tiny model would otherwise be 256 small calls. Segments that others continue
     and those that continue them are two tables, so that neither is padded to the other's length.

@@ -28,7 +28,7 @@ from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
 from runtime.machine import free_bytes
-from runtime.memory import FREE_SHARE, MOST_ROWS, PREFILL_TOKENS, ROWS_ON_CPU
+from runtime.memory import FREE_SHARE, MOST_ROWS, PREFILL_TOKENS, ROWS_ON_CPU, page_tokens
 
 # Bytes of pages and embedding above which the kernel gets back at once what is freed on a CPU; the
 # built-in model would only wait for its pages again.
@@ -197,7 +197,7 @@ class Sampler:
         self.exact = exact
         self.expected = expected
 
-        default = UNIT if self.cpu else 8192 // self.config.head_dim
+        default = UNIT if self.cpu else page_tokens(self.config)
         self.page_size = page_size or default
         if self.page_size % UNIT:
             raise ValueError(f"page_size {page_size} is not a multiple of {UNIT}")

@@ -257,7 +257,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sampler_file.Decoder = StubDecoder
-    model_file.PaddedSegments = model_file.FlashSegments  # CUDA's, as far as the host goes
+    # CUDA's attention, as far as the host goes.
+    model_file.NativeSegments = model_file.PaddedSegments = model_file.FlashSegments
 
     print(f"{device_name()}, torch {torch.__version__}")
     heading = ("workload", "slots", "finished", "steps", "loops", "launches", "uploads", "waits")

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 
 from bench import processor
 from kernels import advantage, attention, head, layers, logprob, sampling, triton
+from kernels.rope import apply_rope_reference, rope_tables
 from runtime import exact
 
 try:
@@ -424,7 +425,7 @@ def qkv_case(shape, rows, target):
     slots = torch.randperm(2 * rows * page_size, device=DEVICE)[:rows]
     k_pages = tensor(2 * rows, kv_heads, page_size, shape.head_dim)
     v_pages = tensor(2 * rows, kv_heads, page_size, shape.head_dim)
-    cos, sin = layers.rope_tables(torch.arange(rows, device=DEVICE), shape.head_dim, 1e6)
+    cos, sin = rope_tables(torch.arange(rows, device=DEVICE), shape.head_dim, 1e6)
 
     start = (tensor(rows, width), tensor(width), cos, sin, k_pages, v_pages)
     inputs = (*start, slots // page_size, slots % page_size, heads)
@@ -448,7 +449,7 @@ def rotation_cases(shape):
     """
     rows, heads, kv_heads = 4 * shape.tokens, shape.heads, shape.kv_heads
     width = (heads + 2 * kv_heads) * shape.head_dim
-    cos, sin = layers.rope_tables(torch.arange(rows, device=DEVICE), shape.head_dim, 1e6)
+    cos, sin = rope_tables(torch.arange(rows, device=DEVICE), shape.head_dim, 1e6)
 
     inputs = (tensor(rows, width), tensor(width), cos, sin, heads, kv_heads)
     yield Case(
@@ -481,8 +482,8 @@ def rotation_cases(shape):
 
 def eager_rotation_backward(grad_q, grad_k, grad_v, cos, sin, trains_bias):
     """What autograd would do: gradients of qkv and of the bias."""
-    q = layers.apply_rope_reference(grad_q, cos, -sin)
-    k = layers.apply_rope_reference(grad_k, cos, -sin)
+    q = apply_rope_reference(grad_q, cos, -sin)
+    k = apply_rope_reference(grad_k, cos, -sin)
     grad = torch.cat([q, k, grad_v], 1).flatten(1)
     return grad, grad.sum(0) if trains_bias else None
 
@@ -491,9 +492,9 @@ def eager_qkv_write(qkv, bias, cos, sin, k_pages, v_pages, page, offset, heads):
     kv_heads, _, head_dim = k_pages.shape[1:]
     by_head = (qkv + bias).view(len(qkv), -1, head_dim)
     q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
-    k_pages[page, :, offset] = layers.apply_rope_reference(k, cos, sin)
+    k_pages[page, :, offset] = apply_rope_reference(k, cos, sin)
     v_pages[page, :, offset] = v
-    return layers.apply_rope_reference(q, cos, sin)
+    return apply_rope_reference(q, cos, sin)
 
 
 def advantage_cases(shape):

@@ -1,5 +1,7 @@
 """RMSNorm, "bias + RoPE", SwiGLU and the decode step's "bias + RoPE + page write", as row kernels.
 
+In Triton on a GPU; on a CPU in C (native_layers.py), where there is a compiler.
+
 Rounding rule, the same in sampler and trainer: arithmetic in fp32 (float64 stays float64), rounded
 where Hugging Face Qwen2 rounds: after the residual sum, the bias, the norm (*before* its weight)
 and the rotation. One difference: cos and sin stay fp32 here, theirs are rounded to bf16.
@@ -10,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from kernels import jit, tl, triton, use_triton, wide
+from kernels import jit, native, native_layers, tl, triton, use_triton, wide
+from kernels.rope import apply_rope_reference
 
 # Rows per program of the norm's backward: 512 programs at 8192 tokens. Their partial sums are 1/16
 # of the traffic of one input.
@@ -21,34 +24,25 @@ SWIGLU_BLOCK = 1024  # columns per program, 8 values a thread
 # ---- public functions ----
 
 
-def rope_tables(positions, head_dim, theta):
-    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864; halves as in Qwen2).
-
-    positions [T]. Returns two fp32 tensors [T, head_dim / 2].
-    Angle j of position p is p * theta ** (-2 j / head_dim): position 1, head_dim 4, theta 10000
-    gives angles 1 and 0.01.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    frequencies = 1.0 / theta**exponents
-    angles = positions.float()[:, None] * frequencies[None, :]
-    return angles.cos(), angles.sin()
-
-
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467). Differentiable.
 
     x [T, D], weight [D] -> [T, D]. A row 3, 4 with weight 1: 0.849, 1.131.
     """
-    if not use_triton(x):
-        return rms_norm_reference(x, weight, eps)
-    return _RmsNorm.apply(x, weight, eps)
+    if use_triton(x):
+        return _RmsNorm.apply(x, weight, eps)
+    if native.usable(x, x.shape[1]):
+        return native_layers.RmsNorm.apply(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x, residual, weight, eps):
     """(rms_norm(residual + x), residual + x), both [T, D], in one pass. Differentiable."""
-    if not use_triton(x):
-        return add_rms_norm_reference(x, residual, weight, eps)
-    return _AddRmsNorm.apply(x, residual, weight, eps)
+    if use_triton(x):
+        return _AddRmsNorm.apply(x, residual, weight, eps)
+    if native.usable(x, x.shape[1]):
+        return native_layers.AddRmsNorm.apply(x, residual, weight, eps)
+    return add_rms_norm_reference(x, residual, weight, eps)
 
 
 def swiglu(gate_up):
@@ -56,9 +50,11 @@ def swiglu(gate_up):
 
     gate_up [T, 2 I], gate first -> [T, I]. Gate 1, up 2: 1.462.
     """
-    if not use_triton(gate_up):
-        return swiglu_reference(gate_up)
-    return _Swiglu.apply(gate_up)
+    if use_triton(gate_up):
+        return _Swiglu.apply(gate_up)
+    if native.usable(gate_up, gate_up.shape[1] // 2):
+        return native_layers.Swiglu.apply(gate_up)
+    return swiglu_reference(gate_up)
 
 
 def rotated_qkv(qkv, bias, cos, sin, num_heads, kv_heads):
@@ -69,9 +65,12 @@ def rotated_qkv(qkv, bias, cos, sin, num_heads, kv_heads):
     Returns q [T, H, hd], k [T, K, hd] and v [T, K, hd], tensors of their own.
     """
     arguments = (qkv, bias, cos, sin, num_heads, kv_heads)
-    if not _fits(qkv, qkv.shape[1] // (num_heads + 2 * kv_heads)):
-        return rotated_qkv_reference(*arguments)
-    return _RotatedQkv.apply(*arguments)
+    head_dim = qkv.shape[1] // (num_heads + 2 * kv_heads)
+    if _fits(qkv, head_dim):
+        return _RotatedQkv.apply(*arguments)
+    if native.usable(qkv, head_dim):
+        return native_layers.RotatedQkv.apply(*arguments)
+    return rotated_qkv_reference(*arguments)
 
 
 def qkv_rope_write(
@@ -126,16 +125,6 @@ def swiglu_reference(gate_up):
     """`swiglu` in torch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(wide(gate)) * wide(up)).to(gate_up.dtype)
-
-
-def apply_rope_reference(x, cos, sin):
-    """Each head of x [T, H, hd] rotated by its token's angles, cos and sin [T, hd / 2]."""
-    first, second = wide(x).chunk(2, dim=-1)
-    cos = cos[:, None, :]
-    sin = sin[:, None, :]
-    low = first * cos - second * sin
-    high = second * cos + first * sin
-    return torch.cat((low, high), dim=-1).to(x.dtype)
 
 
 def rotated_qkv_reference(qkv, bias, cos, sin, num_heads, kv_heads):
@@ -497,22 +486,23 @@ def _rotated_qkv_backward(grad_q, grad_k, grad_v, cos, sin, trains_bias):
 
 
 @jit
-def _rotated_qkv_kernel(
+def _rotated_heads(
     qkv,  # [T, H + 2K, 2 * HALF]
     bias,  # [H + 2K, 2 * HALF], read only if BIAS
     cos,  # [T, HALF]
     sin,
-    q,  # [T, H, 2 * HALF]
-    k,  # [T, K, 2 * HALF]
-    v,
+    q,  # of the dtype to which the sum is rounded
+    token,
     H,
     K,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """One program per token, all its heads: q heads 0..H-1, k heads H..H+K-1, v heads the rest."""
-    token = tl.program_id(0).to(tl.int64)
+    """Both halves of a token's heads after bias and rotation, [HEADS, HALF] each.
+
+    q heads are 0..H-1, k heads H..H+K-1, v heads the rest.
+    """
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = head < H + 2 * K
@@ -532,20 +522,42 @@ def _rotated_qkv_kernel(
     rotated = head < H + K
     c = tl.where(rotated, tl.load(cos + token * HALF + column), 1.0)
     s = tl.where(rotated, tl.load(sin + token * HALF + column), 0.0)
-    low = first * c - second * s
-    high = second * c + first * s
+    return first * c - second * s, second * c + first * s
+
+
+@jit
+def _rotated_qkv_kernel(
+    qkv,  # [T, H + 2K, 2 * HALF]
+    bias,  # [H + 2K, 2 * HALF], read only if BIAS
+    cos,  # [T, HALF]
+    sin,
+    q,  # [T, H, 2 * HALF]
+    k,  # [T, K, 2 * HALF]
+    v,
+    H,
+    K,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """One program per token, all its heads."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    at = head * 2 * HALF + column
+    low, high = _rotated_heads(qkv, bias, cos, sin, q, token, H, K, HEADS, HALF, BIAS)
 
     q_at = q + token * H * 2 * HALF + at
     tl.store(q_at, low, mask=head < H)
     tl.store(q_at + HALF, high, mask=head < H)
 
     k_at = k + token * K * 2 * HALF + at - H * 2 * HALF
-    is_key = (head >= H) & rotated
+    is_key = (head >= H) & (head < H + K)
     tl.store(k_at, low, mask=is_key)
     tl.store(k_at + HALF, high, mask=is_key)
 
     v_at = v + token * K * 2 * HALF + at - (H + K) * 2 * HALF
-    is_value = (head >= H + K) & inside
+    is_value = (head >= H + K) & (head < H + 2 * K)
     tl.store(v_at, low, mask=is_value)
     tl.store(v_at + HALF, high, mask=is_value)
 
@@ -661,31 +673,12 @@ def _qkv_rope_write_kernel(
     HALF: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """One program per token, all its heads: q heads 0..H-1, k heads H..H+K-1, v heads the rest."""
+    """One program per token, all its heads."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    inside = head < H + 2 * K
     at = head * 2 * HALF + column
-
-    source = qkv + token * (H + 2 * K) * 2 * HALF
-    first = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + at + HALF, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        # Rounded after the sum, as Hugging Face does.
-        first += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
-        first = first.to(q.dtype.element_ty).to(tl.float32)
-        second += tl.load(bias + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        second = second.to(q.dtype.element_ty).to(tl.float32)
-
-    # v is turned by an angle of 0.
-    rotated = head < H + K
-    c = tl.load(cos + token * HALF + column)
-    c = tl.where(rotated, c, 1.0)
-    s = tl.load(sin + token * HALF + column)
-    s = tl.where(rotated, s, 0.0)
-    low = first * c - second * s
-    high = second * c + first * s
+    low, high = _rotated_heads(qkv, bias, cos, sin, q, token, H, K, HEADS, HALF, BIAS)
 
     q_at = q + token * H * 2 * HALF + at
     tl.store(q_at, low, mask=head < H)
@@ -695,11 +688,11 @@ def _qkv_rope_write_kernel(
     slot = tl.load(slots + token)
     row = (slot // page_size) * K * page_size + slot % page_size
     k_at = (row + (head - H) * page_size) * 2 * HALF + column
-    is_key = (head >= H) & rotated & (slot >= 0)
+    is_key = (head >= H) & (head < H + K) & (slot >= 0)
     tl.store(k_pages + k_at, low, mask=is_key)
     tl.store(k_pages + k_at + HALF, high, mask=is_key)
 
     v_at = (row + (head - H - K) * page_size) * 2 * HALF + column
-    is_value = (head >= H + K) & inside & (slot >= 0)
+    is_value = (head >= H + K) & (head < H + 2 * K) & (slot >= 0)
     tl.store(v_pages + v_at, low, mask=is_value)
     tl.store(v_pages + v_at + HALF, high, mask=is_value)

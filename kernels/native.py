@@ -1,5 +1,5 @@
 """The sampler's row kernels on a CPU: attention over the page pool, RMSNorm and SwiGLU in C
-(native.c), compiled on first use for the processor at hand, fp32.
+(native.c), compiled on first use for the processor at hand, fp32. Training's: native_layers.py.
 
 The torch references run where there is no C compiler, for other dtypes and for widths that are not
 a multiple of 16. Every result depends on its own row alone, to the last bit, in C as in the
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kernels.layers import apply_rope_reference
+from kernels.rope import apply_rope_reference
 
 UNIT = 16  # tokens whose keys lie side by side; widths are multiples of it
 TARGET = "native"  # whose instructions, the compiler's -march; bench and tests set older ones
@@ -140,7 +140,8 @@ def rms_norm(x, weight, eps):
     if native is None:
         return F.rms_norm(x, weight.shape, weight, eps)
     out = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, eps)
+    tensors = addresses(x, None, weight, None, out, None)
+    native.rms_norm(*tensors, *x.shape, eps)
     return out
 
 
@@ -152,15 +153,28 @@ def swiglu(gate_up):
     if native is None:
         return F.silu(gate_up[:, :width]).mul_(gate_up[:, width:])
     out = torch.empty(rows, width)
-    native.swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width)
+    native.swiglu(*addresses(gate_up, out), rows, width)
     return out
+
+
+def addresses(*tensors):
+    """What C takes for tensors, which must be contiguous; None stays None."""
+    return [tensor if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+# ---- the library ----
 
 
 def usable(x, width):
     """The library where it can take x and rows of this width, else None."""
-    if x.dtype != torch.float32 or width % UNIT != 0:
+    if not x.is_cpu or x.dtype != torch.float32 or width % UNIT != 0:
         return None
     return library(TARGET)
+
+
+def takes(*widths):
+    """Whether C takes rows of all these widths on a CPU."""
+    return not any(width % UNIT for width in widths) and library(TARGET) is not None
 
 
 @functools.cache
@@ -179,7 +193,7 @@ def library(target="native"):
         message = getattr(problem, "stderr", "") or str(problem)
         reason = message.strip().splitlines()[0]
         print(
-            f"sampling without the C kernels, which is slower ({reason}): they need a C compiler "
+            f"without the C kernels, which is slower ({reason}): they need a C compiler "
             "(apt-get install gcc libc6-dev) and a folder for what it makes (XDG_CACHE_HOME)",
             file=sys.stderr,
         )
@@ -188,8 +202,14 @@ def library(target="native"):
     pointer = ctypes.c_void_p
     number = ctypes.c_int64
     found.attention.argtypes = [ctypes.POINTER(Call), pointer, pointer, pointer]
-    found.rms_norm.argtypes = [pointer, pointer, pointer, number, number, ctypes.c_float]
-    found.swiglu.argtypes = [pointer, pointer, number, number]
+    found.rms_norm.argtypes = [pointer] * 6 + [number, number, ctypes.c_float]
+    found.rms_norm_backward.argtypes = [pointer] * 7 + [number] * 2
+    found.swiglu.argtypes = [pointer] * 2 + [number] * 2
+    found.swiglu_backward.argtypes = [pointer] * 3 + [number] * 2
+    found.rotate.argtypes = [pointer] * 7 + [number] * 4
+    found.rotate_backward.argtypes = [pointer] * 7 + [number] * 4
+    found.attend_segments.argtypes = [pointer] * 6
+    found.attend_segments_backward.argtypes = [pointer] * 10
     return found
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kernels import native
 from kernels.linear import product
 from model import Config, Model
 from runtime import distributed, machine
@@ -153,7 +154,8 @@ def plan(config, settings, ranks, cuda, sharded=None):
         # torch's references keep more than the kernels do (tests/test_plan.py); a layer that is
         # made again is counted beside the loss.
         kept += layer_values if settings.gradient_checkpointing else 0
-        more = 1.6
+        widths = (config.hidden_size, config.intermediate_size, config.head_dim)
+        more = 1.1 if native.takes(*widths) else 1.6
     tokens = micro_batch_tokens(settings, ranks)
     parts["activations"] = tokens * kept * width * more
 
@@ -217,6 +219,11 @@ def sampling_parts(config, longest):
         "prefill": 4 * PREFILL_TOKENS * values,
         "pages": page_bytes(config, longest, width=4),
     }
+
+
+def page_tokens(config):
+    """Tokens of a page of the sampler on a GPU: 64 KB in 16 bits for keys and values of a head."""
+    return 8192 // config.head_dim
 
 
 def page_bytes(config, tokens, width):
@@ -304,15 +311,23 @@ def step_pages(config, settings, ranks, memory):
 
     At most half of what training leaves with the smallest micro-batch: the other half makes that
     larger. Enough for one sample.
+
+    A prompt's pages (but its last token's) are there once for its samples; each sample copies the
+    last of them, if it is not full. 64 prompts of 1,024 tokens with 16 samples of 1,024 each, pages
+    of 128 tokens: 64 * 1,024 + 1,024 * (1,024 + 128) tokens.
     """
     rows = min(step_rows(settings, ranks), settings.slots or MOST_ROWS)
-    longest = settings.max_prompt_tokens + settings.max_new_tokens
-    one = page_bytes(config, longest, width=2)
+    prompts = min(step_rows(replace(settings, samples=1), ranks), rows)
+    page = page_tokens(config)
+    prompt = -(-(settings.max_prompt_tokens - 1) // page) * page
+    run = -(-(settings.max_new_tokens + page - 1) // page) * page
+    asked = page_bytes(config, prompts * prompt + rows * run, width=2)
+    one = page_bytes(config, prompt + run, width=2)
 
     tokens = settings.token_budget or FEWEST_TOKENS
     smallest = plan(config, replace(settings, token_budget=tokens), ranks, cuda=True)
     left = FULL * memory - peak(smallest)
-    return max(one, min(rows * one, left / 2))
+    return max(one, min(asked, left / 2))
 
 
 def step_rows(settings, ranks):

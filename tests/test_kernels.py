@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bench import kernels as bench
 from kernels import advantage, attention, layers, logprob, sampling
+from kernels.rope import apply_rope_reference, rope_tables
 
 DOUBLE = torch.float64
 NAN = float("nan")
@@ -34,7 +35,7 @@ def test_layers_have_the_right_gradients():
     assert gradcheck(layers.rms_norm, (x, weight, 1e-6))
     assert gradcheck(layers.add_rms_norm, (x, residual, weight, 1e-6))
     assert gradcheck(layers.swiglu, (randn(5, 6),))
-    cos, sin = layers.rope_tables(torch.arange(5), 4, 1e4)
+    cos, sin = rope_tables(torch.arange(5), 4, 1e4)
     assert gradcheck(layers.rotated_qkv, (randn(5, 20), randn(20), cos, sin, 3, 1))
 
 
@@ -47,16 +48,16 @@ def test_norm_equals_torchs():
 
 def test_rope_is_a_complex_rotation():
     # Position 1, head dim 4, theta 10000: angles 1 and 10000 ** (-2 / 4) = 0.01.
-    cos, _ = layers.rope_tables(torch.tensor([1]), 4, 1e4)
+    cos, _ = rope_tables(torch.tensor([1]), 4, 1e4)
     assert torch.allclose(cos, torch.tensor([[1.0, 0.01]]).cos())
 
-    cos, sin = layers.rope_tables(torch.tensor([0, 1, 7]), 8, 1e4)
+    cos, sin = rope_tables(torch.tensor([0, 1, 7]), 8, 1e4)
     q = randn(3, 2, 8, grad=False)
     first, second = q.chunk(2, -1)
     angles = torch.complex(cos.double(), sin.double())[:, None]
     rotated = torch.complex(first, second) * angles
     expected = torch.cat((rotated.real, rotated.imag), -1)
-    assert torch.allclose(layers.apply_rope_reference(q, cos, sin), expected)
+    assert torch.allclose(apply_rope_reference(q, cos, sin), expected)
 
 
 def test_bf16_norm_rounds_before_its_weight_like_hugging_face():
@@ -73,7 +74,7 @@ def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
     width = (heads + 2 * kv_heads) * head_dim
     qkv = randn(5, width, grad=False)
     bias = randn(width, grad=False)
-    cos, sin = layers.rope_tables(torch.arange(5), head_dim, 1e4)
+    cos, sin = rope_tables(torch.arange(5), head_dim, 1e4)
     k_pages = torch.full((3, kv_heads, page_size, head_dim), 7.0, dtype=DOUBLE)
     v_pages = k_pages.clone()
     slots = torch.tensor([5, -1, 0, 11, 6])
@@ -81,13 +82,13 @@ def test_qkv_rope_write_puts_each_token_into_its_slot_and_nothing_else():
 
     by_head = (qkv + bias).view(5, -1, head_dim)
     full_q, k, v = by_head.split([heads, kv_heads, kv_heads], 1)
-    assert torch.equal(q, layers.apply_rope_reference(full_q, cos, sin))
+    assert torch.equal(q, apply_rope_reference(full_q, cos, sin))
 
     flat_k = k_pages.transpose(1, 2).reshape(-1, kv_heads, head_dim)
     flat_v = v_pages.transpose(1, 2).reshape(-1, kv_heads, head_dim)
     written = slots >= 0
     used = slots[written]
-    assert torch.equal(flat_k[used], layers.apply_rope_reference(k, cos, sin)[written])
+    assert torch.equal(flat_k[used], apply_rope_reference(k, cos, sin)[written])
     assert torch.equal(flat_v[used], v[written])
 
     untouched = [slot for slot in range(12) if slot not in used.tolist()]

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
 
 from kernels import advantage, attention, head, layers, logprob, rows, sampling  # noqa: E402
+from kernels.rope import rope_tables  # noqa: E402
 from model import Config, make_segments, random_model  # noqa: E402
 from tests.test_kernels import chi_square, keys, paged_case  # noqa: E402
 
@@ -130,7 +131,7 @@ def test_swiglu(tokens, dtype):
 def test_rotated_qkv(tokens, has_bias, dtype):
     """7 query heads and 1 of keys and values: 9 of a block of 16."""
     heads, kv_heads, head_dim = 7, 1, 16
-    cos, sin = layers.rope_tables(torch.arange(tokens, device=DEVICE) * 5, head_dim, 1e4)
+    cos, sin = rope_tables(torch.arange(tokens, device=DEVICE) * 5, head_dim, 1e4)
     inputs = [randn(tokens, 9 * head_dim, dtype=dtype)]
     if has_bias:
         inputs.append(randn(9 * head_dim, dtype=dtype))
@@ -151,7 +152,7 @@ def test_qkv_rope_write(has_bias, dtype):
     tokens, heads, kv_heads, head_dim = 17, 7, 2, 16
     qkv = randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     bias = randn(qkv.shape[1], dtype=dtype) if has_bias else None
-    cos, sin = layers.rope_tables(torch.arange(tokens, device=DEVICE), head_dim, 1e4)
+    cos, sin = rope_tables(torch.arange(tokens, device=DEVICE), head_dim, 1e4)
     slots = torch.randperm(40, device=DEVICE)[:tokens]
     slots[::4] = -1
 
@@ -347,7 +348,7 @@ def some_rows():
 @dtypes
 def test_a_step_begins_with_what_its_rows_say(dtype):
     state, active = some_rows()
-    cos, sin = layers.rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
+    cos, sin = rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
     expected = rows.begin_reference(state, active, cos, sin, 16)
     for name, ours in rows._begin(state, active, cos, sin, 16)._asdict().items():
         theirs = getattr(expected, name)
@@ -365,7 +366,7 @@ def test_a_step_ends_with_its_rows_moved_on(arch, dtype):
     ours, active = some_rows()
     theirs, _ = some_rows()
     theirs.values.copy_(ours.values)
-    cos, sin = layers.rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
+    cos, sin = rope_tables(torch.arange(80, device=DEVICE), 16, 1e4)
     step = rows.begin_reference(ours, active, cos, sin, 16)
 
     drawing = (hidden, weight, step.temperature, step.uniforms)

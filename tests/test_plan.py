@@ -9,12 +9,14 @@ import eval as evaluation
 import model as model_file
 import sft
 import train
+from kernels import native
 from runs import SMALL, needs_prolog
 from runtime import lora, machine, memory
+from sampler import Request, Sampler
 from sandbox.languages import load_language
 from settings import Settings
 from tasks.problems import load_problems, program_messages
-from test_update import CONFIG
+from test_update import CONFIG, WIDE
 
 
 def test_parameters_are_those_of_the_model_and_its_adapters():
@@ -37,9 +39,14 @@ def test_parameters_are_the_published_ones(size, published):
     assert round(everything / 1e9, 2) == published
 
 
-def test_activation_estimate_bounds_what_a_step_keeps():
+@pytest.mark.parametrize("in_c", [True, False])
+def test_activation_estimate_bounds_what_a_step_keeps(in_c, monkeypatch):
     """Bytes saved for the backward pass, counted by autograd's own hooks on CPU."""
-    model = model_file.random_model(CONFIG)
+    if not in_c:
+        monkeypatch.setattr(native, "library", lambda target: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler")
+    model = model_file.random_model(WIDE)
     parameters = {p.data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -50,12 +57,12 @@ def test_activation_estimate_bounds_what_a_step_keeps():
         return x
 
     positions = torch.arange(64)  # kernels/linear.py fills up to it, which the plan leaves out
-    tokens = positions % CONFIG.vocab_size
+    tokens = positions % WIDE.vocab_size
     with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         model.hidden(tokens, positions, model_file.make_segments([64]))
     longest = dict(max_prompt_tokens=54, max_new_tokens=10, share_prompts=False)
     settings = Settings(token_budget=64, gradient_checkpointing=False, **longest)
-    planned = memory.plan(CONFIG, settings, ranks=1, cuda=False)["activations"]
+    planned = memory.plan(WIDE, settings, ranks=1, cuda=False)["activations"]
     assert 0.8 * planned < sum(kept.values()) < 1.05 * planned
 
 
@@ -154,15 +161,34 @@ def test_on_a_cpu_micro_batches_do_not_follow_what_other_programs_leave():
 
 
 def test_pages_are_those_of_a_steps_samples():
-    """0.5B: 12,288 bytes a token, 2,048 tokens a sample; half of a small card's rest at most."""
+    """0.5B: 12,288 bytes a token; 64 prompts of 1,024 tokens, each there once, 16 samples of 1,024
+    and a page of 128 each. Half of a small card's rest at most."""
 
-    def pages(**changes):
+    def tokens(**changes):
         settings, _ = fitted("0.5B", **changes)
-        return memory.step_pages(memory.qwen("0.5B"), settings, 1, 150e9) / (12_288 * 2048)
+        return memory.step_pages(memory.qwen("0.5B"), settings, 1, 150e9) / 12_288
 
-    assert pages(slots=4096) == 1024  # 64 x 16
-    assert pages(slots=100) == 100
-    assert pages(slots=4096, task="selfplay", samples=1) == 6 * 64
+    assert tokens(slots=4096) == 64 * 1024 + 1024 * 1152
+    assert tokens(slots=100) == 64 * 1024 + 100 * 1152
+    assert tokens(slots=20) == 20 * 1024 + 20 * 1152  # at worst every row is of another prompt
+    assert tokens(slots=4096, task="selfplay", samples=1) == 6 * 64 * (1024 + 1152)
+
+
+@pytest.mark.parametrize("prompt, new", [(1024, 1024), (1000, 100), (129, 1)])
+def test_pages_are_those_that_the_sampler_reserves(prompt, new):
+    """Two prompts with three samples each, all at a time, in pages of 128 tokens."""
+    config = memory.qwen("0.5B")
+    lengths = {"max_prompt_tokens": prompt, "max_new_tokens": new, "token_budget": 4096}
+    settings = Settings(prompts=2, samples=3, **lengths)
+    planned = memory.step_pages(config, settings, 1, 150e9)
+
+    small = replace(config, num_hidden_layers=1, vocab_size=300)
+    sampler = Sampler(model_file.random_model(small))
+    sampler.cpu, sampler.page_size = False, memory.page_tokens(config)  # as on a GPU
+    requests = [Request([0] * prompt, n=3, max_new_tokens=new, id=i) for i in range(2)]
+    size = sampler._size(sampler._groups(requests), samples=6, room=10_000)
+    assert size.runs == 6
+    assert planned == size.pages * memory.page_bytes(config, 128, width=2)
 
 
 def gigabytes(size, ranks, **changes):

@@ -1,9 +1,14 @@
 """The cost model stays near what an H200 was measured to do."""
 
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import sampler
 from bench import predict
+from kernels import attention
 from runtime.memory import qwen
 
 
@@ -41,3 +46,27 @@ def test_what_the_host_no_longer_waits_for_is_gone():
     ahead = predict.update_seconds(qwen("0.5B"), predict.replace(update, waits=False))
     assert waiting == pytest.approx(0.673, rel=0.05)
     assert ahead == pytest.approx(0.535 + 0.013, rel=0.05)  # and clipping and the optimizer
+
+
+def test_the_present_sampler_is_the_one_that_is_predicted():
+    """Its chunk, lag, slots and refill on a GPU, and no kernel for shared prefixes."""
+    source = inspect.getsource(sampler.Sampler.__init__)
+    present = predict.PRESENT
+    assert f"else ({present.look}, {present.late})" in source
+    assert present.slots == sampler.MOST_ROWS
+    assert present.least_started == sampler.MOST_ROWS // 16
+    assert not present.prefix_kernel and "_prefix" not in Path(attention.__file__).read_text()
+
+
+def test_a_row_that_has_ended_runs_until_the_host_knows():
+    """64 rows of 8 tokens and one of 80: with a late look the 64 take part in 16 steps, not 8."""
+    config = qwen("0.5B")
+    rows = [predict.Sample(i, 100, 8) for i in range(64)] + [predict.Sample(64, 100, 80)]
+    at_once = predict.replace(predict.PRESENT, late=0)
+    more = predict.rollout_seconds(config, rows, predict.PRESENT)
+    more -= predict.rollout_seconds(config, rows, at_once)
+    many, one = np.append(np.zeros(64), 112), np.array([112])
+    late = 8 * predict.step_seconds(config, many, 0, 65, predict.PRESENT)
+    late -= 8 * predict.step_seconds(config, one, 0, 1, predict.PRESENT)
+    last = 8 * predict.step_seconds(config, np.zeros(1), 0, 1, predict.PRESENT)
+    assert more == pytest.approx(late + last, rel=1e-6)

@@ -28,6 +28,7 @@ from batches import (
     score,
     take_step,
 )
+from kernels import native
 from runtime import checkpoint, distributed
 from sampler import Request, Sampler
 from settings import Settings
@@ -97,6 +98,24 @@ def test_gradient_is_the_same_when_a_prompt_is_computed_once_for_its_group(
     work = in_three_groups()
     shared = gradient(work, token_budget, checkpointing, share_prompts=True)
     assert_same(shared, gradient(work, 10_000))
+
+
+@pytest.mark.parametrize("token_budget,checkpointing", [(10_000, False), (30, True)])
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_gradient_is_the_same_in_c_and_in_torch(
+    monkeypatch, token_budget, checkpointing, share_prompts
+):
+    """Of a model as wide as the kernels of a CPU want it."""
+
+    def found():
+        model = model_file.random_model(WIDE, 1, std=0.1)
+        return gradient(in_three_groups(), token_budget, checkpointing, model, share_prompts)
+
+    in_c = found()
+    monkeypatch.setattr(native, "library", lambda target: None)
+    in_torch = found()
+    assert_same(in_c, in_torch)
+    assert max(g.abs().max() for g in in_c.values()) > 0.01
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
