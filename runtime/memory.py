@@ -155,7 +155,7 @@ def plan(config, settings, ranks, cuda, sharded=None):
         # made again is counted beside the loss.
         kept += layer_values if settings.gradient_checkpointing else 0
         widths = (config.hidden_size, config.intermediate_size, config.head_dim)
-        more = 1.1 if native.takes(*widths) else 1.6
+        more = 1.05 if native.takes(*widths) else 1.6
     tokens = micro_batch_tokens(settings, ranks)
     parts["activations"] = tokens * kept * width * more
 
