@@ -431,7 +431,7 @@ def test_a_gradient_on_a_gpu_never_waits():
 def run_of(model, **settings):
     """The parts of a run that an update needs."""
     parts = dict.fromkeys(
-        "folder language tokenizer tokenizer_folder sampler judge problems held_out".split()
+        "folder language tokenizer tokenizer_folder sampler judge curriculum held_out".split()
     )
     return build.Run(
         settings=Settings(**settings),
