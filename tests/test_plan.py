@@ -46,7 +46,7 @@ def test_activation_estimate_bounds_what_a_step_keeps(in_c, monkeypatch):
         monkeypatch.setattr(native, "library", lambda target: None)
     elif native.library() is None:
         pytest.skip("no C compiler")
-    config = replace(WIDE, num_hidden_layers=4)
+    config = replace(WIDE, num_hidden_layers=4) if in_c else CONFIG
     model = model_file.random_model(config)
     parameters = {p.data_ptr() for p in model.parameters()}
     kept = {}
