@@ -177,7 +177,7 @@ def rollout_seconds(config, samples, code):
             seconds += prefill_seconds(config, sum(new.values()), code)
             seconds += 0 if code.host_is_hidden else STARTED_LOOK
 
-        # A few steps, half way through them for the mean context. A row that has ended sees nothing.
+        # A few steps, half way through them for the mean context. What has ended sees nothing.
         contexts = np.array([row.prompt_tokens for row in running]) + done + code.look // 2
         contexts[done >= np.array([row.tokens for row in running])] = 0
         shared = {row.prompt: (row.prompt_tokens - 1) // PAGE * PAGE for row in running}

@@ -527,7 +527,7 @@ static void gather(const Packed *p, int64_t s, int64_t head, int64_t count, int6
             for (int64_t t = 0; t < width; t++) across[d * width + t] = table[t * hd + d];
 }
 
-/* Rows first .. first + count - 1 of one query head, times `scale`, and zeros to fill a block up. */
+/* Rows first .. first + count - 1 of a query head, times `scale`, and zeros to fill the block up. */
 static void take_block(const Packed *p, int64_t first, int64_t count, int64_t head, float scale,
                        const float *x, float *block) {
     const int64_t hd = p->head_dim;

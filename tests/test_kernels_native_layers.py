@@ -173,7 +173,7 @@ def test_attentions_bits_do_not_depend_on_threads(cut):
 
 
 def test_a_segment_sees_no_other_segment_and_no_later_row():
-    """Rows 0-39, 40-42: other values in 42 change row 42 alone; NaN in 0-39 leaves 40-42 as it is."""
+    """Rows 0-39, 40-42: other values in 42 change row 42 alone, NaN in 0-39 none of 40-42."""
     segments = make_segments([40, 3])
     qkv = qkv_of(43, 4, 2, 32)
     attend = NativeSegments(segments)
