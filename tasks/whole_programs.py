@@ -15,6 +15,7 @@ prompt: that brace is left out of them. What differs by language stands in its [
              each once, as `import` says ({item})
     holder   regular expression of the class whose function is asked, with its name as a group;
     held     how a function without one is put into one; call: what the tests call, by {holder}
+    private  regular expression of what keeps it from being called from outside: "public " instead
     whole    the program: {preamble} or {imports}, {code}, {tests}
 """
 
@@ -188,14 +189,25 @@ def moved_imports(prompt, code, language):
 
 
 def held(code, name, language):
-    """(name of the class that holds a function, the code), put into one where it has none."""
+    """(name of the class that holds a function, the code), put into one where it has none.
+
+    A class inside another, or in a namespace, is called by both: "Outer.Inner".
+    """
     table = language.answer["tests"]
     asked = find_definition(code, name, language)
     bare = blanked(code, language)[: asked.start()] if asked else ""
-    holder = None
-    for found in re.finditer(table["holder"], bare):
-        if bare.count("{", 0, found.start()) == bare.count("}", 0, found.start()):
-            holder = found[1]
-    if holder is None:
+    holders = list(re.finditer(table["holder"], bare))
+    if table["close"] == "}":
+        holders = [found for found in holders if is_open(bare[found.start() :])]
+    else:
+        holders = holders[-1:]
+    if private := table.get("private"):
+        code = re.sub(private, "public ", code)
+    if not holders:
         return re.search(table["holder"], table["held"])[1], filled(table["held"], {"code": code})
-    return holder, code
+    return ".".join(found[1] for found in holders), code
+
+
+def is_open(text):
+    """Whether the block that a text begins with goes on at its end: "class A { f() { }"."""
+    return text.count("{") > text.count("}")
