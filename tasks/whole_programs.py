@@ -196,18 +196,26 @@ def held(code, name, language):
     table = language.answer["tests"]
     asked = find_definition(code, name, language)
     bare = blanked(code, language)[: asked.start()] if asked else ""
-    holders = list(re.finditer(table["holder"], bare))
-    if table["close"] == "}":
-        holders = [found for found in holders if is_open(bare[found.start() :])]
-    else:
-        holders = holders[-1:]
+    names = open_holders(bare, table["holder"])
+    if table["close"] != "}":
+        names = re.findall(table["holder"], bare)[-1:]
     if private := table.get("private"):
         code = re.sub(private, "public ", code)
-    if not holders:
+    if not names:
         return re.search(table["holder"], table["held"])[1], filled(table["held"], {"code": code})
-    return ".".join(found[1] for found in holders), code
+    return ".".join(names), code
 
 
-def is_open(text):
-    """Whether the block that a text begins with goes on at its end: "class A { f() { }"."""
-    return text.count("{") > text.count("}")
+def open_holders(bare, holder):
+    """Names of the classes that are open at the end of some code: "class A { class B { f() {"."""
+    blocks = []  # the name of each open one, None where it is no class's
+    name = None
+    for mark in re.finditer(rf"{holder}|[{{}}]", bare):
+        if mark[0] == "{":
+            blocks.append(name)
+            name = None
+        elif mark[0] == "}":
+            blocks = blocks[:-1]
+        else:
+            name = mark[1]
+    return [name for name in blocks if name]

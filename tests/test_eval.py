@@ -164,7 +164,7 @@ def closing(row):
 
 
 @needs_data
-@pytest.mark.parametrize("name", slow(sorted({name for name, *_ in FORGERS}), ("cpp",)))
+@pytest.mark.parametrize("name", slow(sorted({name for name, *_ in FORGERS}), ("cpp", "scala")))
 def test_forgers_do_not_pass(name, pool):
     """Neither by reading, leaving or printing, nor by other tests.
 
