@@ -215,7 +215,7 @@ def open_holders(bare, holder):
             blocks.append(name)
             name = None
         elif mark[0] == "}":
-            blocks = blocks[:-1]
+            del blocks[-1:]
         else:
             name = mark[1]
     return [name for name in blocks if name]
