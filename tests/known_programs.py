@@ -1,6 +1,6 @@
 """Programs whose verdict is known, as sandbox jobs: they test the harness itself (test_eval.py).
 
-humaneval_x, mbxp and exercism yield (name, Job, passed) where passed(result) says whether the program was
+humaneval_x, mbxp_csharp and exercism yield (name, Job, passed) where passed(result) says whether the program was
 found right; multipl_e, solved and carried_over give (row, completion).
 """
 
@@ -211,17 +211,17 @@ class CompareLogic {
 """
 
 
-def mbxp(name):
-    """Canonical solutions of MBXP under its own tests, as whole programs; every 12th row."""
-    file = {"typescript": "mbtsp_release_v1.2", "csharp": "mbcsp_release_v1.2"}[name]
-    language = load_language(name)
-    solved_rows = [row for row in rows(f"mbxp/{file}.jsonl.gz") if row["canonical_solution"]]
-    for row in solved_rows[::12]:
-        program = row["prompt"] + row["canonical_solution"] + row["test"]
-        if name == "csharp":
+def mbxp_csharp():
+    """C# solutions of MBXP under its own tests, as whole programs.
+
+    Those in TypeScript are a model's, and many do not end.
+    """
+    limits = with_more_time(load_language("csharp").limits)
+    for row in rows("mbxp/mbcsp_release_v1.2.jsonl.gz"):
+        if row["canonical_solution"]:
+            program = row["prompt"] + row["canonical_solution"] + row["test"]
             program = program.replace("using KellermanSoftware.CompareNetObjects;", "") + COMPARE
-        limits = with_more_time(language.limits)
-        yield row["task_id"], Job(name, {language.file: program}, limits=limits), _is_ok
+            yield row["task_id"], Job("csharp", {"Main.cs": program}, limits=limits), _is_ok
 
 
 # ---- HumanEval-X ----

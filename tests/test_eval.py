@@ -187,12 +187,22 @@ def test_forgers_do_not_pass(name, pool):
     assert found == expected
 
 
+# Upstream's rows whose tests are no code: unbalanced brackets, Dictionary<null,null>.
+NEVER_COMPILE = (
+    "mbpp/cs/mbpp_568_empty_list",
+    "mbpp/scala/mbpp_744_check_none",
+    "mbpp/scala/mbpp_791_remove_nested",
+)
+
+
 @needs_data
 @pytest.mark.parametrize("name", MULTIPL_E)
 def test_answers_can_be_exchanged_in_every_row(name):
     """So that there is no row whose forgers are not looked for."""
     language = load_language(name)
     for row in load_benchmark("humaneval", language) + load_benchmark("mbpp", language):
+        if row.id in NEVER_COMPILE:
+            continue
         tests = exchange_answers(row, language.answer["tests"]["test"], random.Random(0))
         assert tests and tests != row.tests, row.id
         # The same tests in another order, but for these two, which have one test or one answer.
@@ -315,10 +325,7 @@ EXPLAINED_X = {
     },
     "go": {},
 }
-EXPLAINED_MBXP = {
-    "typescript": {},
-    "csharp": {},
-}
+EXPLAINED_MBXP = {}
 EXPLAINED_EXERCISM = {
     "prolog": {"meetup": "needs a newer SWI-Prolog"},
     "racket": {},
@@ -343,10 +350,9 @@ def test_canonical_humaneval_x_solutions(name, pool):
 
 
 @needs_data
-@pytest.mark.parametrize("name", EXPLAINED_MBXP)
-def test_canonical_mbxp_solutions(name, pool):
-    installed(name)
-    check_known(f"MBXP {name}", known_programs.mbxp(name), EXPLAINED_MBXP[name], 5, pool)
+def test_canonical_mbxp_solutions_in_csharp(pool):
+    installed("csharp")
+    check_known("MBXP C#", known_programs.mbxp_csharp(), EXPLAINED_MBXP, 20, pool)
 
 
 @needs_data
@@ -394,7 +400,7 @@ def check_known(title, cases, explained, sample, pool):
     "name, at_least",
     [
         ("javascript", 140),
-        ("typescript", 120),
+        pytest.param("typescript", 120, marks=pytest.mark.slow),
         pytest.param("cpp", 100, marks=pytest.mark.slow),
     ],
 )
