@@ -1,7 +1,7 @@
 """Programs whose verdict is known, as sandbox jobs: they test the harness itself (test_eval.py).
 
-humaneval_x, mbxp_csharp and exercism yield (name, Job, passed) where passed(result) says whether the program was
-found right; multipl_e, solved and carried_over give (row, completion).
+humaneval_x, mbxp_csharp and exercism yield (name, Job, passed) where passed(result) says whether
+the program was found right; multipl_e, solved and carried_over give (row, completion).
 """
 
 import gzip

@@ -112,7 +112,10 @@ def key_of(value, table):
 
 
 def vector_of(value):
-    """A value as R has it: [1] is 1, [] is None, a list of several kinds a tuple, written list(...)."""
+    """A value as R has it: [1] is 1, [] is None, and a list of several kinds is a tuple.
+
+    Lists are written c(...), tuples list(...).
+    """
     if isinstance(value, Map) and not value.items:
         return ()
     if not isinstance(value, list):
