@@ -5,6 +5,8 @@
 
 A language's TOML says how its literals look, in its [call.values] table: "family" is "brackets"
 ([1, 2], {"a": 1}, f(x)) or "lists" ('(1 2), the Lisp family). literals.py reads what write() gives.
+`numbers` says which are equal (same()). `typed`: the members of a list are of one kind, and whole
+numbers have `integer_bits` (OCaml). `vectors`: what vector_of() says (R).
 
 Integers, floats, strings, truth values, None, lists and tuples (vectors in the Lisp family) are
 Python's own; ratios are Fractions. The other kinds are below.
