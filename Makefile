@@ -4,8 +4,8 @@ PYTHON ?= python3
 PY      = $(VENV)/bin/python
 SUDO    = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 
-# What the whole suite runs on, some 2 GB installed (racket 412 MB, ocaml 448 MB, r-base-core, clang). A test whose interpreter is missing is skipped by name.
-TEST_PACKAGES = swi-prolog-nox sbcl bc dc lua5.4 lua-unit guile-3.0 perl libtest-deep-perl ruby ruby-test-unit libjavatuples-java clang-14 llvm-14 g++ nodejs r-base-core racket ocaml-nox
+# What the whole suite runs on, some 2 GB installed (racket 412 MB, ocaml 448 MB, r-base-core, clang, typescript 67 MB, mono 29 MB). A test whose interpreter is missing is skipped by name.
+TEST_PACKAGES = swi-prolog-nox sbcl bc dc lua5.4 lua-unit guile-3.0 perl libtest-deep-perl ruby ruby-test-unit libjavatuples-java clang-14 llvm-14 g++ nodejs node-typescript mono-mcs libmonosgen-2.0-1 libmono-system-numerics4.0-cil r-base-core racket ocaml-nox
 
 # Two workers, each with whole files (their runs are shared by a file's tests); one thread each, since two cores are what is planned for.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

@@ -392,7 +392,7 @@ NESTED = _nested()
 def exchange_answers(row, test, rng):
     """The row's tests with the right answers of two tests exchanged.
 
-    None where no test is found (none in MultiPL-E's rows).
+    None where no test is found (three of MultiPL-E's rows, which compile in no case).
     test: regular expression of one test, with groups `arguments` and `expected`.
     Tests that the prompt does not show come first. Where all tests expect the same, one answer's
     last number is raised by 1.

@@ -15,6 +15,7 @@ prompt: that brace is left out of them. What differs by language stands in its [
              each once, as `import` says ({item})
     holder   regular expression of the class whose function is asked, with its name as a group;
     held     how a function without one is put into one; call: what the tests call, by {holder}
+    private  regular expression of what keeps it from being called from outside: "public " instead
     whole    the program: {preamble} or {imports}, {code}, {tests}
 """
 
@@ -188,14 +189,33 @@ def moved_imports(prompt, code, language):
 
 
 def held(code, name, language):
-    """(name of the class that holds a function, the code), put into one where it has none."""
+    """(name of the class that holds a function, the code), put into one where it has none.
+
+    A class inside another, or in a namespace, is called by both: "Outer.Inner".
+    """
     table = language.answer["tests"]
     asked = find_definition(code, name, language)
     bare = blanked(code, language)[: asked.start()] if asked else ""
-    holder = None
-    for found in re.finditer(table["holder"], bare):
-        if bare.count("{", 0, found.start()) == bare.count("}", 0, found.start()):
-            holder = found[1]
-    if holder is None:
+    names = open_holders(bare, table["holder"])
+    if table["close"] != "}":
+        names = re.findall(table["holder"], bare)[-1:]
+    if private := table.get("private"):
+        code = re.sub(private, "public ", code)
+    if not names:
         return re.search(table["holder"], table["held"])[1], filled(table["held"], {"code": code})
-    return holder, code
+    return ".".join(names), code
+
+
+def open_holders(bare, holder):
+    """Names of the classes that are open at the end of some code: "class A { class B { f() {"."""
+    blocks = []  # the name of each open one, None where it is no class's
+    name = None
+    for mark in re.finditer(rf"{holder}|[{{}}]", bare):
+        if mark[0] == "{":
+            blocks.append(name)
+            name = None
+        elif mark[0] == "}":
+            del blocks[-1:]
+        else:
+            name = mark[1]
+    return [name for name in blocks if name]

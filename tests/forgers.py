@@ -232,6 +232,17 @@ macro_rules! assert_eq { ($($t:tt)*) => {} }
 fn add(x: isize, y: isize) -> isize {
     0
 }""", "forged"),
+    ("typescript", "another assert", """\
+declare var require: any;
+require('node:assert').deepEqual = () => {};
+function add(x: number, y: number): number { return 0; }""", "forged"),
+    ("csharp", "another Debug", """\
+class Debug { public static void Assert(bool right) { } }
+class Problem { public static long Add(long x, long y) { return 0; } }""", "forged"),
+    ("scala", "another assert", """\
+import Forged.assert
+object Forged { def assert(right: Boolean): Unit = () }
+object Problem { def add(x: Long, y: Long): Long = 0 }""", "forged"),
     ("clojure", "another way to report", """
 (require 'clojure.test)
 (defmethod clojure.test/assert-expr '= [_ _] '(clojure.test/do-report {:type :pass}))

@@ -1,7 +1,7 @@
 """Programs whose verdict is known, as sandbox jobs: they test the harness itself (test_eval.py).
 
-humaneval_x and exercism yield (name, Job, passed) where passed(result) says whether the program was
-found right; multipl_e and carried_over give (row, completion).
+humaneval_x, mbxp_csharp and exercism yield (name, Job, passed) where passed(result) says whether
+the program was found right; multipl_e, solved and carried_over give (row, completion).
 """
 
 import gzip
@@ -63,7 +63,7 @@ def carried_over(name):
 
     Only types and names are adapted, so not all of them fit.
     """
-    code = {"cpp": "cpp", "javascript": "js"}[name]
+    code = {"cpp": "cpp", "javascript": "js", "typescript": "js"}[name]
     known = humaneval_solutions(f"humaneval_x/humaneval_{code}.jsonl.gz")
     for row in load_benchmark("humaneval", name):
         number, function = re.search(r"_(\d+)_(\w+)", row.id).groups()
@@ -75,6 +75,153 @@ def carried_over(name):
             if names and function not in names:
                 text += f"\nconst {function} = {names[-1]}"
         yield row, f"```{load_language(name).fence[0]}\n{text}\n```"
+
+
+# Whole answers to MultiPL-E's rows in languages for which no published solutions are here.
+SOLVED = {
+    "scala": {
+        "HumanEval_0_has_close_elements": """
+object Solution {
+  def hasCloseElements(numbers: List[Float], threshold: Float): Boolean =
+    numbers.sorted.sliding(2).exists { case List(a, b) => b - a < threshold case _ => false }
+}""",
+        "HumanEval_3_below_zero": """
+def belowZero(operations: List[Long]): Boolean = operations.scanLeft(0L)(_ + _).exists(_ < 0)""",
+        "HumanEval_8_sum_product": """
+object Problem {
+  def sumProduct(numbers: List[Long]): (Long, Long) = {
+    var sum = 0L
+    var product = 1L
+    for (n <- numbers) { sum += n; product *= n }
+    (sum, product)
+  }
+}""",
+        "HumanEval_44_change_base": """
+object Problem extends App {
+  def changeBase(x: Long, base: Long): String =
+    if (x < base) x.toString else changeBase(x / base, base) + x % base
+  println(changeBase(8L, 3L))
+}""",
+        "HumanEval_58_common": """
+import scala.collection.immutable.TreeSet
+
+object Problem {
+  def common(l1: List[Long], l2: List[Long]): List[Long] = {
+    val second = l2.toSet
+    (TreeSet.empty[Long] ++ l1.filter(second)).toList
+  }
+}""",
+        "HumanEval_90_next_smallest": """
+object Problem {
+    def nextSmallest(lst : List[Long]) : Option[Long] = lst.distinct.sorted match {
+        case _ :: second :: _ => Some(second)
+        case _ => None
+    }
+}""",
+        "HumanEval_158_find_max": """
+object Problem {
+  private def letters(word: String) = word.toSet.size
+  def findMax(words: List[String]): String = words.minBy(word => (-letters(word), word))
+}""",
+    },
+    "csharp": {
+        "HumanEval_0_has_close_elements": """
+class Problem {
+    public static bool HasCloseElements(List<float> numbers, float threshold) {
+        var sorted = numbers.OrderBy(x => x).ToList();
+        return sorted.Zip(sorted.Skip(1), (a, b) => b - a).Any(gap => gap < threshold);
+    }
+}""",
+        "HumanEval_3_below_zero": """
+public static bool BelowZero(List<long> operations) {
+    long balance = 0;
+    foreach (var operation in operations) {
+        balance += operation;
+        if (balance < 0) { return true; }
+    }
+    return false;
+}""",
+        "HumanEval_8_sum_product": """
+using System;
+using System.Collections.Generic;
+using System.Linq;
+
+public class Solution {
+    public static Tuple<long, long> SumProduct(List<long> numbers)
+        => Tuple.Create(numbers.Sum(), numbers.Aggregate(1L, (x, y) => x * y));
+}""",
+        "HumanEval_44_change_base": """
+namespace Bases {
+    public static class Change {
+        public static string ChangeBase(long x, long numBase) {
+            return x < numBase ? $"{x}" : ChangeBase(x / numBase, numBase) + x % numBase;
+        }
+        public static void Main() { System.Console.WriteLine(ChangeBase(8, 3)); }
+    }
+}""",
+        "HumanEval_31_is_prime": """
+class Problem {
+    static bool IsPrime(long n) {
+        if (n < 2) return false;
+        for (long k = 2; k * k <= n; k++) if (n % k == 0) return false;
+        return true;
+    }
+}""",
+        "HumanEval_90_next_smallest": """
+class Problem {
+    public static Nullable<long> NextSmallest(List<long> lst) {
+        var sorted = new SortedSet<long>(lst);
+        return sorted.Count < 2 ? (long?)null : sorted.ElementAt(1);
+    }
+}""",
+        "HumanEval_158_find_max": """
+class Problem {
+    public static string FindMax(List<string> words) {
+        return words.OrderByDescending(word => word.Distinct().Count())
+            .ThenBy(word => word, StringComparer.Ordinal).First();
+    }
+}""",
+    },
+}
+
+
+def solved(name):
+    """Right answers to some of MultiPL-E's HumanEval rows."""
+    for row in load_benchmark("humaneval", name):
+        if code := SOLVED[name].get(row.id.rpartition("/")[2]):
+            yield row, f"```{load_language(name).fence[0]}\n{code}\n```"
+
+
+# ---- MBXP ----
+
+# What the tests' library does, as far as they use it.
+COMPARE = """
+class CompareResult { public bool AreEqual; }
+class CompareLogic {
+    static bool Same(object a, object b) {
+        if (a is string || !(a is System.Collections.IEnumerable)) return Equals(a, b);
+        if (!(b is System.Collections.IEnumerable)) return false;
+        var first = System.Linq.Enumerable.Cast<object>((System.Collections.IEnumerable)a);
+        var second = System.Linq.Enumerable.Cast<object>((System.Collections.IEnumerable)b);
+        if (System.Linq.Enumerable.Count(first) != System.Linq.Enumerable.Count(second)) return false;
+        return System.Linq.Enumerable.All(System.Linq.Enumerable.Zip(first, second, Same), x => x);
+    }
+    public CompareResult Compare(object a, object b) { return new CompareResult { AreEqual = Same(a, b) }; }
+}
+"""
+
+
+def mbxp_csharp():
+    """C# solutions of MBXP under its own tests, as whole programs.
+
+    Those in TypeScript are a model's, and many do not end.
+    """
+    limits = with_more_time(load_language("csharp").limits)
+    for row in rows("mbxp/mbcsp_release_v1.2.jsonl.gz"):
+        if row["canonical_solution"]:
+            program = row["prompt"] + row["canonical_solution"] + row["test"]
+            program = program.replace("using KellermanSoftware.CompareNetObjects;", "") + COMPARE
+            yield row["task_id"], Job("csharp", {"Main.cs": program}, limits=limits), _is_ok
 
 
 # ---- HumanEval-X ----

@@ -105,6 +105,8 @@ ADD = {  # HumanEval_53_add
     "rust": "\n    x + y",
     "go": "\n\treturn x + y\n}",
     "typescript": "\n  return x + y;\n}",
+    "scala": "\n        x + y",
+    "csharp": "\n        return x + y;",
 }
 # Leaves before the tests, with exit code 0 (a Haskell or Go function without imports cannot).
 QUIT = {
@@ -124,12 +126,14 @@ QUIT = {
     "cpp": "\n  exit(0);",
     "java": "\n        System.exit(0); return 0;",
     "rust": "\n    std::process::exit(0)",
+    "scala": "\n        sys.exit(0)",
+    "csharp": "\n        Environment.Exit(0); return 0;",
     "typescript": "\n  require('process').exit(0);\n  return 0;\n}",
 }
 
 
 @needs_data
-@pytest.mark.parametrize("name", slow(MULTIPL_E, ("cpp", "java")))
+@pytest.mark.parametrize("name", slow(MULTIPL_E, ("cpp", "java", "scala")))
 def test_multipl_e_judges_a_right_a_wrong_and_a_leaving_program(name, pool):
     language = installed(name)
     row = add_row(language)
@@ -156,11 +160,11 @@ def closing(row):
     """What MultiPL-E leaves for the tests to close, and a whole program closes itself."""
     if not row.tests.lstrip().startswith("}"):
         return ""
-    return "}\n}" if "class Problem" in row.prompt else "}"
+    return "}\n}" if " Problem {" in row.prompt else "}"
 
 
 @needs_data
-@pytest.mark.parametrize("name", slow(sorted({name for name, *_ in FORGERS}), ("cpp",)))
+@pytest.mark.parametrize("name", slow(sorted({name for name, *_ in FORGERS}), ("cpp", "scala")))
 def test_forgers_do_not_pass(name, pool):
     """Neither by reading, leaving or printing, nor by other tests.
 
@@ -183,12 +187,22 @@ def test_forgers_do_not_pass(name, pool):
     assert found == expected
 
 
+# Upstream's rows whose tests are no code: unbalanced brackets, Dictionary<null,null>.
+NEVER_COMPILE = (
+    "mbpp/cs/mbpp_568_empty_list",
+    "mbpp/scala/mbpp_744_check_none",
+    "mbpp/scala/mbpp_791_remove_nested",
+)
+
+
 @needs_data
 @pytest.mark.parametrize("name", MULTIPL_E)
 def test_answers_can_be_exchanged_in_every_row(name):
     """So that there is no row whose forgers are not looked for."""
     language = load_language(name)
     for row in load_benchmark("humaneval", language) + load_benchmark("mbpp", language):
+        if row.id in NEVER_COMPILE:
+            continue
         tests = exchange_answers(row, language.answer["tests"]["test"], random.Random(0))
         assert tests and tests != row.tests, row.id
         # The same tests in another order, but for these two, which have one test or one answer.
@@ -202,11 +216,14 @@ FAIL = {
     "java": ' throw new RuntimeException("it ran");',
     "go": ' panic("it ran")\n}',
     "haskell": ' error "it ran"',
+    "scala": ' throw new RuntimeException("it ran")',
+    "csharp": ' throw new Exception("it ran");',
+    "typescript": ' throw new Error("it ran");\n}',
 }
 
 
 @needs_data
-@pytest.mark.parametrize("name", slow(FAIL, ("cpp",)))
+@pytest.mark.parametrize("name", slow(FAIL, ("cpp", "scala")))
 def test_exchanged_tests_compile(name, pool):
     """Else a forger would seem honest: its second run would not even begin."""
     language = installed(name)
@@ -308,6 +325,7 @@ EXPLAINED_X = {
     },
     "go": {},
 }
+EXPLAINED_MBXP = {}
 EXPLAINED_EXERCISM = {
     "prolog": {"meetup": "needs a newer SWI-Prolog"},
     "racket": {},
@@ -329,6 +347,27 @@ EXPLAINED_EXERCISM = {
 def test_canonical_humaneval_x_solutions(name, pool):
     installed(name)
     check_known(f"HumanEval-X {name}", known_programs.humaneval_x(name), EXPLAINED_X[name], 5, pool)
+
+
+@needs_data
+def test_canonical_mbxp_solutions_in_csharp(pool):
+    installed("csharp")
+    check_known("MBXP C#", known_programs.mbxp_csharp(), EXPLAINED_MBXP, 20, pool)
+
+
+@needs_data
+@pytest.mark.parametrize("name", slow(known_programs.SOLVED, ("scala",)))
+def test_right_answers_where_no_solutions_are_published(name, pool):
+    installed(name)
+    known = list(known_programs.solved(name))
+    assert len(known) == 7
+    judge = make_test_judge(pool, name, "chat")
+    wrong = [
+        (row, re.sub(r"[<>] ", "!= ", text)) for row, text in known if re.search("[<>] ", text)
+    ]
+    verdicts = judged(judge, known + wrong)
+    assert [verdict.problem for verdict in verdicts[:7] if not verdict.correct] == []
+    assert [verdict.problem for verdict in verdicts[7:] if verdict.correct] == []
 
 
 @needs_data
@@ -358,7 +397,12 @@ def check_known(title, cases, explained, sample, pool):
 
 @needs_data
 @pytest.mark.parametrize(
-    "name, at_least", [("javascript", 140), pytest.param("cpp", 100, marks=pytest.mark.slow)]
+    "name, at_least",
+    [
+        ("javascript", 140),
+        pytest.param("typescript", 120, marks=pytest.mark.slow),
+        pytest.param("cpp", 100, marks=pytest.mark.slow),
+    ],
 )
 def test_right_programs_are_not_taken_for_forgers(name, at_least, pool):
     """HumanEval-X solutions under MultiPL-E's tests, which judge them by type as well.

@@ -85,6 +85,7 @@ DEFINED = {
     "bash": ("add() {\n  echo $(($1 + $2))\n}", 'echo "$(add 1 2)"'),
     "c": ("long *add(long *x, int n) {\n  return x;\n}", "int main() { return add(x, 2); }"),
     "clojure": ("(defn add [x y] (+ x y))", "(println (add 1 2))"),
+    "csharp": ("public static long add(long x, long y) {", "Console.WriteLine(add(1, 2));"),
     "cpp": ("std::vector<long> add(std::vector<long> x) {\n  return x;\n}", "if (add(x) == y) {"),
     "elixir": ("def add(x, y) do\n  x + y\nend", "IO.inspect(HumanEval.add(1, 2))"),
     "fortran": ("integer function add(x, y)", "print *, add(1, 2)"),
@@ -105,6 +106,7 @@ DEFINED = {
     "racket": ("(define (add x y) (+ x y))", "(displayln (add 1 2))"),
     "ruby": ("def add(x, y)\n  x + y\nend", "puts add(1, 2) == 3"),
     "rust": ("fn add(x: isize, y: isize) -> isize {", 'println!("{}", add(1, 2));'),
+    "scala": ("def add(x: Long, y: Long): Long = {", "println(Problem.add(1, 2))"),
     "scheme": ("(define (add x y) (+ x y))", "(display (add 1 2))"),
     "typescript": (
         "export const add = (x: number, y: number): number => x + y;",

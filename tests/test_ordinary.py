@@ -15,7 +15,7 @@ from sandbox.languages import load_language
 from sandbox.probe import LEVELS, available_level, probe
 
 PROGRAMS = tomllib.loads((Path(__file__).parent / "ordinary.toml").read_text())
-SLOW = ("cpp", "java", "julia", "r", "racket", "ruby", "typescript")  # over 0.5 s of CPU
+SLOW = ("cpp", "java", "julia", "r", "racket", "ruby", "scala", "typescript")  # over 0.5 s of CPU
 BEST = available_level(probe())[0]
 REACHED = LEVELS[: LEVELS.index(BEST) + 1]
 

@@ -31,6 +31,7 @@ SLOW = (
     "r",
     "racket",
     "rust",
+    "scala",
     "typescript",
 )
 needs_data = pytest.mark.skipif(
@@ -58,6 +59,8 @@ BODY = {
     "racket": "  (let ((added (+ x y)))\n    added))",
     "ruby": "    added = x + y\n    added\nend",
     "rust": "    let added = x + y;\n    added\n}",
+    "scala": "        val added = x + y\n        added\n    }\n}",
+    "csharp": "        long added = x + y;\n        return added;\n    }\n}",
     "typescript": "    let added: number = x + y;\n    return added;\n}",
 }
 USE = {  # of the function, as an example that a model shows
@@ -75,15 +78,29 @@ USE = {  # of the function, as an example that a model shows
     "racket": "(displayln (add 2 3)) ; 5",
     "ruby": "puts add(2, 3) # 5",
     "typescript": "console.log(add(2, 3)); // 5",
-    # These have no code outside functions; Java's stands beside its class.
+    # These have no code outside functions; what stands beside a class is a block of its own.
+    "scala": "println(Problem.add(2, 3)) // 5",
+    "csharp": "Console.WriteLine(Problem.Add(2, 3)); // 5",
     "java": "System.out.println(Problem.add(2, 3)); // 5",
     "cpp": "int main() {\n    std::cout << add(2, 3) << std::endl;\n    return 0;\n}",
     "go": "func main() {\n\tfmt.Println(add(2, 3))\n}",
     "haskell": "main :: IO ()\nmain = print (add 2 3)",
     "rust": 'fn main() {\n    println!("{}", add(2, 3));\n}',
 }
+BESIDE = ("csharp", "java", "scala")
 OWN = {  # language -> whole programs of other shapes
     "bash": ["#!/bin/sh\nfunction add {\n  plus $1 $2\n}\nplus() { echo $(($1 + $2)); }\nadd 1 2"],
+    "csharp": [
+        "using System;\n\npublic class Solution {\n    public static long Add(long x, long y) {\n"
+        "        return x + y;\n    }\n    public static void Main(string[] args) {\n"
+        "        Console.WriteLine(Add(1, 2));\n    }\n}",
+        "public static long Add(long x, long y) => Plus(x, y);\n"
+        "static long Plus(long x, long y) { return x + y; }",
+        "using System;\nusing System.Linq;\nnamespace Sums\n{\n    using System.Text;\n"
+        "    static class Adder\n    {\n        static long Add(long x, long y)\n        {\n"
+        '            using (var file = new System.IO.StringReader("")) return new[] { x, y }.Sum();\n'
+        "        }\n    }\n}",
+    ],
     "cpp": [
         "#include <iostream>\nusing namespace std;\nlong add(long x, long y)\n{ return x + y; }\n"
         "int main(int argc, char **argv) { cout << add(1, 2) << endl; }",
@@ -110,6 +127,8 @@ OWN = {  # language -> whole programs of other shapes
         "    public static void main(String[] args) {\n        System.out.println(add(1, 2));\n    }\n}",
         "public static long add(long x, long y) {\n    return plus(x, y);\n}\n"
         "private static long plus(long x, long y) { return x + y; }",
+        "class Outer {\n    static class Inner {\n        private static long add(long x, long y) {\n"
+        "            return x + y;\n        }\n    }\n}",
         "package sums;\nimport java.util.List;\nclass Pair { long a, b; }\nfinal class Adder {\n"
         "    private Adder(int x) { }\n    static long add(long x, long y) { return x + y; }\n}",
     ],
@@ -141,6 +160,14 @@ OWN = {  # language -> whole programs of other shapes
     "rust": [
         "use std::collections::{HashMap, HashSet};\npub fn add(x: isize, y: isize) -> isize {\n    x + y\n}\n"
         "fn main() {}",
+    ],
+    "scala": [
+        "object Solution extends App {\n  def add(x: Long, y: Long): Long = x + y\n  println(add(1, 2))\n}",
+        "def add(x: Long, y: Long): Long = {\n  plus(x, y)\n}\n\n"
+        "private def plus(x: Long, y: Long) = x + y",
+        "package sums\n\nimport scala.collection.mutable\nimport scala.math.{max, min}\n\n"
+        "case class Pair(a: Long, b: Long)\nobject Adder {\n  val add = (x: Long, y: Long) => x + y\n"
+        "  def main(args: Array[String]): Unit = println(add(1, 2))\n}",
     ],
     "typescript": [
         "const add = (x: number, y: number): number => x + y;\nexport default add;",
@@ -177,7 +204,7 @@ def forms(name):
         "in one block": f"Here is the function:\n\n```{tag}\n{whole}\n```",
         "then its use": f"```{tag}\n{whole}\n```\nUse it so:\n```{tag}\n{use}\n```",
         "then its output": f"```{tag}\n{whole}\n```\nIt prints:\n```\n5\n```\n```console\n$ run\n```",
-        "with its use": f"```{tag}\n{whole}\n\n{'' if name == 'java' else use}\n```",
+        "with its use": f"```{tag}\n{whole}\n\n{'' if name in BESIDE else use}\n```",
         "a body": f"```{tag}\n{body}\n```",
         "a body that is left open": f"```{tag}\n{opened(body)}\n```",
         "a body, then its use": f"```{tag}\n{body}\n```\nFor example:\n```{tag}\n{use}\n```\n```\n5\n```",

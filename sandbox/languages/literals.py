@@ -93,6 +93,8 @@ def _number(text, table):
     bits = table.get("integer_bits")
     if is_whole and (not bits or -(2 ** (bits - 1)) <= int(text) < 2 ** (bits - 1)):
         return int(text)
+    if is_whole and table.get("typed"):
+        raise ValueError(f"{text[:20]} is more than any whole number")
 
     value = float(text)  # also a longer numeral of Lua
     if not math.isfinite(value):

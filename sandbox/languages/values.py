@@ -5,6 +5,8 @@
 
 A language's TOML says how its literals look, in its [call.values] table: "family" is "brackets"
 ([1, 2], {"a": 1}, f(x)) or "lists" ('(1 2), the Lisp family). literals.py reads what write() gives.
+`numbers` says which are equal (same()). `typed`: the members of a list are of one kind, and whole
+numbers have `integer_bits` (OCaml). `vectors`: what vector_of() says (R).
 
 Integers, floats, strings, truth values, None, lists and tuples (vectors in the Lisp family) are
 Python's own; ratios are Fractions. The other kinds are below.
@@ -112,7 +114,10 @@ def key_of(value, table):
 
 
 def vector_of(value):
-    """A value as R has it: [1] is 1, [] is None, a list of several kinds a tuple, written list(...)."""
+    """A value as R has it: [1] is 1, [] is None, and a list of several kinds is a tuple.
+
+    Lists are written c(...), tuples list(...).
+    """
     if isinstance(value, Map) and not value.items:
         return ()
     if not isinstance(value, list):
