@@ -325,7 +325,7 @@ EXPLAINED_X = {
     },
     "go": {},
 }
-EXPLAINED_MBXP = {}
+EXPLAINED_MBXP = {"229": "returns the array as it is"}
 EXPLAINED_EXERCISM = {
     "prolog": {"meetup": "needs a newer SWI-Prolog"},
     "racket": {},
