@@ -123,8 +123,10 @@ def build(settings, folder, language, pool, device, report):
     )
     if settings.teacher or (settings.kl_coef and not settings.lora_rank):
         # With adapters the starting model is the one without them.
-        of = hugging_face.find_checkpoint(settings.teacher) if settings.teacher else source
-        check_same_tokens(tokenizer, of)
+        of = source
+        if settings.teacher:
+            of = hugging_face.find_checkpoint(settings.teacher)
+            check_same_tokens(tokenizer, of)
         reference = hugging_face.load_model(of, sampler_model.embed.weight.dtype)
         run.reference = distributed.shard(reference.requires_grad_(False), device)
     if settings.gepo:
@@ -258,6 +260,8 @@ def check(settings, device):
             "--gold is for sums and gsm8k, whose right programs are known, and needs "
             "--old_logprobs trainer: no sampler has drawn them"
         )
+    if settings.gold and settings.reward == "random":
+        raise SystemExit("--gold tells what is right: with --reward random there is no control")
     if settings.tis_mask and not settings.tis:
         raise SystemExit("--tis_mask says what is done beyond --tis: give that too, as --tis 2")
     if settings.tis and settings.old_logprobs == "sampler":

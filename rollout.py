@@ -125,19 +125,19 @@ def request_for(run, number, problem):
 
 
 def gold_sequences(run, samples):
-    """The known right answers to this rank's problems of which no sample is right.
+    """The known right answers to this rank's problems whose samples are all judged, and all wrong.
 
     They count like samples with the advantage --gold (arXiv 2504.14945 mixes a teacher's in), and
     their ratio starts from the trainer's own log-probs (train.score_again).
     """
-    right, wrong = set(), {}
+    first, spared = {}, set()
     for sample in samples:
-        if is_right(sample.verdict, run.settings):
-            right.add(sample.sequence.group)
-        wrong[sample.sequence.group] = sample
+        first.setdefault(sample.sequence.group, sample)
+        if not sample.verdict.judged or is_right(sample.verdict, run.settings):
+            spared.add(sample.sequence.group)
     found = []
-    for group, sample in wrong.items():
-        if group not in right and sample.problem.steps:
+    for group, sample in first.items():
+        if group not in spared and sample.problem.steps:
             text = solution(sample.problem, run.language)
             tokens = [*run.tokenizer.encode(text), run.tokenizer.stop_ids[0]]
             prompt = sample.sequence.prompt

@@ -555,6 +555,13 @@ def parse_settings(arguments, description):
 
 def check_limits(settings):
     """SystemExit with one sentence for a value that no run can use."""
+    check_values(settings)
+    check_loss(settings)
+    check_name(settings.name)
+
+
+def check_values(settings):
+    """SystemExit for a value outside its bounds or choices, of any dataclass of setting()s."""
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         if value is None:  # of another loss
@@ -571,8 +578,6 @@ def check_limits(settings):
         if choices and value not in choices:
             known = ", ".join(map(str, choices))
             raise SystemExit(f"unknown {setting.name} {value!r}: choose one of {known}")
-    check_loss(settings)
-    check_name(settings.name)
 
 
 def check_name(name):

@@ -37,7 +37,7 @@ from runtime import distributed, hugging_face, memory
 from runtime.tokenizer import ChatTokenizer, train_bpe
 from sandbox.languages import load_language
 from selfplay import triples
-from settings import Settings, add_flags, setting
+from settings import Settings, add_flags, check_values, setting
 from tasks.data import hold_out, read_jsonl, take
 from tasks.problems import load_problems, program_messages, question_of, with_worked_text
 from tasks.render import solution
@@ -359,6 +359,9 @@ def main():
     )
     add_flags(parser, WarmStart)
     settings = WarmStart(**vars(parser.parse_args()))
+    check_values(settings)
+    if settings.task == "selfplay" and (settings.answers or settings.reasoning != "steps"):
+        raise SystemExit("--task selfplay makes its own texts: leave --answers and --reasoning out")
     if Path(settings.out).exists():
         raise SystemExit(f"{settings.out} exists: give another --out, or remove it")
 

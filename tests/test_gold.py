@@ -41,6 +41,12 @@ def test_only_groups_without_a_right_sample_get_their_program():
     assert (gold.prompt.tolist(), gold.group, gold.advantage) == ([7, 8], 0, 0.25)
 
 
+def test_what_was_not_judged_is_not_wrong():
+    unjudged = sample(FIRST, 0, False)
+    unjudged.verdict.reward = float("nan")
+    assert golds(unjudged, sample(FIRST, 0, False)) == []
+
+
 def test_a_problem_without_known_steps_has_none():
     unknown = SimpleNamespace(id="gsm8k/train/9", steps=[])
     assert golds(sample(unknown, 0, False)) == []

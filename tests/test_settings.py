@@ -48,6 +48,7 @@ BAD_INPUT = [
     ("--rate_low 0.5 --rate_high 0.2", "no problem would be asked again"),
     ("--advantage distill", "--teacher DIR and --advantage distill go together"),
     ("--teacher small", "--teacher DIR and --advantage distill go together"),
+    ("--gold 0.1 --old_logprobs trainer --reward random", "there is no control"),
     ("--gold 0.1", "needs --old_logprobs trainer"),
     ("--tis_mask true", "give that too"),
     ("--advantage pass@k --samples 2", "no more than the group's --samples, which are 2"),

@@ -63,6 +63,20 @@ def test_the_command_learns_from_right_answers(samples, tmp_path, monkeypatch, c
     assert (out / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "words,sentence",
+    [
+        ("--reasoning prose", "unknown reasoning 'prose'"),
+        ("--answers_each 0", "at least 1"),
+        ("--task selfplay --reasoning text", "makes its own texts"),
+    ],
+)
+def test_a_value_that_would_be_ignored_is_refused(words, sentence, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sft.py", *words.split()])
+    with pytest.raises(SystemExit, match=sentence):
+        sft.main()
+
+
 def test_the_words_of_an_answer_are_gsm8ks_own(tmp_path):
     for name in ("gsm8k", "gsm8k_steps"):
         (tmp_path / name).mkdir()
