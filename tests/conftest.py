@@ -35,3 +35,18 @@ def straight(tmp_path_factory):
     from runs import SMALL, whole_run
 
     return whole_run(tmp_path_factory.mktemp("straight"), *SMALL, name="straight")
+
+
+@pytest.fixture
+def poisoned():
+    """What torch.empty hands out is NaN (floats) or the maximum (integers): a kernel that leaves a
+    hole, or reads one, fails."""
+    torch.manual_seed(0)
+    was = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # a run in this process unsets it
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was)
+    torch.utils.deterministic.fill_uninitialized_memory = filled

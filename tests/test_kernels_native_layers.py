@@ -9,18 +9,12 @@ from kernels.rope import rope_tables
 from model import NativeSegments, PaddedSegments, make_segments
 from test_kernels_native import each_target
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(native.library() is None, reason="no C compiler"),
+]
 
 ROWS = 150  # three parts of a weight's gradient: 64, 64 and 22 rows
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What torch.empty hands out is NaN: a kernel that leaves a hole, or reads one, fails."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def cases(rows, width):
