@@ -1,4 +1,4 @@
-"""Measurements beside floors and peers: python -m bench kernels|sampler|host|update|step|sandbox [options].
+"""Measurements beside floors and peers: python -m bench kernels|sampler|host|update|step|sandbox|peer [options].
 
 Each prints a table and a last line of JSON. BENCHMARKS.md records the tables.
 """
@@ -6,7 +6,7 @@ Each prints a table and a last line of JSON. BENCHMARKS.md records the tables.
 import importlib
 import sys
 
-PARTS = ("kernels", "sampler", "host", "update", "step", "sandbox")
+PARTS = ("kernels", "sampler", "host", "update", "step", "sandbox", "peer")
 
 
 def main(arguments):
