@@ -178,14 +178,22 @@ def announce(run, report):
         group = max(1, trained // prompts)
         sequences = step_sequences(prompt, trained, group, new_tokens)
         parts = micro_batches(sequences, settings.token_budget, settings.share_prompts)
-        return seconds + passes(settings) * training.seconds(parts, settings.share_prompts)
+        seconds += passes(settings) * training.seconds(parts, settings.share_prompts)
+        if run.groups:
+            share = -(-settings.gepo_batch // ranks)
+            seconds += preference_seconds(run.groups.train[:share], training, settings)
+        return seconds
 
     def evaluation_seconds(new_tokens):
         count = -(-len(run.held_out) // ranks)
         greedy = 1 if settings.eval_greedy and settings.eval_temperature else 0
         read = count * len(prompt) * (1 + greedy)
         samples = count * (settings.eval_samples + greedy) * new_tokens
-        return sampling.seconds(read, samples, longest, run.sampler.slots)
+        seconds = sampling.seconds(read, samples, longest, run.sampler.slots)
+        if run.groups:  # a forward alone
+            share = -(-len(run.groups.held_out) // ranks)
+            seconds += preference_seconds(run.groups.held_out[:share], training, settings) / 3
+        return seconds
 
     few = quarter(settings)
     times = [step_seconds(few), step_seconds(longest)]
@@ -197,6 +205,12 @@ def announce(run, report):
         "Less time: --max_new_tokens, --prompts, --samples, --eval_problems. "
         f"Less memory: {run.need.smaller}"
     )
+
+
+def preference_seconds(groups, training, settings):
+    """Seconds of forward and backward over GEPO's groups, a micro-batch each."""
+    parts = [group.members for group in groups]
+    return training.seconds(parts, settings.share_prompts)
 
 
 def announce_evaluation(sampler, prompts, settings, report):

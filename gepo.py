@@ -120,7 +120,10 @@ class Gepo:
 def prepare(settings, tokenizer, model, device, folder, report=print):
     """Load the groups and their reference log-probs."""
     gepo = Gepo(*load_groups(settings, tokenizer, report))
-    cache_reference(gepo.train + gepo.held_out, model, settings, device, folder)
+    groups = gepo.train + gepo.held_out
+    tokens = sum(group.tokens for group in groups)
+    report(f"GEPO: log-probs of {tokens:,} tokens under the starting policy, once in a run")
+    cache_reference(groups, model, settings, device, folder)
     return gepo
 
 

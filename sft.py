@@ -117,6 +117,7 @@ def run(settings, problems, language, device, report=print):
             settings.seed,
             settings.references,
             settings.short_prompt,
+            settings.mistakes,
         )
 
     def prompt(problem):

@@ -7,6 +7,7 @@ TOML ([call.demos]) says how each is written.
 
 import random
 import zlib
+from dataclasses import replace
 
 from sandbox.languages.calls import input_text
 from sandbox.languages.values import write
@@ -33,23 +34,31 @@ def triple(split, seed, index, language, pairs=1):
 
     No program with its inputs is in both splits: every fifth, by a hash, is a test triple.
     """
+    return _entry(*_draw(split, seed, index, language, pairs), language)
+
+
+def _draw(split, seed, index, language, pairs):
+    """(kind, its constants k and l, arguments of each call)."""
     rng = random.Random(f"{split}/{seed}/{index}")
-    demos = language.call["demos"]
-    kinds = [kind for kind in KINDS if kind in demos]
+    kinds = [kind for kind in KINDS if kind in language.call["demos"]]
     while True:
         kind = rng.choice(kinds)
         k = rng.randint(1, 5)
         l = rng.randint(0, 3)
-        program = demos[kind].strip("\n").replace("{k}", str(k)).replace("{l}", str(l))
         calls = [_draw_arguments(kind, rng) for _ in range(pairs)]
-        inputs = tuple(input_text(arguments, language) for arguments in calls)
-        is_test = zlib.crc32(f"{program}{inputs}".encode()) % 5 == 0
+        entry = _entry(kind, k, l, calls, language)
+        is_test = zlib.crc32(f"{entry.program}{entry.inputs}".encode()) % 5 == 0
         if is_test == (split == "test"):
-            break
+            return kind, k, l, calls
 
+
+def _entry(kind, k, l, calls, language):
+    program = language.call["demos"][kind].strip("\n")
+    program = program.replace("{k}", str(k)).replace("{l}", str(l))
+    inputs = tuple(input_text(arguments, language) for arguments in calls)
     values = [_output(kind, k, l, *arguments) for arguments in calls]
     outputs = tuple(write(value, language) for value in values)
-    return Entry(program, inputs, outputs, message=kind if pairs > 1 else "")
+    return Entry(program, inputs, outputs, message=kind if len(calls) > 1 else "")
 
 
 def pairs_of(task):
@@ -88,31 +97,69 @@ def _output(kind, k, l, a, b=0):
             return sum(a) + k
 
 
-def demonstrations(language, count, seed, references, short):
-    """[(prompt, completion)]: the six prompts, answered rightly with train triples.
+def _work(kind, k, l, a, b=0):
+    """The numbers of _output in the order in which they are used: affine of 7 is "7 * 2 + 1".
+
+    A solver that writes them down first has little to learn but to copy; without, 3,000 supervised
+    steps left output prediction at 0.08.
+    """
+    match kind:
+        case "add":
+            return f"{a} + {k}"
+        case "affine":
+            return f"{a} * {k} + {l}"
+        case "square":
+            return f"{a} * {a} + {k}"
+        case "two":
+            return f"{a} + {b} * {k}"
+        case "front":
+            return f"{k} | {_joined(a)}"
+        case "reverse":
+            return f"{_joined(a)} reversed | {k}"
+        case "shift":
+            return ", ".join(f"{x} + {k}" for x in a)
+        case "above":
+            return ", ".join(f"{x} > {k}" for x in a)
+        case "total":
+            return " + ".join(map(str, [*a, k]))
+
+
+def _joined(numbers):
+    return " ".join(map(str, numbers))
+
+
+def demonstrations(language, count, seed, references, short, mistakes=0.0):
+    """[(prompt, completion)]: the six prompts, answered with train triples.
 
     references: most earlier programs in a proposer's prompt, as in the training run.
+    mistakes: share of the solver's answers that are worked out for the program with k + 1 where the
+        prompt shows the one with k; the others are right.
     """
     found = []
     for index in range(count):
-        found.append(_demonstration(language, index, seed, references, short))
+        found.append(_demonstration(language, index, seed, references, short, mistakes))
     return found
 
 
-def _demonstration(language, index, seed, references, short):
+def _demonstration(language, index, seed, references, short, mistakes):
     task = TASKS[index % 3]
-    solve = index // 3 % 3 > 0  # two of three: answers take more learning than proposals
-    entry = triple("train", seed, index, language, pairs_of(task))
+    solve = index // 3 % 6 > 0  # five of six: answers take more learning than proposals
+    kind, k, l, calls = _draw("train", seed, index, language, pairs_of(task))
+    entry = _entry(kind, k, l, calls, language)
     program = block(language.fence[0], entry.program)
 
     if solve:
-        prompt = solve_prompt(Puzzle("", task, entry), language, short)
+        if random.Random(f"mistakes/{seed}/{index}").random() < mistakes:
+            k += 1
+        worked = replace(_entry(kind, k, l, calls, language), program=entry.program)
+        thought = f"{_work(kind, k, l, *calls[0])} = {worked.outputs[0]}"
+        prompt = solve_prompt(Puzzle("", task, worked), language, short)
         answers = {
-            "deduction": block("output", entry.outputs[0]),
-            "abduction": block("input", entry.inputs[0]),
+            "deduction": block("output", worked.outputs[0]),
+            "abduction": block("input", worked.inputs[0]),
             "induction": program,
         }
-        return prompt, _completion(answers[task])
+        return prompt, _completion(answers[task], thought)
 
     inputs = [block("input", text) for text in entry.inputs]
     if task == "induction":
@@ -128,5 +175,5 @@ def _demonstration(language, index, seed, references, short):
     return prompt, _completion(f"{program}\n{inputs[0]}")
 
 
-def _completion(answer):
-    return f"ok</think>\n<answer>\n{answer}\n</answer>"
+def _completion(answer, thought="ok"):
+    return f"{thought}</think>\n<answer>\n{answer}\n</answer>"

@@ -8,6 +8,7 @@ import torch
 
 import forecast
 from batches import micro_batches
+from gepo import IRGroup
 from model import random_model
 from runs import ENVIRONMENT, ROOT, SMALL, assert_same_bits, needs_prolog, run
 from sampler import Request, Sampler
@@ -46,6 +47,15 @@ def test_seconds_of_an_update_count_prompts_as_often_as_they_are_computed():
     cut = micro_batches(sequences, 40, share_prompts=True)
     assert training.seconds(cut, share_prompts=True) == pytest.approx(4 + 16)
     assert training.seconds(whole, share_prompts=False) == pytest.approx(1 + 24)
+
+
+def test_seconds_of_gepo_count_a_prompt_once_a_group():
+    """Two groups of 4 members of 10 tokens, prompts of 20: 60 tokens a group, a micro-batch each."""
+    training = forecast.Training(batch=1.0, token=0.1)
+    members = forecast.step_sequences(list(range(20)), 4, 4, 10)
+    groups = [IRGroup("a", members, "a", (), frozenset())] * 2
+    seconds = forecast.preference_seconds(groups, training, Settings(share_prompts=True))
+    assert seconds == pytest.approx(2 * (1 + 6))
 
 
 def test_what_is_timed_has_a_step_s_share_of_completions():

@@ -6,6 +6,7 @@ Real interpreters, real sandbox.
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -180,6 +181,27 @@ def test_no_synthetic_triple_is_in_both_splits(name):
         return {(entry.program, entry.inputs) for entry in entries}
 
     assert not programs_with_inputs("train") & programs_with_inputs("test")
+
+
+def test_a_demonstrated_solver_thinks_what_is_true():
+    """The thought of 7 -> 7 * 2 + 1 is "7 * 2 + 1 = 15"; a list's has its elements in order."""
+    language = load_language("lua")
+    demonstrations = triples.demonstrations(language, 600, 0, 2, short=True)
+    thoughts = {answer.partition("</think>")[0] for _, answer in demonstrations} - {"ok"}
+    sums = {thought for thought in thoughts if re.fullmatch(r"[\d+* ]+ = \d+", thought)}
+    assert len(sums) > 100
+    for thought in sums:
+        left, _, right = thought.partition(" = ")
+        assert eval(left) == int(right)
+    for thought in thoughts - sums:
+        left, _, right = thought.partition(" = ")
+        used, answer = (re.findall(r"\d+", side) for side in (left, right))
+        if "|" in left:  # one more element, then a list
+            assert sorted(used) == sorted(answer)
+        elif ">" in left:
+            assert answer == [x for x, k in zip(used[::2], used[1::2]) if int(x) > int(k)]
+        else:
+            assert answer == [str(int(x) + int(k)) for x, k in zip(used[::2], used[1::2])]
 
 
 TWICE = "function f(a)\n  return a * 2\nend"
