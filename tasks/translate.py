@@ -25,7 +25,7 @@ from sandbox.languages import load_language
 from sandbox.languages.calls import call_files, outcomes
 from sandbox.languages.headers import with_header
 from sandbox.languages.literals import read_one
-from sandbox.languages.values import write
+from sandbox.languages.values import Map, write
 from tasks.answers import same_output, same_value
 from tasks.contamination import read_benchmark, shows_cases
 from tasks.data import hold_out, take
@@ -165,28 +165,31 @@ def by_novelty(cases):
 
 
 def is_telling(cases):
-    """Whether cases tell a right program from one that computes nothing.
+    """Whether cases tell a right program from one that computes nothing, as the judge compares.
 
-    cases: tried_cases(). A constant passes where all outputs are equal, the identity where each is
-    the input or always the same argument.
+    cases: tried_cases(). A constant passes where all outputs are one, the identity where each is
+    the input or always the same argument. "8" passes for "08": they are the same number.
     """
-    different = {repr(given) for given, _ in cases}
-    outputs = {repr(output) for _, output in cases}
-    if len(different) < LEAST_CASES or len(outputs) < 2:
+    if len({repr(given) for given, _ in cases}) < LEAST_CASES:
         return False
 
-    rows = [list(given) if isinstance(given, tuple) else [given] for given, _ in cases]
-    for column in zip(*rows):
-        if all(same_input(given, output) for given, (_, output) in zip(column, cases)):
-            return False
-    return True
+    outputs = [output for _, output in cases]
+    is_text = isinstance(cases[0][0], str)
+    rows = [[given, *given.splitlines()] if is_text else given for given, _ in cases]
+    constants = [[output] * len(outputs) for output in outputs]
+    passes = same_output if is_text else _is_same_json
+    return not any(all(map(passes, column, outputs)) for column in [*constants, *zip(*rows)])
 
 
-def same_input(given, output):
-    """Whether an argument is the output; text on standard input, word by word."""
-    if isinstance(given, str) and isinstance(output, str):
-        return given.split() == output.split()
-    return type(given) is type(output) and given == output
+def _is_same_json(answer, output):
+    """same_value of a JSON value, as if a program had printed it."""
+    return same_value(_as_printed(answer), output)
+
+
+def _as_printed(value):
+    if isinstance(value, dict):
+        return Map(tuple((key, _as_printed(item)) for key, item in value.items()))
+    return [_as_printed(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- cases in a target language ----

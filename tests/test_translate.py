@@ -592,6 +592,11 @@ def test_cases_come_by_new_outputs_first():
         ([((1,), True), ((0,), False), ((2,), True)], True),  # True is not 1
         ([("3\n", "3"), ("4\n", "4\n"), ("5", "5")], False),
         ([("3 4", "4 3"), ("4\n", "4"), ("5", "5")], True),
+        ([("8\n", "08"), ("2\n", "02"), ("99\n", "99")], False),  # the same numbers
+        ([("a\nx\n", "x"), ("b\ny\n", "y"), ("c\nz\n", "z")], False),  # its second line
+        ([((1,), 0.5), ((2,), 0.5 + 1e-9), ((3,), 0.5)], False),  # 0.5 is near enough
+        ([(({"a": n},), {"a": n}) for n in range(3)], False),
+        ([(({"a": n},), {"a": n + 1}) for n in range(3)], True),
     ],
 )
 def test_cases_that_an_empty_program_passes_are_told(cases, telling):
