@@ -222,14 +222,14 @@ def make_optimizer(model, weight_decay=0.0, beta2=0.99):
 
 
 def learning_rate(step, steps, peak, warmup, schedule):
-    """Rate of step 1..steps: linear warm-up, then constant, cosine to 0 or linear to 0.
+    """Rate of step 1..steps: linear warm-up, then constant, or cosine or linear to 0 at steps + 1.
 
-    warmup: steps of warm-up. schedule: constant, cosine or linear.
-    Steps 100, peak 1, warmup 10: step 1 -> 0.1, step 10 -> 1, cosine step 55 -> 0.5.
+    warmup: steps of warm-up. schedule: constant, cosine or linear. No step has the rate 0.
+    Steps 99, peak 1, warmup 10: step 1 -> 0.1, step 10 -> 1, cosine step 55 -> 0.5.
     """
     if step <= warmup:
         return peak * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps + 1 - warmup)
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == "linear":

@@ -346,10 +346,22 @@ def test_step_is_skipped_when_the_gradient_is_not_finite():
 
 
 def test_learning_rate_schedule():
-    rates = [learning_rate(step, 100, 1.0, 10, "cosine") for step in (1, 10, 55, 100)]
-    assert rates == pytest.approx([0.1, 1.0, 0.5, 0.0])
-    assert learning_rate(100, 100, 1.0, 10, "constant") == 1.0
-    assert learning_rate(55, 100, 1.0, 10, "linear") == 0.5
+    rates = [learning_rate(step, 99, 1.0, 10, "cosine") for step in (1, 10, 55)]
+    assert rates == pytest.approx([0.1, 1.0, 0.5])
+    assert learning_rate(99, 99, 1.0, 10, "constant") == 1.0
+    assert learning_rate(55, 99, 1.0, 10, "linear") == 0.5
+
+
+@pytest.mark.parametrize("schedule,last", [("linear", 0.25), ("cosine", 0.1464), ("constant", 1)])
+def test_the_last_step_learns_too(schedule, last):
+    """Steps 1 to 4 and 0 at step 5: 0.75, 0.5, 0.25, of which the last was 0: a rollout for nothing.
+
+    Cosine: (1 + cos(3/4 pi)) / 2 = 0.1464.
+    """
+    rates = [learning_rate(step, 4, 1.0, 1, schedule) for step in (1, 2, 3, 4)]
+    assert rates[0] == 1.0
+    assert rates[-1] == pytest.approx(last, abs=1e-4)
+    assert learning_rate(3, 3, 1.0, 3, schedule) == 1.0  # all of it warm-up
 
 
 # ---- the host never waits ----
