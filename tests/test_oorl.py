@@ -154,7 +154,7 @@ def test_two_ranks_take_the_steps_of_one(files, tmp_path):
     "more,sentence",
     [
         ("--gepo_data none.jsonl", "gepo.py build"),
-        ("--gepo_winners 3", "leaves 0 groups"),
+        ("--gepo_winners 3", "leaves 0 groups .*gepo.py build's --winners and --losers"),
         ("--gepo_kinds swap,spelling", "'spelling' is no kind of edit; choose of run, cheap, con"),
         ("--translate_data bad.jsonl", "line 1 is malformed .* at least one"),
         ("--lang lua,cobol", "unknown language 'cobol'"),

@@ -389,6 +389,38 @@ def test_copies_can_be_refused(pool):
     assert (sample.verdict.reward, sample.verdict.status) == (-1.0, "duplicate")
 
 
+class Repeats:
+    """A sampler that answers every request with one text."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def generate(self, requests, on_done, decode):
+        tokens = Letters().encode(self.text)
+        for i, request in enumerate(requests):
+            surprise = [0.0] * len(tokens)
+            on_done(i, [Completion(i, n, tokens, surprise, "stop") for n in range(request.n)])
+
+
+def test_copies_and_what_was_known_are_in_a_steps_metrics(pool):
+    """Two proposals a task, all the one reference: four of six are copies, four of four known.
+
+    Induction's two are no copies: they are refused, a text without ten inputs.
+    """
+    settings = Settings(
+        task="selfplay", advantage="trr++", prompts=2, learn_samples=1, max_prompt_tokens=9999
+    )
+    play = selfplay.Play(settings, load_language("lua"), pool, Repeats(COPY), Letters())
+    for task in TASKS:
+        play.buffers[task].add(PAIR_OF_TEN if task == "induction" else PAIR)
+    run = SimpleNamespace(play=play, settings=settings)
+    _, _, found = selfplay.rollout(run, 1)
+    assert found["propose/valid_frac"] == pytest.approx(4 / 6)
+    assert found["propose/copy_frac"] == pytest.approx(4 / 6)
+    assert found["propose/known_frac"] == 1.0
+    assert found["refused/few_inputs"] == 2
+
+
 @pytest.mark.parametrize("short", [True, False])
 def test_a_solver_does_not_see_the_answer(short):
     """Deduction hides the output, abduction the input, induction the program and half the pairs."""

@@ -2,10 +2,12 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
 import eval as evaluation
+from sandbox.languages import load_language
 from tasks.statistics import (
     changes,
     compare,
@@ -170,6 +172,15 @@ def test_gained_is_what_was_wrong_before(capsys):
     shown = capsys.readouterr().out
     assert "--- wrong" in shown
     assert "--- unknown" not in shown and "--- right" not in shown
+
+
+def test_several_languages_have_their_mean(capsys):
+    """MultiPL-E's average over languages, not over problems: (0.5 + 0.25) / 2."""
+    cells = [SimpleNamespace(source="", language=load_language(name)) for name in ("lua", "racket")]
+    evaluation.print_matrix("humaneval", cells, [{"pass@1": 0.5}, {"pass@1": 0.25}])
+    head, row = capsys.readouterr().out.split("\n")[1:3]
+    assert head.split() == ["pass@1", "humaneval", "lua", "racket", "mean"]
+    assert row.split() == ["all", "0.5000", "0.2500", "0.3750"]
 
 
 # ---- two sides ----

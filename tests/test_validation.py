@@ -90,6 +90,15 @@ def test_self_plays_slice_has_none_of_the_reported_triples():
     assert "Lua" in str(ask(puzzles[0]))
 
 
+def test_held_out_problems_with_long_prompts_are_counted():
+    """Of prompts of 3, 5 and 9 letters two are within 5; they used to go without a word."""
+    said = []
+    letters = SimpleNamespace(encode=list)
+    kept = build.usable(["abc", "abcde", "abcdefghi"], letters, str, 5, said.append, "held-out ")
+    assert kept == ["abc", "abcde"]
+    assert said[0].startswith("1 of 3 held-out problems dropped: their prompt is longer than 5")
+
+
 # ---- what it decides ----
 
 
