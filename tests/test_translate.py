@@ -579,6 +579,16 @@ def test_cases_come_by_new_outputs_first():
     assert order == [0, 3, 4, 1, 2, 5]
 
 
+def test_the_cases_that_count_are_those_with_new_outputs(tmp_path):
+    """1 for 0 to 9, then 2 and 3: by the first ten alone a constant would pass."""
+    tests = [{"args": [n], "expected": max(1, n - 8)} for n in range(12)]
+    path = tmp_path / "late.jsonl"
+    write(path, [{**FUNCTION, "id": str(n), "tests": tests} for n in range(30)])
+    problem = load_translations("train", [load_language("lua")], path=path)[0]
+    cases = translate.tried_cases(problem, load_language("lua"))
+    assert [args[0] for args, _ in cases] == [0, 10, 11, 1, 2, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(
     "cases, telling",
     [
