@@ -568,6 +568,7 @@ def test_think_mode_judges_the_first_answer(behind):
     text = thought_and_answer(RIGHT)
     whole = program(ROW, text + behind, "lua", "think")
     assert whole == f"{RIGHT}\nf()"
+    assert TestJudge(None, "lua", "think").stop_strings(ROW) == ("</answer>",)  # sampling ends too
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_a_value_that_would_be_ignored_is_refused(words, sentence, monkeypatch):
         sft.main()
 
 
-def test_the_words_of_an_answer_are_gsm8ks_own(tmp_path):
+def test_the_words_of_an_answer_are_gsm8ks_own(tmp_path, monkeypatch):
     for name in ("gsm8k", "gsm8k_steps"):
         (tmp_path / name).mkdir()
     answers = ["He has 2+3 = <<2+3=5>>5 eggs.\n#### 5", "Half is 8/2 = <<8/2=4>>4.\n#### 4"]
@@ -94,3 +94,10 @@ def test_the_words_of_an_answer_are_gsm8ks_own(tmp_path):
     assert text.startswith("<reasoning>\nHalf is 8/2 = 4.\n</reasoning>")
     with pytest.raises(ValueError, match="only gsm8k_steps"):
         with_worked_text(PROBLEMS)
+
+    learnt = []
+    monkeypatch.setattr(sft, "run", lambda settings, problems, *_: learnt.extend(problems))
+    words = f"sft.py --task gsm8k_steps --data {tmp_path} --reasoning text --out {tmp_path}/out"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--validation_problems", "0"])
+    sft.main()
+    assert learnt == [problem]
