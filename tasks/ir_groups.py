@@ -164,7 +164,9 @@ def _report_totals(out, skipped, seconds, report):
     reasons = Counter(row["reason"] for row in _whole_rows(skipped))
     sizes = Counter(len(row["winners"]) for row in groups)
     kept, cheap, valid, marked, tried = Counter(), Counter(), Counter(), Counter(), {}
+    origins = Counter()  # of winners
     for row in groups:
+        origins.update(winner["level"] for winner in row["winners"])
         marked.update(ir_marks.telling(row["winners"], row["losers"]))
         kept.update(loser["kind"] for loser in row["losers"])
         cheap.update(loser["kind"] for loser in row["cheap"])
@@ -187,7 +189,7 @@ def _report_totals(out, skipped, seconds, report):
         report(f"skipped, {reason}: {count}")
     for kind in sorted(tried):
         outcomes = ", ".join(f"{outcome} {count}" for outcome, count in tried[kind].most_common())
-        report(f"{kind}: kept {kept[kind]}; tried {outcomes}")
+        report(f"{kind}: kept {kept[kind] + origins[kind]}; tried {outcomes}")
     for kind in sorted(cheap):
         report(f"{kind}: {cheap[kind]}, of them {valid[kind]} valid IR")
     return {

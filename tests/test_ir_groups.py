@@ -238,6 +238,18 @@ def test_a_build_finds_groups_of_ten_and_twenty(tmp_path):
     assert sources & ir_groups.ORDERS.keys() and sources & ir_mutations.KEEPING.keys()
 
 
+def test_a_build_says_which_passes_and_edits_gave_winners(tmp_path):
+    """Two of the three winners are of passes and edits; a loser is of a swap."""
+    winners = [{"level": level, "ir": level} for level in ("O1,O2", "mem2reg", "commute")]
+    row = {"id": "f", "winners": winners, "losers": [{"kind": "swap", "ir": "x"}], "cheap": []}
+    row["tried"] = {"mem2reg": {"same": 1}, "commute": {"same": 2}, "swap": {"differs": 1}}
+    (tmp_path / "groups.jsonl").write_text(json.dumps(row) + "\n")
+    said = []
+    ir_groups._report_totals(tmp_path / "groups.jsonl", tmp_path / "none", 1.0, said.append)
+    assert {"mem2reg: kept 1; tried same 1", "commute: kept 1; tried same 2"} <= set(said)
+    assert "swap: kept 1; tried differs 1" in said
+
+
 ROW = {
     "name": "TIMES",
     "c_unit": "int f_gold ( int a [ ], int n ) { int s = 0; while (n--) s += a[n]; return s; }",
