@@ -74,7 +74,7 @@ def arguments(files, *more):
     return [*words.split(), *more]
 
 
-def test_oorl_runs_end_to_end_and_resumes(files, tmp_path, monkeypatch):
+def test_oorl_runs_end_to_end_and_resumes(files, tmp_path, monkeypatch, capsys):
     """Translation with REINFORCE++ and the KL in the reward, GEPO beside it.
 
     The ranking is taken before and after; a resumed run reads the reference that it had.
@@ -82,6 +82,7 @@ def test_oorl_runs_end_to_end_and_resumes(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = Path("runs/whole")
     train.main(arguments(files, "--name", "whole"))
+    assert "loss dapo: advantage reinforce++_baseline" in capsys.readouterr().out
     before, *steps = rows(whole)
     assert before["step"] == 0
     assert before["eval/gepo/rank_accuracy"] == 0.5
@@ -98,6 +99,8 @@ def test_oorl_runs_end_to_end_and_resumes(files, tmp_path, monkeypatch):
         assert row["rewards/format/mean"] == 0.0
     assert steps[-1]["eval/gepo/rank_accuracy"] != 0.5
     assert "eval/pass@1" in steps[-1]
+    for phase in ("pass_rate", "eval/pass@1"):  # each target's own
+        assert any(f"{phase}/{target}" in steps[-1] for target in ("lua", "perl"))
 
     reference = (whole / "gepo_reference.json").read_bytes()
     metrics = (whole / "metrics.jsonl").read_bytes()
