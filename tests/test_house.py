@@ -1,6 +1,7 @@
 """Arrows point one way: what a chapter may import of ours. The short read stays short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,15 @@ def test_the_short_read_stays_short():
     names = ("train", "rollout", "rewards", "grpo", "batches")
     lines = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in names)
     assert lines <= 1600
+
+
+def test_every_test_that_the_review_names_is_there():
+    """`test_a.py::test_one`, `test_two` are both of test_a.py; "..." stands for the rest."""
+    text = (ROOT / "docs/review.md").read_text()
+    file = ""
+    for named, test, rest in re.findall(r"`(?:(test_\w+\.py)(?:::)?)?(test_\w+)?(\.\.\.)?", text):
+        file = named or file
+        if test:
+            end = r"\w*" if rest else ""
+            found = re.findall(rf"^def {test}{end}\(", (ROOT / "tests" / file).read_text(), re.M)
+            assert len(found) == 1, f"{file}::{test}"

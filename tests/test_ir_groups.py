@@ -223,6 +223,17 @@ def test_real_losers_have_no_mark_of_their_own(built):
 
 
 @needs_clang
+def test_a_loser_with_a_mark_of_its_own_is_dropped(monkeypatch):
+    """Without the canonical form edits leave dead values and the like behind."""
+    monkeypatch.setattr(ir_groups, "canonical", str)
+    with Pool(workers=1) as pool:
+        unit = c_functions.Unit("loop", LOOP, "total")
+        row = ir_groups.group(unit, pool, ir_groups.Build())
+    assert sum(outcomes.get("marked", 0) for outcomes in row["tried"].values()) > 0
+    assert ir_marks.telling(row["winners"], row["losers"]) == []
+
+
+@needs_clang
 def test_a_build_finds_groups_of_ten_and_twenty(tmp_path):
     """Levels, orders of passes, edits that keep the meaning: all print what the levels print."""
     unit = c_functions.Unit("loop", LOOP, "total")
