@@ -32,7 +32,7 @@ from batches import Sequence, backward, micro_batches, packed_batches, score
 from runtime import distributed
 from tasks import ir_groups
 from tasks.c_functions import LANGUAGES
-from tasks.data import in_passes, read_jsonl
+from tasks.data import in_passes, read_jsonl, without_variant
 from tasks.ir_exclusions import Exclusions
 from tasks.ir_mutations import CHEAP, KINDS
 
@@ -197,8 +197,10 @@ def admitted(rows, settings, tokenizer, report):
 
 def split(groups):
     """(groups to train on, groups held out): one family, one file or function, is on one side."""
-    held_out = [group for group in groups if random.Random(group.family).random() < 0.1]
-    train = [group for group in groups if random.Random(group.family).random() >= 0.1]
+    train, held_out = [], []
+    for group in groups:
+        chance = random.Random(without_variant(group.family)).random()
+        (held_out if chance < 0.1 else train).append(group)
     return train, held_out
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import urllib.request
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def take(items, count, seed):
         return items
     drawn = random.Random(seed).sample(range(len(items)), count)
     return [items[index] for index in sorted(drawn)]
+
+
+def without_variant(name):
+    """A name of GeeksforGeeks without the number of its variant; any other as it is.
+
+    gfg/X, gfg/X_1 and gfg/X_2 are programs for one problem: 22 of 188 held-out functions had one of
+    them on the training side. Other sets number their problems so.
+    """
+    return re.sub(r"(_\d+)+$", "", name) if "gfg/" in name else name
 
 
 def hold_out(problems, count, family):

@@ -28,7 +28,7 @@ from sandbox.languages.literals import read_one
 from sandbox.languages.values import Map, write
 from tasks.answers import same_output, same_value
 from tasks.contamination import read_benchmark, shows_cases
-from tasks.data import hold_out, take
+from tasks.data import hold_out, take, without_variant
 from tasks.fences import defining_block, fenced_blocks, unix_lines
 from tasks.translate_data import SETS, TRANSLATABLE, Translation, built_in, read_problems
 from tasks.verdicts import Parsed, Verdict, tossed
@@ -138,8 +138,8 @@ def is_held_out(problem):
 
 
 def family(problem):
-    """A problem's name: a function held out in one source language is in all."""
-    return problem.id.rpartition("/")[0] or problem.id
+    """A problem's name: a function held out in one source language or variant is in all."""
+    return without_variant(problem.id.rpartition("/")[0] or problem.id)
 
 
 def _fits(problem, target):

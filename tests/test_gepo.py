@@ -446,13 +446,13 @@ needs_data = pytest.mark.skipif(
 
 @needs_data
 def test_real_functions_that_other_parts_hold_out_are_left_out():
-    """Of GeeksforGeeks' 539 C functions: translation holds out 50 by name and 32 that share 13
+    """Of GeeksforGeeks' 539 C functions: translation holds out 55 by name and 31 that share 13
     words in a row; 12 overlap MultiPL-E. All were in GEPO's groups."""
     units = read_units([find_data("transcoder_gfg/gfg.jsonl")])
     exclusions = ir_exclusions.Exclusions()
     reasons = Counter(exclusions.reason(x.family, x.entry, x.source) for x in units)
     assert len(units) == 539
-    assert reasons[ir_exclusions.HELD_OUT] == 82
+    assert reasons[ir_exclusions.HELD_OUT] == 86
     assert reasons[ir_exclusions.BENCHMARK] == 12
 
     held_out = [problem for problem in built_in() if is_held_out(problem)]

@@ -15,6 +15,7 @@ from selfplay import triples
 from settings import Settings
 from tasks import translate
 from tasks.data import hold_out
+from tasks.translate_data import Translation
 
 # ---- which problems ----
 
@@ -77,6 +78,18 @@ def test_a_function_is_held_out_in_every_source_language(tmp_path):
     assert len(names[0] | names[1] | names[2]) == 100
     assert sum(map(len, names)) == 100
     assert 0 < len(names[1]) <= len(names[0]) / 8  # at most a tenth of the training split
+
+
+def test_variants_of_a_problem_are_held_out_together():
+    """gfg/X_1 is another program for gfg/X; problem_17 and problem_18 are two problems."""
+    names = [f"translate/gfg/N{n}" for n in range(99)]
+    variants = [f"{name}{variant}/cpp" for name in names for variant in ("", "_1", "_2_1")]
+    sides = [translate.is_held_out(Translation(id, *"cx", "", ())) for id in variants]
+    assert sides[::3] == sides[1::3] == sides[2::3]
+    assert 0 < sum(sides[::3]) < 30
+
+    users = [f"mine/problem_{n}/cpp" for n in range(99)]
+    assert len({translate.is_held_out(Translation(id, *"cx", "", ())) for id in users}) == 2
 
 
 def test_self_plays_slice_has_none_of_the_reported_triples():
