@@ -426,13 +426,17 @@ def packed_groups(model, groups, total, settings, device):
 
 
 def serial_groups(model, groups, total, settings, device):
-    """Members by themselves, in two passes; rewards [n + m] of each group of this rank."""
+    """Members apart, in two passes; rewards [n + m] of each group of this rank.
+
+    serial: one member a micro-batch, the least memory. auto: as many as --token_budget allows.
+    """
     members = members_of(groups)
+    budget = 1 if settings.gepo_members == "serial" else settings.token_budget
     lengths = [len(x.tokens) if settings.gepo_length_norm else 1 for x in members]
     reference = [logprob for group in groups for logprob in group.reference]
 
     # First pass, without gradient: the rewards, and the slope of the loss by each.
-    logprobs = score(model, members, settings.token_budget, device)
+    logprobs = score(model, members, budget, device)
     ratios = []
     for new, old, length in zip(logprobs, reference, lengths):
         ratios.append((sum(new) - old) / length)
@@ -444,7 +448,7 @@ def serial_groups(model, groups, total, settings, device):
     # Second pass: each member's log-probs times its slope.
     for member, slope, length in zip(members, rewards.grad.flatten().tolist(), lengths):
         member.weight = slope * settings.gepo_beta / length
-    parts = micro_batches(members, settings.token_budget, settings.share_prompts)
+    parts = micro_batches(members, budget, settings.share_prompts)
     for batch in packed_batches(parts, device, settings.share_prompts):
         logprobs, _ = model(batch)
         backward((batch.weights * logprobs).sum())

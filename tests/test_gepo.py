@@ -207,11 +207,16 @@ def test_gepo_waits_for_a_signal_unless_told_not_to():
 
 
 def test_members_are_packed_or_serial_by_a_switch(model):
+    """Whatever the budget, serial holds one member at a time: its memory does not grow with n + m."""
     groups = made_groups(model)
+    together = []
+    model.register_forward_pre_hook(lambda _, given: together.append(given[0].count))
     for members, budget, packed in [("serial", 4096, 0), ("packed", 40, 1), ("auto", 40, 0)]:
+        together.clear()
         how = settings(gepo_members=members, token_budget=budget)
         metrics = gepo.add_gradient(model, groups, how, torch.device("cpu"))
         assert metrics["gepo/packed"] == packed
+        assert (max(together) == 1) == (members == "serial")
 
 
 @pytest.mark.parametrize("size", [(2, 3), (10, 20)])
