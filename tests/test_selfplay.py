@@ -204,6 +204,20 @@ def test_a_demonstrated_solver_thinks_what_is_true():
             assert answer == [str(int(x) + int(k)) for x, k in zip(used[::2], used[1::2])]
 
 
+def test_a_teacher_who_misreads_works_with_the_next_constant():
+    """For `return a + 3` of 7 it writes 7 + 4 = 11; without mistakes 7 + 3 = 10."""
+    language = load_language("lua")
+    for mistakes, step in ((0.0, 0), (1.0, 1)):
+        seen = 0
+        for prompt, answer in triples.demonstrations(language, 600, 0, 2, True, mistakes):
+            shown = re.findall(r"return a \+ (\d)\n", prompt)
+            thought = re.match(r"\d+ \+ (\d) = \d+<", answer)
+            if prompt.startswith("solve deduction") and shown and thought:
+                assert int(thought[1]) == int(shown[0]) + step
+                seen += 1
+        assert seen > 5
+
+
 TWICE = "function f(a)\n  return a * 2\nend"
 
 
