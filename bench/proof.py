@@ -66,7 +66,7 @@ SCALES = {
         evaluations=4,
         save_every=10,
     ),
-    # 4 x 8 samples of a 0.5B model on two cores: three to six minutes a step.
+    # 4 x 8 samples of a 0.5B model on two cores: two to six minutes a step, 20 an evaluation.
     "cpu": Scale(
         steps=40,
         prompts=4,
@@ -76,7 +76,7 @@ SCALES = {
         lr=5e-6,
         eval_problems=150,
         eval_samples=4,
-        evaluations=2,
+        evaluations=1,
         save_every=2,
     ),
     "smoke": Scale(
