@@ -34,6 +34,9 @@ from tasks.statistics import changes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROOF = Path("runs/proof")
+# At temperature 1 the 0.5B has the form in 35 of 100 samples and is right in 2: with a reward for
+# right answers alone, 18 of the first 20 groups of 8 had no signal. The form is asked for either way.
+REWARD = "correct=1,soft_format=0.2"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Scale:
     prompt_tokens: int  # longest prompt, with its worked example
     new: int  # longest completion
     lr: float
+    schedule: str
     eval_problems: int
     eval_samples: int  # at temperature 1, beside a greedy one
     evaluations: int  # after the one before training
@@ -61,6 +65,7 @@ SCALES = {
         prompt_tokens=1024,
         new=400,
         lr=5e-6,
+        schedule="constant",
         eval_problems=500,
         eval_samples=16,
         evaluations=4,
@@ -73,7 +78,8 @@ SCALES = {
         samples=8,
         prompt_tokens=1024,
         new=256,
-        lr=5e-6,
+        lr=1e-5,
+        schedule="cosine",
         eval_problems=150,
         eval_samples=4,
         evaluations=1,
@@ -86,6 +92,7 @@ SCALES = {
         prompt_tokens=1024,
         new=24,
         lr=5e-6,
+        schedule="constant",
         eval_problems=4,
         eval_samples=2,
         evaluations=2,
@@ -130,12 +137,11 @@ def training(model, language, seed, reward, scale):
         f"train.py --task gsm8k --recipe {ROOT}/recipes/gsm8k.toml --lang {language}",
         f"--model {model} --name {name} --seed {seed}",
     ]
-    if reward == "random":
-        words.append("--reward random")
+    words.append(f"--reward {'random' if reward == 'random' else REWARD}")
     words += [
         f"--steps {scale.steps} --prompts {scale.prompts} --samples {scale.samples}",
         f"--max_prompt_tokens {scale.prompt_tokens} --max_new_tokens {scale.new}",
-        f"--lr {scale.lr} --warmup 5 --schedule constant",
+        f"--lr {scale.lr} --warmup 5 --schedule {scale.schedule}",
         f"--eval_problems {scale.eval_problems} --eval_samples {scale.eval_samples}",
         "--eval_temperature 1 --eval_greedy true --validation_problems 0",
         f"--eval_every {math.ceil(scale.steps / scale.evaluations)}",
