@@ -461,6 +461,10 @@ def token_limit(settings, folder):
 # ---- one cell, in files ----
 
 
+def out_folder(settings):
+    return Path(settings.out or f"runs/eval/{Path(settings.model).name}-{settings.bench}")
+
+
 def run_cell(settings, sampler, tokenizer, cell, of_model):
     """Evaluate one cell, or continue it -> its figures, also in results.json.
 
@@ -468,8 +472,7 @@ def run_cell(settings, sampler, tokenizer, cell, of_model):
     """
     names = [name for name in (cell.source, cell.language.name) if name]
     title = " ".join([settings.bench, *names])
-    out = settings.out or f"runs/eval/{Path(settings.model).name}-{settings.bench}"
-    folder = Path(out) / "-".join(names)
+    folder = out_folder(settings) / "-".join(names)
 
     done = resume(folder, settings, cell, of_model)
     numbers = [n for n, problem in enumerate(cell.problems) if problem.id not in done]
@@ -580,7 +583,10 @@ def read_partial(folder, with_errors):
 
 
 class Progress:
-    """Writes a problem's rows as one line at once, so that a kill leaves whole problems; a bar."""
+    """Writes a problem's rows as one line at once, so that a kill leaves whole problems; a bar.
+
+    On a terminal the bar moves; in a log file it is a line for every tenth of the problems.
+    """
 
     def __init__(self, title, file, total, done):
         self.title = title
@@ -603,13 +609,14 @@ class Progress:
         seconds = (time.perf_counter() - self.started) / (self.count - self.before)
         left = seconds * (self.total / distributed.world_size() - self.count)
         bar = "#" * (20 * self.count // self.total)
-        print(
-            f"\r{self.title} [{bar:<20}] {self.count}/{self.total}"
-            f"  first sample right {self.right / self.count:.3f}  {max(left, 0):.0f} s left  ",
-            end="",
-            file=sys.stderr,
-            flush=True,
+        line = (
+            f"{self.title} [{bar:<20}] {self.count}/{self.total}"
+            f"  first sample right {self.right / self.count:.3f}  {max(left, 0):.0f} s left"
         )
+        if sys.stderr.isatty():
+            print(f"\r{line}  ", end="", file=sys.stderr, flush=True)
+        elif 10 * self.count // self.total > 10 * (self.count - 1) // self.total:
+            print(line, file=sys.stderr, flush=True)
 
 
 def conclude(folder, cell, title):
@@ -645,9 +652,7 @@ def replace_file(path, text):
 
 
 def print_matrix(bench, cells, results):
-    """pass@1 of every source x target and its mean over targets, where there is more than one."""
-    if len(cells) < 2:
-        return
+    """pass@1 of every source x target, where there is more than one -> {source: its mean}."""
     # dict.fromkeys: each name once, in the order of the command line.
     sources = dict.fromkeys(cell.source for cell in cells)
     names = dict.fromkeys(cell.language.name for cell in cells)
@@ -655,11 +660,17 @@ def print_matrix(bench, cells, results):
     for cell, result in zip(cells, results):
         rates[cell.source, cell.language.name] = result["pass@1"]
 
+    means = {}
+    for source in sources:
+        means[source or "all"] = sum(rates[source, name] for name in names) / len(names)
+    if len(cells) < 2:
+        return means
+
     print(f"\npass@1 {bench:<12}" + "".join(f"{name:>12}" for name in [*names, "mean"]))
     for source in sources:
-        row = [rates[source, name] for name in names]
-        cells_of_row = "".join(f"{rate:>12.4f}" for rate in [*row, sum(row) / len(row)])
-        print(f"{source or 'all':<19}{cells_of_row}")
+        row = [*(rates[source, name] for name in names), means[source or "all"]]
+        print(f"{source or 'all':<19}" + "".join(f"{rate:>12.4f}" for rate in row))
+    return means
 
 
 def print_comparison(side_a, side_b):
@@ -784,8 +795,10 @@ def main(arguments=None):
         results = [run_cell(settings, sampler, tokenizer, cell, of_model) for cell in cells]
 
     if distributed.rank() == 0:
-        print_matrix(settings.bench, cells, results)
-        print(json.dumps({"settings": asdict(settings), "results": results}))
+        means = print_matrix(settings.bench, cells, results)
+        figures = {"settings": asdict(settings), "results": results, "mean_pass@1": means}
+        print(json.dumps(figures))
+        replace_file(out_folder(settings) / "results.json", json.dumps(figures, indent=1))
     distributed.finish()
 
 

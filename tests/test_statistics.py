@@ -177,10 +177,21 @@ def test_gained_is_what_was_wrong_before(capsys):
 def test_several_languages_have_their_mean(capsys):
     """MultiPL-E's average over languages, not over problems: (0.5 + 0.25) / 2."""
     cells = [SimpleNamespace(source="", language=load_language(name)) for name in ("lua", "racket")]
-    evaluation.print_matrix("humaneval", cells, [{"pass@1": 0.5}, {"pass@1": 0.25}])
+    means = evaluation.print_matrix("humaneval", cells, [{"pass@1": 0.5}, {"pass@1": 0.25}])
+    assert means == {"all": 0.375}
     head, row = capsys.readouterr().out.split("\n")[1:3]
     assert head.split() == ["pass@1", "humaneval", "lua", "racket", "mean"]
     assert row.split() == ["all", "0.5000", "0.2500", "0.3750"]
+
+
+def test_a_log_file_has_a_line_for_every_tenth_of_the_problems(tmp_path, capsys):
+    with open(tmp_path / "partial.jsonl", "w") as file:
+        bar = evaluation.Progress("gsm8k lua", file, 40, done={})
+        for number in range(40):
+            bar([{"correct": number % 4 == 0}])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert "40/40  first sample right 0.250" in lines[-1]
 
 
 # ---- two sides ----
