@@ -378,7 +378,7 @@ def test_a_step_ends_with_its_rows_moved_on(arch, dtype):
     assert ours.values[slots, rows.ALIVE].tolist() == [1, 0, 0, 1, 1]  # the last token; a stop id
     assert torch.equal(ours.out[:, 0, :40], theirs.out[:, 0, :40])
     written = ours.out[slots, 1, step.column[alive]].view(torch.float32)
-    close(written, logprobs[alive], torch.float32)
+    close(written, logprobs[alive], dtype)
     assert torch.equal(written, logp[alive])
 
 
