@@ -59,7 +59,7 @@ else
     stage tests 110 "${pytest[@]}" "${tests[@]}"
     bench update 80 update
     bench sampler 110 sampler --shapes 0.5B --rounds 2 --no_peers
-    bench sampler_135M 40 sampler --shapes 135M --rounds 2 --no_peers
+    bench sampler_135M 70 sampler --shapes 135M --rounds 2 --no_peers
     bench step 60 step --shapes 0.5B --steps 2
     bench step_135M 40 step --shapes 135M --prompt 400 --response 110 --steps 2
     bench kernels 60 kernels --models 0.5B,1.5B --no-compile

@@ -1,7 +1,7 @@
 """What one H200 should need for a rollout and an update, from shapes and a few measured constants.
 
     python -m bench.predict            table: predicted beside measured, and predictions for the
-                                       sampler as it is, which has not run on a GPU yet
+                                       sampler as it is with 1,024 slots
     python -m bench.predict --json     the same, one JSON object per line
 
 A rollout is its schedule: rows are filled, decoded a few steps at a time, and refilled at every
@@ -393,7 +393,7 @@ def update_rows():
     whole = replace(base, budget=65_536, checkpointing=False)
     ahead = replace(whole, waits=False)
     alone = replace(ahead, fsdp=False, fused_rotation=True)
-    long = replace(alone, budget=32_768)
+    long = replace(alone, budget=41_984)
     cases = [
         ("0.5B, 16,384 tokens, checkpointing", half, base, 0.202),
         ("0.5B, 65,536, checkpointing", half, replace(base, budget=65_536), 0.270),
@@ -402,8 +402,8 @@ def update_rows():
         ("0.5B, 65,536, no FSDP", half, replace(whole, fsdp=False), 0.359),
         ("0.5B, 65,536, prompts not shared", half, replace(whole, share_prompts=False), 0.457),
         ("0.5B, 65,536, nothing waits", half, ahead, None),
-        ("0.5B, 65,536: the code as it is", half, alone, None),
-        ("1.5B, 32,768: the code as it is", qwen("1.5B"), long, None),
+        ("0.5B, 65,536: the code as it is", half, alone, 0.406),
+        ("1.5B, 41,984: the code as it is", qwen("1.5B"), long, 0.502),
     ]
     return [(n, mfu(c, u, update_seconds(c, u)), found) for n, c, u, found in cases]
 

@@ -229,7 +229,7 @@ def bench_shape(name, options, ceilings):
         slots, batches, context = 8, (4,), 48
     else:
         config = shape_config(name)
-        slots, batches, context = 512, (64, 256, 512), 1024
+        slots, batches, context = 0, (64, 256, 512), 1024  # 0: all that memory holds
     model = model_file.random_model(config, seed=0, dtype=DTYPE).to(DEVICE).requires_grad_(False)
 
     workloads = make_workloads(config.vocab_size, options.smoke)
@@ -315,7 +315,7 @@ def bench_workload(name, model, requests, slots, ceilings, rounds):
         timing = Timing([c.wall for c in calls])
         completions = calls[-1].result
         tokens = sum(len(c.tokens) for group in completions for c in group)
-        floor = roofline(model.config, requests, completions, slots, ceilings)
+        floor = roofline(model.config, requests, completions, sampler.slots, ceilings)
         row = {
             "workload": label,
             "tokens": tokens,
