@@ -139,7 +139,9 @@ def build(settings, folder, language, pool, device, report):
         run.play = selfplay.Play(settings, language, pool, run.sampler, tokenizer)
     else:
         curriculum.problems = usable(task.problems, tokenizer, task.ask, limit, report)
-    run.held_out = usable(task.held_out, tokenizer, task.ask, limit, report, "held-out ")
+    # Drawn from what fits: of 100 questions drawn first, 20 had a prompt of at most 70 tokens.
+    fitting = usable(task.held_out, tokenizer, task.ask, limit, report, "held-out ")
+    run.held_out = take(fitting, settings.eval_problems, seed=0)
     if settings.eval_every and task.validation.problems:
         run.validation = task.validation
         run.validation.problems = usable(
@@ -178,15 +180,17 @@ def load_splits(settings):
     data = settings.data or None
     count = settings.problems or None
     whole = None
-    if settings.task == "sums" and count:  # the generator makes as many as are asked for
-        whole = count + settings.validation_problems
+    reported = None
+    if settings.task == "sums":  # the generator makes as many as are asked for
+        whole = count + settings.validation_problems if count else None
+        reported = settings.eval_problems
     split = load_problems(settings.task, "train", data=data, count=whole, seed=settings.seed)
     problems, validation = hold_out(split, settings.validation_problems, question_of)
     if settings.task == "gsm8k" and (settings.max_known_steps or settings.gold):
         problems = with_known_steps(problems, data)
     if settings.max_known_steps:
         problems = with_few_steps(problems, settings.max_known_steps)
-    held_out = load_problems(settings.task, "test", data=data, count=settings.eval_problems, seed=0)
+    held_out = load_problems(settings.task, "test", data=data, count=reported, seed=0)
     return take(problems, count, settings.seed), validation, held_out
 
 

@@ -28,7 +28,7 @@ from sandbox.languages.literals import read_one
 from sandbox.languages.values import Map, write
 from tasks.answers import same_output, same_value
 from tasks.contamination import read_benchmark, shows_cases
-from tasks.data import hold_out, take, without_variant
+from tasks.data import hold_out, without_variant
 from tasks.fences import defining_block, fenced_blocks, unix_lines
 from tasks.translate_data import SETS, TRANSLATABLE, Translation, built_in, read_problems
 from tasks.verdicts import Parsed, Verdict, tossed
@@ -86,11 +86,11 @@ def load_splits(settings, report=print):
     where = {"data": settings.data or None, "path": settings.translate_data, "report": report}
     whole = load_translations("train", targets, **where, seed=settings.seed)
     train, validation = hold_out(whole, settings.validation_problems, family)
-    held_out = load_translations("test", targets, **where, count=settings.eval_problems)
+    held_out = load_translations("test", targets, **where)
     return train, validation, held_out
 
 
-def load_translations(split, targets, data=None, path="", count=None, seed=0, report=print):
+def load_translations(split, targets, data=None, path="", seed=0, report=print):
     """list[Translation] for target languages, one drawn for each problem by `seed`.
 
     targets: Language objects; a problem goes to one that can say its cases.
@@ -130,7 +130,7 @@ def load_translations(split, targets, data=None, path="", count=None, seed=0, re
             f"no problem of {origin} can be translated to {names}: "
             "check --lang and --translate_data"
         )
-    return take(drawn, count, seed)
+    return drawn
 
 
 def is_held_out(problem):

@@ -542,7 +542,7 @@ def test_the_users_own_problems(tmp_path, pool):
     write(path, [{"id": f"apps-{n}", **PRODUCT} for n in range(30)] + [FUNCTION])
     lua, bash = load_language("lua"), load_language("bash")
     train = load_translations("train", [lua], path=path)
-    test = load_translations("test", [lua], path=path, count=100)
+    test = load_translations("test", [lua], path=path)
     assert test
     assert len(train) + len(test) == 31
 

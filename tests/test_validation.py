@@ -7,6 +7,7 @@ import pytest
 
 import build
 import eval as evaluation
+import sft
 import train
 from runs import SMALL, needs_prolog, rows, whole_run
 from sandbox.languages import load_language
@@ -15,6 +16,7 @@ from selfplay import triples
 from settings import Settings
 from tasks import translate
 from tasks.data import hold_out
+from tasks.problems import load_problems, program_messages
 from tasks.translate_data import Translation
 
 # ---- which problems ----
@@ -43,9 +45,9 @@ def test_a_part_of_a_split_holds_out_what_the_whole_does():
 
 @pytest.mark.parametrize("task", ["gsm8k", "sums"])
 def test_the_slice_is_of_the_training_split_and_not_trained_on(task):
-    settings = Settings(task=task, problems=300, validation_problems=30, eval_problems=10)
-    problems, validation, held_out = build.load_splits(settings)
-    assert (len(problems), len(validation), len(held_out)) == (300, 30, 10)
+    settings = Settings(task=task, problems=300, validation_problems=30)
+    problems, validation, _ = build.load_splits(settings)
+    assert (len(problems), len(validation)) == (300, 30)
     assert all("/train/" in problem.id for problem in validation)
     assert not {p.question for p in problems} & {p.question for p in validation}
     # Of GSM8K the same for every seed; sums makes other problems for another seed.
@@ -110,6 +112,34 @@ def test_held_out_problems_with_long_prompts_are_counted():
     kept = build.usable(["abc", "abcde", "abcdefghi"], letters, str, 5, said.append, "held-out ")
     assert kept == ["abc", "abcde"]
     assert said[0].startswith("1 of 3 held-out problems dropped: their prompt is longer than 5")
+
+
+@needs_prolog
+def test_as_many_held_out_problems_as_were_asked_for_are_drawn_from_those_that_fit(tmp_path):
+    """Of twelve questions every third is short; three are asked for and three are evaluated.
+
+    Where three were drawn before the long ones went, one was left.
+    """
+    for split in ("train", "test"):
+        lines = []
+        for n in range(12):
+            question = f"What is {n} plus {n}?" + (n % 3 > 0) * " Take your time." * 20
+            lines.append(json.dumps({"question": question, "answer": f"Easy.\n#### {2 * n}"}))
+        path = tmp_path / f"gsm8k/{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines))
+
+    language = load_language("prolog")
+    problems = load_problems("sums", "train", count=200)
+    sft.make_tiny(
+        problems, language, lambda p: program_messages(p, language), tmp_path / "model", 0
+    )
+    asked = f"--task gsm8k --data {tmp_path} --model {tmp_path}/model --examples 0 --steps 0"
+    asked += " --short_prompt true --max_prompt_tokens 60 --eval_problems 3 --max_new_tokens 4"
+    folder = whole_run(tmp_path / "work", *asked.split(), "--wandb", "off", name="short")
+    shown = rows(folder, "eval/step_0.jsonl")
+    assert len({row["id"] for row in shown}) == 3
+    assert not any("Take your time" in row["question"] for row in shown)
 
 
 # ---- what it decides ----
