@@ -90,7 +90,7 @@ def build(settings, folder, language, pool, device, report):
     source = starting_checkpoint(settings, folder, task.problems, language, device, report)
     config = hugging_face.read_config(source)
     settings, pages = memory.fit(config, settings, device)
-    need = memory.check(config, settings, device, report)
+    need = memory.check(config, settings, device, report, pages=pages)
     tokenizer = ChatTokenizer(source)
 
     model = hugging_face.load_model(source)

@@ -358,10 +358,11 @@ def room_of(device):
     return machine.free_bytes(device) + machine.resident_bytes()
 
 
-def check(config, settings, device, report, adapters=True):
+def check(config, settings, device, report, adapters=True, pages=None):
     """Print the plan of this run, and refuse one that does not fit -> Need. A collective.
 
     adapters: whether the command has --lora_rank.
+    pages: bytes that the sampler may take of a GPU (`fit`).
     """
     ranks = distributed.world_size()
     cuda = device.type == "cuda"
@@ -369,8 +370,9 @@ def check(config, settings, device, report, adapters=True):
     needed = peak(parts)
     if cuda:  # below that nothing can be sampled
         longest = settings.max_prompt_tokens + settings.max_new_tokens
-        parts["pages"] = page_bytes(config, longest, width=2)
-        needed += parts["pages"]
+        one = page_bytes(config, longest, width=2)
+        needed += one
+        parts["pages"] = max(one, pages or 0)
     layers = "computed twice" if settings.gradient_checkpointing else "kept"
     tokens = micro_batch_tokens(settings, ranks)
     report(f"micro-batches of at most {tokens:,} tokens, activations {layers}")
@@ -409,7 +411,7 @@ def require(parts, needed, rows, device, smaller, report):
         parts = {"process": process} | parts
         needed += process
         parts["pages"] = pages_on_cpu(parts, rows, need.room)
-        need.most = max(needed, peak(parts))
+    need.most = max(needed, peak(parts))
 
     text = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
     report(f"memory per rank, GB: {text}; {need}")

@@ -192,6 +192,19 @@ def test_pages_are_those_that_the_sampler_reserves(prompt, new):
     assert planned == size.pages * memory.page_bytes(config, 128, width=2)
 
 
+def test_what_a_gpu_run_announces_counts_the_pages_of_its_sampler(monkeypatch):
+    """The 0.5B's run on an H200 said at most 80.9 GB and took 85.9, 8.9 of them for pages."""
+    lengths = {"max_prompt_tokens": 1024, "max_new_tokens": 400}
+    asked = Settings(prompts=64, samples=16, gradient_checkpointing=False, **lengths)
+    config, card = memory.qwen("0.5B"), torch.device("cuda")
+    monkeypatch.setattr(memory, "room_of", lambda device: 150.1e9)
+    settings, pages = memory.fit(config, asked, card)
+    need = memory.check(config, settings, card, print, pages=pages)
+    assert 85.9e9 < need.most < 1.1 * 85.9e9
+    without = memory.check(config, settings, card, print)
+    assert need.most - without.most == pytest.approx(pages, rel=0.01)
+
+
 def gigabytes(size, ranks, **changes):
     """The plan of a run on GPUs."""
     settings = Settings(**{"token_budget": 16384, "max_new_tokens": 1024} | changes)

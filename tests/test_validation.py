@@ -118,7 +118,7 @@ def test_held_out_problems_with_long_prompts_are_counted():
 def test_as_many_held_out_problems_as_were_asked_for_are_drawn_from_those_that_fit(tmp_path):
     """Of twelve questions every third is short; three are asked for and three are evaluated.
 
-    Where three were drawn before the long ones went, one was left.
+    Where three were drawn before the long ones went, two were left.
     """
     for split in ("train", "test"):
         lines = []
