@@ -106,7 +106,7 @@ class RightPrograms(Judge):
 def make_run(model, tokenizer, problems, settings, pool, device):
     """A Run without folder, evaluation or warm start."""
     settings, pages = memory.fit(model.config, settings, device)
-    memory.check(model.config, settings, device, print)
+    memory.check(model.config, settings, device, print, pages=pages)
     language = load_language("prolog")
     model.gradient_checkpointing = settings.gradient_checkpointing
     model = distributed.shard(model, device)
@@ -135,6 +135,8 @@ def bench(name, load, tokenizer, problems, settings, pool, device, steps):
     rows = []
     for share in (True, False):
         settings = replace(settings, share_prompts=share)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         run = make_run(load(), tokenizer, problems, settings, pool, device)
         times = []
         for step in range(1, steps + 2):
