@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +44,25 @@ def test_a_walk_goes_on_where_a_file_has_gone_meanwhile(disk, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "scandir", bait_first)
     assert disk.exceeded(0, [])
+
+
+def test_a_disk_that_fills_is_walked_before_its_time(disk, monkeypatch):
+    """As soon as a sixteenth of 8 MiB or of 100 files is gone, and not again after the walk."""
+    left = {"blocks": 4096, "files": 1000}
+
+    def statvfs(_):
+        return SimpleNamespace(f_bfree=left["blocks"], f_frsize=4096, f_ffree=left["files"])
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    for kind, few, many in (("blocks", 128, 129), ("files", 6, 7)):
+        disk.exceeded(0, [])
+        before = left[kind]
+        left[kind] = before - few
+        assert not disk.fills()
+        left[kind] = before - many
+        assert disk.fills()
+        disk.exceeded(0, [])
+        assert not disk.fills()
 
 
 def test_a_file_of_many_names_counts_once(disk, tmp_path):
