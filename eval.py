@@ -787,7 +787,7 @@ def main(arguments=None):
         settings.max_new_tokens, why = token_limit(settings, folder)
         longest = longest_prompt(tokenizer, cells) + settings.max_new_tokens
         samples = settings.samples * max(len(cell.problems) for cell in cells)
-        rows = min(samples, memory.slots_on_cpu(settings))
+        rows = min(samples, memory.rows_at_once(settings.slots, device.type == "cuda"))
         memory.check_sampling(read_config(folder), longest, rows, device, report)
         sampler = Sampler(load_model(folder, dtype, device), slots=settings.slots)
         report(f"max_new_tokens {settings.max_new_tokens}: {why}")

@@ -28,7 +28,7 @@ from kernels.native import UNIT
 from pages import PagePool, PoolSize
 from runtime.cpu import give_back
 from runtime.machine import free_bytes
-from runtime.memory import FREE_SHARE, MOST_ROWS, PREFILL_TOKENS, ROWS_ON_CPU, page_tokens
+from runtime.memory import FREE_SHARE, PREFILL_TOKENS, page_tokens, rows_at_once
 
 # Bytes of pages and embedding above which the kernel gets back at once what is freed on a CPU; the
 # built-in model would only wait for its pages again.
@@ -191,7 +191,7 @@ class Sampler:
         self.device = weight.device
         self.dtype = weight.dtype
         self.cpu = weight.device.type == "cpu"
-        self.slots = slots or (ROWS_ON_CPU if self.cpu else MOST_ROWS)
+        self.slots = rows_at_once(slots, cuda=not self.cpu)
         self.memory = memory
         self.share_prefix = share_prefix
         self.exact = exact

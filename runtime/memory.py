@@ -245,7 +245,7 @@ def peak(parts):
     return sum(parts.values()) - min(updating, sampling)
 
 
-def pages_on_cpu(parts, rows, room):
+def pages_of_rows(parts, rows, room):
     """Bytes that the sampler takes for keys and values of `rows` samples (sampler.py).
 
     parts: of a plan with the pages of one sample. room: bytes, None where nobody knows.
@@ -316,7 +316,7 @@ def step_pages(config, settings, ranks, memory):
     last of them, if it is not full. 64 prompts of 1,024 tokens with 16 samples of 1,024 each, pages
     of 128 tokens: 64 * 1,024 + 1,024 * (1,024 + 128) tokens.
     """
-    rows = min(step_rows(settings, ranks), settings.slots or MOST_ROWS)
+    rows = min(step_rows(settings, ranks), rows_at_once(settings.slots, cuda=True))
     prompts = min(step_rows(replace(settings, samples=1), ranks), rows)
     page = page_tokens(config)
     prompt = -(-(settings.max_prompt_tokens - 1) // page) * page
@@ -378,11 +378,14 @@ def check(config, settings, device, report, adapters=True, pages=None):
     report(f"micro-batches of at most {tokens:,} tokens, activations {layers}")
     rows = max(step_rows(settings, ranks), settings.eval_problems * settings.eval_samples // ranks)
     smaller = advice(config, settings, ranks, cuda, adapters)
-    return require(parts, needed, min(rows, slots_on_cpu(settings)), device, smaller, report)
+    return require(
+        parts, needed, min(rows, rows_at_once(settings.slots, cuda)), device, smaller, report
+    )
 
 
-def slots_on_cpu(settings):
-    return settings.slots or ROWS_ON_CPU
+def rows_at_once(slots, cuda):
+    """Samples decoded together, at most: as --slots says, or what it means by 0."""
+    return slots or (MOST_ROWS if cuda else ROWS_ON_CPU)
 
 
 def check_sampling(config, longest, rows, device, report):
@@ -397,20 +400,23 @@ def check_sampling(config, longest, rows, device, report):
         parts["pages"] = page_bytes(config, longest, width=2)
     else:
         parts |= sampling_parts(config, longest)
-    return require(parts, sum(parts.values()), rows, device, "take a smaller model", report)
+    needed = sum(parts.values())
+    if cuda:
+        parts["pages"] = pages_of_rows(parts, rows, room_of(device))
+    return require(parts, needed, rows, device, "take a smaller model", report)
 
 
 def require(parts, needed, rows, device, smaller, report):
     """Print a plan; SystemExit with one sentence where not even the `needed` bytes are there.
 
-    rows: samples at a time, for which a CPU's sampler makes room if it can.
+    rows: samples at a time, for which the sampler makes room if it can.
     """
     need = Need(needed, room_of(device), smaller)
     if device.type == "cpu":
         process = machine.resident_bytes()  # Python, torch, data
         parts = {"process": process} | parts
         needed += process
-        parts["pages"] = pages_on_cpu(parts, rows, need.room)
+        parts["pages"] = pages_of_rows(parts, rows, need.room)
     need.most = max(needed, peak(parts))
 
     text = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)

@@ -259,10 +259,10 @@ def test_on_a_cpu_only_the_larger_of_sampling_and_updating_is_held():
 def test_a_cpu_s_plan_has_the_pages_that_the_sampler_will_take():
     """Half of what sampling leaves free, no more than the rows need, one sample's at least."""
     parts = dict(masters=4, gradients=4, optimizer=8, packed=4, prefill=1, pages=1)
-    assert memory.pages_on_cpu(parts, rows=3, room=29) == 3
-    assert memory.pages_on_cpu(parts, rows=10, room=29) == (29 - 17) / 2
-    assert memory.pages_on_cpu(parts, rows=10, room=18) == 1
-    assert memory.pages_on_cpu(parts, rows=10, room=None) == 10
+    assert memory.pages_of_rows(parts, rows=3, room=29) == 3
+    assert memory.pages_of_rows(parts, rows=10, room=29) == (29 - 17) / 2
+    assert memory.pages_of_rows(parts, rows=10, room=18) == 1
+    assert memory.pages_of_rows(parts, rows=10, room=None) == 10
 
 
 def test_an_evaluation_says_what_all_its_samples_take():
@@ -271,6 +271,18 @@ def test_an_evaluation_says_what_all_its_samples_take():
     one = memory.check_sampling(config, 10_000, 1, torch.device("cpu"), print)
     many = memory.check_sampling(config, 10_000, 50, torch.device("cpu"), print)
     assert many.most - one.most == pytest.approx(49 * 20.48e6, rel=0.03)
+
+
+def test_an_evaluation_on_a_gpu_does_so_too(monkeypatch):
+    """Half the numbers in 16 bits: 1,024 samples take 10.5 GB, of 8 GB no more than half is taken."""
+    config = replace(memory.qwen("0.5B"), num_hidden_layers=2, vocab_size=1000)
+    card = torch.device("cuda")
+    monkeypatch.setattr(memory, "room_of", lambda device: 80e9)
+    one = memory.check_sampling(config, 10_000, 1, card, print)
+    many = memory.check_sampling(config, 10_000, 1024, card, print)
+    assert many.most - one.most == pytest.approx(1023 * 10.24e6, rel=0.01)
+    monkeypatch.setattr(memory, "room_of", lambda device: 8e9)
+    assert 4e9 < memory.check_sampling(config, 10_000, 1024, card, print).most < 4.1e9
 
 
 def files(root, **contents):

@@ -9,7 +9,7 @@ import pytest
 import sampler
 from bench import predict
 from kernels import attention
-from runtime.memory import qwen
+from runtime.memory import MOST_ROWS, qwen
 
 
 def test_predictions_are_near_what_was_measured():
@@ -53,8 +53,8 @@ def test_the_present_sampler_is_the_one_that_is_predicted():
     source = inspect.getsource(sampler.Sampler.__init__)
     present = predict.PRESENT
     assert f"else ({present.look}, {present.late})" in source
-    assert present.slots == sampler.MOST_ROWS
-    assert present.least_started == sampler.MOST_ROWS // 16
+    assert present.slots == MOST_ROWS
+    assert present.least_started == MOST_ROWS // 16
     assert not present.prefix_kernel and "_prefix" not in Path(attention.__file__).read_text()
 
 
