@@ -17,7 +17,7 @@ import sft
 from batches import make_optimizer
 from eval import prompt_ids
 from rewards import Judge
-from runtime import distributed, hugging_face, lora, memory
+from runtime import checkpoint, distributed, hugging_face, lora, memory
 from runtime.exact import make_exact
 from runtime.tokenizer import ChatTokenizer
 from sampler import Request, Sampler
@@ -91,6 +91,7 @@ def build(settings, folder, language, pool, device, report):
     config = hugging_face.read_config(source)
     settings, pages = memory.fit(config, settings, device)
     need = memory.check(config, settings, device, report, pages=pages)
+    checkpoint.require_room(folder / "checkpoints", config, settings)
     tokenizer = ChatTokenizer(source)
 
     model = hugging_face.load_model(source)

@@ -16,12 +16,46 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import CheckpointError
-from runtime import distributed, folder_check, hugging_face, lora
+from runtime import distributed, folder_check, hugging_face, lora, memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 ADAPTER = "adapter"  # the folder of the adapter in a checkpoint
 
 # ---- writing ----
+
+
+def require_room(folder, config, settings):
+    """SystemExit with one sentence where the disk is too small for what a run will save.
+
+    A collective. A new checkpoint is there before an old one goes, so that --keep 2 needs room for
+    3, and for the best one on validation problems. Weights and two moments in fp32 are 12 bytes a
+    parameter: 5.9 GB of the 0.5B.
+    """
+    problem = None
+    if distributed.rank() == 0:
+        size = size_of(config, settings.lora_rank)
+        there = sorted_checkpoints(folder)
+        done = int(there[0].name[5:]) if there else 0
+        to_come = -(-(settings.steps - done) // settings.save_every)
+        most = settings.keep + 1 + bool(settings.eval_every and settings.validation_problems)
+        count = min(to_come, max(1, most - len(there)))
+        disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(disk).free
+        if count * size > free:
+            problem = (
+                f"too little room for checkpoints: {count} of {size / 1e9:.1f} GB each will be in "
+                f"{folder} at a time and {free / 1e9:.1f} GB are free there: free some, lower --keep "
+                "(one more is there while the next is written), or take --lora_rank 32"
+            )
+    distributed.stop_together(problem)
+
+
+def size_of(config, lora_rank):
+    """Bytes of a checkpoint: merged weights, and what is trained with its two moments, fp32."""
+    everything, _, _ = memory.parameters(config)
+    if not lora_rank:
+        return 12 * everything
+    return 4 * everything + 12 * memory.adapter_parameters(config, lora_rank)
 
 
 def save(

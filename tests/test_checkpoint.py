@@ -1,7 +1,9 @@
 """Checkpoints: what is damaged is seen, what is written is whole, what is restored is equal."""
 
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 import model as model_file
 from batches import make_optimizer
 from runs import ENVIRONMENT, ROOT
-from runtime import checkpoint
+from runtime import checkpoint, memory
+from settings import Settings
 
 
 def small_model():
@@ -81,6 +84,33 @@ except OSError as problem:
     assert done.stdout.startswith("OSError"), done.stderr[-1500:]
     assert names(tmp_path) == ["step_1", "step_2"]
     assert checkpoint.newest(tmp_path).name == "step_2"
+
+
+def test_a_run_whose_checkpoints_have_no_room_is_refused_before_its_first_step(
+    tmp_path, monkeypatch
+):
+    """The 0.5B's take 12 bytes a parameter, 5.9 GB; while one is written there is one more."""
+    config = memory.qwen("0.5B")
+    size = 12 * memory.parameters(config)[0]
+
+    def fits(free, **changes):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        settings = Settings(**{"steps": 1500, "keep": 2, "eval_every": 0} | changes)
+        try:
+            checkpoint.require_room(tmp_path / "checkpoints", config, settings)
+        except SystemExit as problem:
+            assert "lower --keep" in str(problem)
+            return False
+        return True
+
+    assert fits(3 * size) and not fits(3 * size - 1)
+    assert fits(2 * size, keep=1) and not fits(2 * size, keep=1, eval_every=100)
+    assert fits(size, steps=100) and not fits(size - 1, steps=100)
+    assert fits(1.2 * size, lora_rank=32)
+    for step in (100, 200):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    assert fits(size) and not fits(size - 1)
+    assert fits(0, steps=200)
 
 
 def test_restore_gives_back_weights_and_moments(tmp_path):
