@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "sandbox"))  # as the launcher does
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "sandbox"))  # as the launcher does
 import watch
 
 BLOCK = 1 << 20
@@ -63,6 +65,38 @@ def test_a_disk_that_fills_is_walked_before_its_time(disk, monkeypatch):
         assert disk.fills()
         disk.exceeded(0, [])
         assert not disk.fills()
+
+
+WATCHER = """
+import os, socket, subprocess, sys, time
+sys.path.insert(0, SANDBOX)
+import watch
+watch._TICK_SINGLE = watch._TICK_WALK = 60.0
+writer = '''
+import time
+for number in range(64):
+    with open(str(number), "wb") as file: file.write(bytes(1 << 20))
+    time.sleep(0.05)
+'''
+stage = dict(processes=1, cpu=60.0, wall=60.0, memory=1 << 30, output=1 << 20)
+child = subprocess.Popen([sys.executable, "-c", writer], cwd=FOLDER, start_new_session=True)
+pipes = [os.pipe()[0], os.pipe()[0]]
+disk = watch.Disk(FOLDER, 8 << 20, 100, 4 << 20, None)
+reports, started_by = socket.socketpair()
+channel, trainer = socket.socketpair()
+running = watch.Program(child.pid, stage, pipes, reports, disk, time.monotonic())
+running.wait(channel)
+print(running.reason)
+"""
+
+
+def test_a_program_that_fills_the_disk_does_not_wait_for_the_next_look(tmp_path):
+    """Looks and walks a minute apart; of 64 MiB it may have 8, and is ended before the others."""
+    names = f"SANDBOX, FOLDER = {str(ROOT / 'sandbox')!r}, {str(tmp_path)!r}\n"
+    command = [sys.executable, "-c", names + WATCHER]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.stdout == "file_limit\n", ran.stderr
+    assert 8 <= len(list(tmp_path.iterdir())) < 64
 
 
 def test_a_file_of_many_names_counts_once(disk, tmp_path):
